@@ -1,0 +1,1 @@
+"""Pictures in, batches on the device out. Knows nothing of networks or training."""

@@ -1,0 +1,106 @@
+"""Class folders below train/ and val/, as the original reads them (gen.lua): a small set in memory.
+
+Classes are the sorted folder names of train/; files may lie deeper. Pictures of another size
+are scaled (shorter side, antialiased) and cropped at the centre once, while reading.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from resnext.errors import UserError
+
+from .decode import decode
+from .sets import ImageSet, even_indices
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp")
+
+
+def class_names(root: Path) -> tuple[str, ...]:
+    """Sorted folder names of train/."""
+    train = root / "train"
+    if not root.is_dir():
+        raise UserError(f"data.dir {root}: no such folder; give --data DIR with train/ and val/")
+    if not train.is_dir():
+        raise UserError(f"data.dir {root}: has no train/; it must hold train/CLASS/*.jpg and val/CLASS/*.jpg")
+    names = sorted(entry.name for entry in os.scandir(train) if entry.is_dir())
+    if not names:
+        raise UserError(f"{train}: holds no class folders; put pictures into {train}/CLASS/")
+    return tuple(names)
+
+
+def list_files(folder: Path, classes: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """(paths relative to `folder` as bytes, int64 labels), sorted by class and path."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; it must hold one folder a class")
+    strangers = {e.name for e in os.scandir(folder) if e.is_dir()} - set(classes)
+    if strangers:
+        raise UserError(
+            f"{folder}: class folder {sorted(strangers)[0]!r} is not in train/; the classes of "
+            "train/ and val/ must be the same"
+        )
+    paths: list[bytes] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        found = []
+        for directory, _, files in os.walk(folder / name, followlinks=True):
+            below = os.path.relpath(directory, folder)
+            found += [os.path.join(below, f) for f in files if f.lower().endswith(EXTENSIONS)]
+        if not found:
+            raise UserError(
+                f"{folder / name}: holds no pictures ({', '.join(EXTENSIONS)}); add some, or "
+                "remove the class from train/ and val/"
+            )
+        paths += sorted(os.fsencode(path) for path in found)
+        labels += [label] * len(found)
+    return np.array(paths), np.array(labels)
+
+
+def read_set(root: str, split: str, size: int, limit: int | None) -> ImageSet:
+    """Pictures of root/split as uint8 (N, size, size, 3)."""
+    base = Path(root).expanduser()
+    classes = class_names(base)
+    folder = base / split
+    paths, labels = list_files(folder, classes)
+    keep = even_indices(len(paths), limit)
+    paths, labels = paths[keep], labels[keep]
+    _check_memory(len(paths), size, folder)
+    images = np.empty((len(paths), size, size, 3), np.uint8)
+
+    def read(i: int) -> None:
+        path = folder / os.fsdecode(paths[i])
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        images[i] = fit(decode(content, path), size)
+
+    with ThreadPoolExecutor() as pool:  # reading and Pillow's decoders release the GIL
+        for _ in pool.map(read, range(len(paths)), chunksize=256):
+            pass
+    return ImageSet(images, labels, classes)
+
+
+def fit(image: np.ndarray, size: int) -> np.ndarray:
+    """Scale the shorter side to `size` and crop the centre; untouched where the size is right."""
+    height, width = image.shape[:2]
+    if (height, width) == (size, size):
+        return image
+    scale = size / min(height, width)
+    width, height = max(size, round(width * scale)), max(size, round(height * scale))
+    scaled = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.asarray(scaled.crop((left, top, left + size, top + size)))
+
+
+def _check_memory(images: int, size: int, folder: Path) -> None:
+    needed = images * size * size * 3
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    if needed > available:
+        raise UserError(
+            f"{folder}: {images:,} pictures of {size}x{size} need {needed / 2**30:.1f} GiB of "
+            f"memory, {available / 2**30:.1f} are free; lower data.image_size or data.train_images"
+        )

@@ -1,0 +1,231 @@
+"""Checkpoints: written atomically, read verified, and nothing in them can run code.
+
+A checkpoint is a plain dict that `torch.load(path, weights_only=True)` reads:
+
+    format, version   what this is
+    model             state_dict (torchvision's names)
+    optimizer, scaler, ema     state_dicts; scaler and ema None where not used
+    progress          see trainer.Progress
+    rng               generator states of torch
+    config            the resolved configuration as YAML text
+    classes           names, in the order of the outputs
+    preprocessing     image_size, mean, std (pixel values 0...255)
+    versions          programs, hardware and data that made it
+"""
+
+import os
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import Config, differences
+from .errors import UserError
+
+FORMAT = "resnext checkpoint"
+VERSION = 1
+KEYS = {
+    "model": dict,
+    "optimizer": dict,
+    "progress": dict,
+    "config": str,
+    "classes": list,
+    "preprocessing": dict,
+    "versions": dict,
+}
+
+
+# ---------------------------------------------------------------------------- writing
+
+
+def write_checkpoint(content: dict[str, Any], folder: Path, names: list[str]) -> None:
+    """Write once, then appear under each name at once, last.pt last; its predecessor is kept.
+
+    At every instant each name holds a whole file, old or new. An error leaves all as it was.
+    """
+    content = {"format": FORMAT, "version": VERSION, **content}
+    temporary = folder / ".writing.pt"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _check_space(content, folder)
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        for name in sorted(names, key="last.pt".__eq__):
+            if name == "last.pt" and (folder / name).exists():
+                _put(folder / name, folder / "previous.pt")
+            _put(temporary, folder / name)
+        _sync_folder(folder)
+    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into RuntimeError
+        raise UserError(
+            f"{folder}: the checkpoint could not be written ({str(error).splitlines()[0]}); the "
+            "earlier ones are whole; make room or mend the folder, then continue with --resume"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _check_space(content: Any, folder: Path) -> None:
+    needed = _tensor_bytes(content)
+    free = shutil.disk_usage(folder).free
+    if free < needed * 1.02 + (1 << 20):
+        raise OSError(f"{needed / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free on the disk")
+
+
+def _tensor_bytes(content: Any) -> int:
+    if isinstance(content, torch.Tensor):
+        return content.nbytes
+    if isinstance(content, dict):
+        return sum(map(_tensor_bytes, content.values()))
+    return 0
+
+
+def _put(source: Path, target: Path) -> None:
+    """Let `target` be the file `source`, atomically; a hard link where the disk knows them."""
+    link = target.with_name(f".{target.name}.link")
+    link.unlink(missing_ok=True)
+    try:
+        os.link(source, link)
+    except OSError:
+        shutil.copyfile(source, link)
+        with open(link, "rb") as file:
+            os.fsync(file.fileno())
+    os.replace(link, target)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------- reading
+
+
+def find_checkpoint(path: Path, name: str) -> Path:
+    """The checkpoint that a run directory (its `name`) or a file stands for."""
+    if path.is_dir():
+        found = path / "checkpoints" / name
+        if not found.exists():
+            raise UserError(
+                f"{path}: has no checkpoints/{name}; give a run directory in which an epoch was "
+                "finished, or a checkpoint file"
+            )
+        return found
+    if not path.exists():
+        raise UserError(f"{path}: no such run directory or checkpoint")
+    return path
+
+
+def read_latest(path: Path, warn) -> dict[str, Any]:
+    """The checkpoint last.pt; where it is damaged its predecessor, with a warning."""
+    previous = path.with_name("previous.pt")
+    try:
+        return read_checkpoint(path)
+    except UserError as error:
+        if path.name != "last.pt" or not previous.exists():
+            raise
+        content = read_checkpoint(previous)
+        warn(f"warning: {error}; continuing from {previous} instead")
+        return content
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Load and verify one of our checkpoints onto the CPU; nothing in the file is executed."""
+    _verify_archive(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler raises many kinds on foreign and hostile files
+        raise UserError(
+            f"{path}: not a checkpoint of this program: it holds more than tensors and plain "
+            f"values ({str(error).splitlines()[0][:100]})"
+        ) from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path}: not a checkpoint of this program; give one written by train.py")
+    if content.get("version") != VERSION:
+        raise UserError(
+            f"{path}: checkpoint version {content.get('version')}, this program reads {VERSION}; "
+            "use the program that wrote it"
+        )
+    for key, kind in KEYS.items():
+        if not isinstance(content.get(key), kind):
+            raise UserError(f"{path}: incomplete, {key} is missing; use another checkpoint")
+    return content
+
+
+def _verify_archive(path: Path) -> None:
+    """Refuse anything but a whole, uncompressed zip whose checksums are right."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            size = path.stat().st_size
+            if any(e.compress_type != zipfile.ZIP_STORED or e.file_size > size for e in entries):
+                raise UserError(f"{path}: a compressed archive, not a checkpoint of this program")
+            broken = archive.testzip()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except UserError:
+        raise
+    except Exception as error:  # zipfile raises several kinds on damaged directories
+        with open(path, "rb") as file:
+            ours = file.read(2) == b"PK"
+        what = "damaged or cut off" if ours else "not a checkpoint of this program"
+        raise UserError(f"{path}: {what} ({error}); use another checkpoint") from None
+    if broken:
+        raise UserError(f"{path}: damaged (checksum of {broken}); use another checkpoint")
+
+
+def load_state(module: torch.nn.Module, state: dict[str, Any], path: Path | str) -> None:
+    """Strictly load a state_dict; a UserError names the first key that does not fit."""
+    own = module.state_dict()
+    for key in own.keys() | state.keys():
+        if key not in state:
+            raise UserError(f"{path}: has no {key}; it belongs to another architecture")
+        if key not in own:
+            raise UserError(f"{path}: has {key}, which this network lacks; another architecture")
+        if own[key].shape != state[key].shape:
+            raise UserError(
+                f"{path}: {key} is {tuple(state[key].shape)}, this network's is "
+                f"{tuple(own[key].shape)}; it belongs to another architecture"
+            )
+    module.load_state_dict(state)
+
+
+# ---------------------------------------------------------------------------- resuming
+
+# Inside an epoch the rest of its steps is only defined while these stay as they were.
+FIXED_INSIDE_EPOCH = (
+    "data.train_images",
+    "train.batch_size",
+    "train.accumulation_steps",
+    "run.seed",
+    "run.log_interval",
+)
+
+
+def check_resume(old: Config, new: Config, step: int) -> list[str]:
+    """What changed since the checkpoint, as log lines; a UserError where it cannot go on."""
+    lines = []
+    for key, before, now in differences(old, new):
+        if key.startswith("model.") and key != "model.classes":
+            raise UserError(
+                f"{key}: the checkpoint has {before}, the configuration {now}; a run goes on with "
+                "its own network; start another run for another one"
+            )
+        if (key == "train.ema_decay") and None in (before, now):
+            raise UserError(
+                f"{key}: the checkpoint has {before}, the configuration {now}; an average can "
+                "neither start nor end inside a run; start another run"
+            )
+        if step and key in FIXED_INSIDE_EPOCH:
+            raise UserError(
+                f"{key}: the checkpoint has {before}, the configuration {now}; it was saved after "
+                f"step {step} of an epoch, which must be finished with the same value"
+            )
+        lines.append(f"changed since the checkpoint: {key} {before} → {now}")
+    return lines

@@ -1,0 +1,207 @@
+"""The state of a run: network, optimiser, scaler, average and progress, made and restored."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from .batchnorm import use_group_batchnorm
+from .checkpoint import load_state, read_checkpoint
+from .config import Config, parse_config, to_yaml
+from .errors import UserError
+from .model import build_model
+
+
+@dataclass
+class Sums:
+    """Totals over training images: loss in nats, correct answers, images."""
+
+    loss: float = 0.0
+    top1: int = 0
+    top5: int = 0
+    images: int = 0
+
+    def add(self, loss: float, top1: float, top5: float, images: int) -> None:
+        self.loss += loss * images
+        self.top1 += int(top1)
+        self.top5 += int(top5)
+        self.images += images
+
+    def as_row(self) -> dict[str, float]:
+        return {
+            "loss": self.loss / self.images,
+            "top1_error": 100.0 * (self.images - self.top1) / self.images,
+            "top5_error": 100.0 * (self.images - self.top5) / self.images,
+            "images": self.images,
+        }
+
+
+@dataclass
+class Progress:
+    """Where a run stands; plain numbers, kept in every checkpoint."""
+
+    epoch: int = 1  # the epoch in progress
+    step: int = 0  # steps of it that are done
+    global_step: int = 0  # optimiser steps since the start
+    interval: Sums = field(default_factory=Sums)  # since the last step row
+    epoch_sums: Sums = field(default_factory=Sums)  # since the start of the epoch
+    last: dict[str, Any] | None = None  # validation of the latest finished epoch
+    best: dict[str, Any] | None = None  # and of the one with the lowest top-1 error
+    rows: int = 0  # rows of metrics.jsonl
+    seconds: float = 0.0  # training and validation time
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Progress":
+        values = dict(values)
+        for name in ("interval", "epoch_sums"):
+            values[name] = Sums(**values[name])
+        return cls(**values)
+
+
+@dataclass
+class Training:
+    """The live objects of a run. `forward` is the model, compiled where that is asked for."""
+
+    config: Config
+    classes: tuple[str, ...]
+    versions: dict[str, str]
+    device: torch.device
+    model: nn.Module
+    forward: Callable[[Tensor], Tensor]
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    ema: AveragedModel | None
+    progress: Progress
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return autocast(self.device, self.config.train.precision)
+
+    @property
+    def evaluated_model(self) -> Callable[[Tensor], Tensor]:
+        """What validation and best.pt speak of: the averaged weights where there are any."""
+        return self.ema.module if self.ema else self.model
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """The context in which a forward pass runs at a precision."""
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision not in kinds:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, kinds[precision])
+
+
+def place(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
+    """Move a network to the device in the configured memory layout."""
+    half = config.train.precision in ("bf16", "fp16")
+    channels_last = config.train.channels_last
+    if channels_last is None:  # 1.5x to 2.5x faster on CPUs (docs/results.md)
+        channels_last = device.type == "cpu" or half
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return model.to(device=device, memory_format=layout)
+
+
+def prepare(
+    config: Config, classes: tuple[str, ...], device: torch.device, versions: dict[str, str]
+) -> Training:
+    """A fresh run: network, optimiser, scaler and average, from the seed."""
+    train = config.train
+    torch.manual_seed(config.run.seed)
+    model = build_model(config.model, len(classes))
+    model.activation_checkpointing = train.activation_checkpointing
+    if train.bn_group is not None:
+        use_group_batchnorm(model, train.batch_size // train.accumulation_steps // train.bn_group)
+    if train.sync_bn:
+        if device.type != "cuda":
+            raise UserError("train.sync_bn: needs GPUs; remove the key on a CPU")
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model = place(model, config, device)
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=config.optimizer.lr,
+        momentum=config.optimizer.momentum,
+        nesterov=config.optimizer.nesterov,
+        weight_decay=config.optimizer.weight_decay,
+        fused=True if device.type == "cuda" else None,
+    )
+    ema = None
+    if train.ema_decay is not None:
+        average = get_ema_multi_avg_fn(train.ema_decay)
+        ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    return Training(
+        config=config,
+        classes=classes,
+        versions=versions,
+        device=device,
+        model=model,
+        forward=torch.compile(model) if train.compile else model,
+        optimizer=optimizer,
+        scaler=torch.amp.GradScaler(device.type, enabled=train.precision == "fp16"),
+        ema=ema,
+        progress=Progress(),
+    )
+
+
+def restore(training: Training, content: dict[str, Any], path: Path) -> None:
+    """Bring a fresh Training to the state of a checkpoint (see checkpoint.read_checkpoint)."""
+    if tuple(content["classes"]) != training.classes:
+        raise UserError(
+            f"{path}: was trained on other classes ({len(content['classes'])} of them) than the "
+            f"data has ({len(training.classes)}); give the data of the run with --data"
+        )
+    load_state(training.model, content["model"], path)
+    if training.ema:
+        load_state(training.ema, content["ema"], path)
+    training.optimizer.load_state_dict(content["optimizer"])
+    config = training.config.optimizer
+    for group in training.optimizer.param_groups:  # the configuration wins, as it was logged
+        group["momentum"], group["nesterov"] = config.momentum, config.nesterov
+        group["weight_decay"] = config.weight_decay
+    if content["scaler"]:
+        training.scaler.load_state_dict(content["scaler"])
+    torch.set_rng_state(content["rng"]["cpu"])
+    if training.device.type == "cuda" and content["rng"]["cuda"] is not None:
+        torch.cuda.set_rng_state(content["rng"]["cuda"])
+    training.progress = Progress.from_dict(content["progress"])
+
+
+def checkpoint_content(training: Training) -> dict[str, Any]:
+    """The state as the plain dict that checkpoint.write_checkpoint stores."""
+    data = training.config.data
+    cuda = training.device.type == "cuda"
+    return {
+        "model": training.model.state_dict(),
+        "optimizer": training.optimizer.state_dict(),
+        "scaler": training.scaler.state_dict() or None,
+        "ema": training.ema.state_dict() if training.ema else None,
+        "progress": asdict(training.progress),
+        "rng": {
+            "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state() if cuda else None,
+        },
+        "config": to_yaml(training.config),
+        "classes": list(training.classes),
+        "preprocessing": {
+            "image_size": data.image_size,
+            "mean": list(data.mean),
+            "std": list(data.std),
+        },
+        "versions": training.versions,
+    }
+
+
+def load_evaluated(path: Path) -> tuple[nn.Module, Config, dict[str, Any]]:
+    """(network, configuration, content) of a checkpoint, with the weights that validation speaks of."""
+    content = read_checkpoint(path)
+    config = parse_config(content["config"], str(path))
+    model = build_model(config.model, len(content["classes"]))
+    state = content["model"]
+    if content["ema"]:
+        prefix = "module."
+        state = {k.removeprefix(prefix): v for k, v in content["ema"].items() if k.startswith(prefix)}
+    load_state(model, state, path)
+    return model, config, content

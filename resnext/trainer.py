@@ -1,0 +1,344 @@
+"""The training loop: SGD as the original's train.lua, stoppable and resumable at any step.
+
+`train` reads as the recipe. Batches come from anything with `images`, `steps` and
+`epoch(number, first_step)`, which yields (images, labels) on the device.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .batchnorm import frozen_running_statistics, slice_sizes
+from .checkpoint import write_checkpoint
+from .config import Train
+from .errors import UserError
+from .evaluation import Score, at_least_float32, evaluate, hits
+from .reporting import Reporter, duration
+from .schedule import learning_rate
+from .state import Sums, Training, checkpoint_content
+
+
+class TrainBatches(Protocol):
+    images: int
+    steps: int
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+
+# ---------------------------------------------------------------------------- the loop
+
+
+def train(
+    training: Training,
+    train_batches: TrainBatches,
+    val_batches: Any,
+    folder: Path,
+    reporter: Reporter,
+    should_stop: Callable[[], bool],
+) -> bool:
+    """Train to the configured number of epochs, or until told to stop; saved either way.
+
+    Returns whether the end was reached.
+    """
+    progress, config = training.progress, training.config
+    clock = Clock(progress.seconds, progress.epoch - 1 + progress.step / train_batches.steps)
+    while progress.epoch <= config.train.epochs:
+        done = train_epoch(training, train_batches, folder, reporter, should_stop, clock)
+        score = done and validate(training, val_batches, reporter, should_stop)
+        progress.seconds = clock.total()
+        if not score:
+            save(training, folder, reporter)
+            return False
+        finish_epoch(training, score, reporter, clock)
+        save(training, folder, reporter, checkpoint_names(training))
+    return True
+
+
+class Clock:
+    """Time of a run over all its sessions, and what is left at the pace of this one."""
+
+    def __init__(self, seconds_before: float, epochs_before: float):
+        self.seconds_before, self.epochs_before = seconds_before, epochs_before
+        self.start = time.perf_counter()
+
+    def total(self) -> float:
+        """Seconds of this and all earlier sessions."""
+        return self.seconds_before + time.perf_counter() - self.start
+
+    def remaining(self, epochs_done: float, epochs: int) -> str:
+        """Time to the end of the training, as text."""
+        pace = (time.perf_counter() - self.start) / (epochs_done - self.epochs_before)
+        return duration(pace * (epochs - epochs_done))
+
+
+def train_epoch(
+    training: Training,
+    batches: TrainBatches,
+    folder: Path,
+    reporter: Reporter,
+    should_stop: Callable[[], bool],
+    clock: Clock,
+) -> bool:
+    """The rest of an epoch; False when told to stop before its end."""
+    progress, config = training.progress, training.config
+    steps, epochs = batches.steps, config.train.epochs
+    training.model.train()
+    meter = StepMeter(training)
+    reporter.open_bar(f"epoch {progress.epoch}/{epochs}", steps, progress.step)
+    try:
+        for images, labels in meter.timed(batches.epoch(progress.epoch, progress.step)):
+            rate = learning_rate(
+                config.schedule, config.optimizer.lr, epochs, progress.epoch, progress.step, steps
+            )
+            meter.add(train_step(training, images, labels, rate), len(labels))
+            progress.step += 1
+            progress.global_step += 1
+            reporter.advance()
+            last = progress.step == steps
+            if last or progress.step % config.run.log_interval == 0:
+                meter.collect(folder)
+                report_step(training, reporter, meter, clock, rate, steps)
+            if should_stop():
+                meter.collect(folder)
+                return False
+            interval = config.run.save_interval
+            if interval and not last and progress.step % interval == 0:
+                meter.collect(folder)
+                progress.seconds = clock.total()
+                save(training, folder, reporter)
+    finally:
+        reporter.close_bar()
+    return True
+
+
+def train_step(training: Training, images: Tensor, labels: Tensor, rate: float) -> Tensor:
+    """One optimiser step on a global batch; [mean loss, top-1 hits, top-5 hits], float64 (3,).
+
+    The batch is cut into accumulation parts whose gradients add up to that of the mean loss
+    over the whole batch; running statistics follow the first part, as on the original's first
+    GPU. Nothing here waits for the device.
+    """
+    train = training.config.train
+    total = None
+    for group in training.optimizer.param_groups:
+        group["lr"] = rate
+    training.optimizer.zero_grad(set_to_none=True)
+    start = 0
+    for size in part_sizes(len(labels), train):
+        part, targets = images[start : start + size], labels[start : start + size]
+        statistics = contextlib.nullcontext()
+        if start:
+            statistics = frozen_running_statistics(training.model)
+        with statistics:
+            with training.autocast():
+                output = training.forward(part)
+            output = at_least_float32(output)
+            loss = F.cross_entropy(output, targets) * (size / len(labels))
+            training.scaler.scale(loss).backward()
+        counts = torch.cat([loss.detach().double()[None], hits(output, targets).double()])
+        total = counts if total is None else total + counts
+        start += size
+    if train.clip_grad_norm is not None:
+        training.scaler.unscale_(training.optimizer)
+        nn.utils.clip_grad_norm_(training.model.parameters(), train.clip_grad_norm)
+    training.scaler.step(training.optimizer)
+    training.scaler.update()
+    if training.ema:
+        training.ema.update_parameters(training.model)
+    return total
+
+
+def part_sizes(images: int, train: Train) -> list[int]:
+    """Images of each accumulation part; parts end where BatchNorm's groups do."""
+    parts = train.accumulation_steps
+    groups = 1 if train.bn_group is None else train.batch_size // parts // train.bn_group
+    sizes = slice_sizes(images, parts * groups)
+    joined = [sum(sizes[i * groups : (i + 1) * groups]) for i in range(parts)]
+    return [size for size in joined if size]
+
+
+class StepMeter:
+    """Losses and counts of steps, left on the device until a row or a checkpoint needs them."""
+
+    def __init__(self, training: Training):
+        self.training = training
+        self.pending: list[tuple[Tensor, int]] = []
+        self.waited = 0.0  # seconds spent waiting for data since the last row
+        self.since = time.perf_counter()
+        self.images = 0
+
+    def timed(self, batches: Iterator) -> Iterator:
+        """The batches, with the time waited for them added up."""
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+    def add(self, result: Tensor, images: int) -> None:
+        self.pending.append((result, images))
+        self.images += images
+
+    def collect(self, folder: Path) -> None:
+        """Bring what is pending to the host; a UserError at the first non-finite loss."""
+        if not self.pending:
+            return
+        progress = self.training.progress
+        results = torch.stack([result for result, _ in self.pending]).tolist()
+        first = progress.step - len(results) + 1
+        for step, ((loss, top1, top5), (_, images)) in enumerate(
+            zip(results, self.pending, strict=True), first
+        ):
+            if not math.isfinite(loss):
+                raise UserError(non_finite(loss, progress.epoch, step, folder))
+            progress.interval.add(loss, top1, top5, images)
+            progress.epoch_sums.add(loss, top1, top5, images)
+        self.pending.clear()
+
+    def restart(self) -> None:
+        self.waited, self.images, self.since = 0.0, 0, time.perf_counter()
+
+
+def non_finite(loss: float, epoch: int, step: int, folder: Path) -> str:
+    last = folder / "checkpoints" / "last.pt"
+    good = f"the last good checkpoint is {last}" if last.exists() else "nothing was saved yet"
+    return (
+        f"the loss is {loss} at epoch {epoch}, step {step}; {good}; lower optimizer.lr, add "
+        "schedule.warmup_epochs or train.clip_grad_norm, or use train.precision bf16 or fp32"
+    )
+
+
+def report_step(
+    training: Training, reporter: Reporter, meter: StepMeter, clock: Clock, rate: float, steps: int
+) -> None:
+    """Row, line and scalars of the steps since the last row."""
+    progress, epochs = training.progress, training.config.train.epochs
+    taken = max(time.perf_counter() - meter.since, 1e-9)
+    values = progress.interval.as_row()
+    speed = meter.images / taken
+    batches = max(1, round(meter.images / training.config.train.batch_size))
+    left = clock.remaining(progress.epoch - 1 + progress.step / steps, epochs)
+    row = {
+        "kind": "step",
+        "epoch": progress.epoch,
+        "step": progress.step,
+        "global_step": progress.global_step,
+        "lr": rate,
+        **values,
+    }
+    timing = {"seconds": taken, "data_seconds": meter.waited, "images_per_second": speed}
+    reporter.row(row | {"time": timing})
+    reporter.scalars(
+        "train",
+        {"lr": rate, "images_per_second": speed}
+        | {name: values[name] for name in ("loss", "top1_error", "top5_error")},
+        progress.global_step,
+    )
+    errors = f"top-1 {values['top1_error']:6.3f}  top-5 {values['top5_error']:6.3f}"
+    reporter.step_line(
+        f"epoch {progress.epoch}/{epochs}  step {progress.step}/{steps}  "
+        f"time {taken / batches:.3f}  data {meter.waited / batches:.3f}  "
+        f"loss {values['loss']:.4f}  {errors}  lr {rate:.4g}  {speed:.0f} img/s  "
+        f"ETA {left}",
+        f"loss {values['loss']:.4f}, {errors}, {speed:.0f} img/s, ETA {left}",
+    )
+    progress.interval = Sums()
+    meter.restart()
+
+
+def validate(
+    training: Training, batches: Any, reporter: Reporter, should_stop: Callable[[], bool]
+) -> Score | None:
+    """Exact validation errors of the weights that the run is about; None when told to stop."""
+    reporter.open_bar("validation", -(-batches.images // training.config.train.eval_batch_size))
+
+    def advancing() -> Iterator:
+        for batch in batches:
+            yield batch
+            reporter.advance()
+
+    try:
+        return evaluate(training.evaluated_model, advancing(), training.autocast, should_stop)
+    finally:
+        reporter.close_bar()
+
+
+def finish_epoch(training: Training, score: Score, reporter: Reporter, clock: Clock) -> None:
+    """Row, line and scalars of a finished epoch; then the next one is in progress."""
+    progress, epochs = training.progress, training.config.train.epochs
+    progress.last = {"epoch": progress.epoch, **score.as_row()}
+    if progress.best is None or score.top1_error < progress.best["top1_error"]:
+        progress.best = progress.last
+    training_row = progress.epoch_sums.as_row()
+    reporter.row(
+        {
+            "kind": "epoch",
+            "epoch": progress.epoch,
+            "global_step": progress.global_step,
+            "train": training_row,
+            "val": score.as_row(),
+            "weights": "ema" if training.ema else "model",
+            "best_epoch": progress.best["epoch"],
+            "best_top1_error": progress.best["top1_error"],
+            "time": {"total_seconds": clock.total()},
+        }
+    )
+    for name in ("loss", "top1_error", "top5_error"):
+        reporter.scalars("epoch", {f"train_{name}": training_row[name]}, progress.global_step)
+        reporter.scalars("epoch", {f"val_{name}": score.as_row()[name]}, progress.global_step)
+    reporter.say(
+        f" * epoch {progress.epoch}/{epochs}  train top-1 {training_row['top1_error']:6.3f}  "
+        f"val top-1 {score.top1_error:6.3f}  top-5 {score.top5_error:6.3f}  "
+        f"loss {score.loss:.4f}  best {progress.best['top1_error']:.3f} "
+        f"(epoch {progress.best['epoch']})  ETA {clock.remaining(progress.epoch, epochs)}"
+    )
+    progress.epoch += 1
+    progress.step = 0
+    progress.epoch_sums = Sums()
+    progress.seconds = clock.total()
+
+
+def checkpoint_names(training: Training) -> tuple[str, ...]:
+    """The names under which the state is saved after an epoch."""
+    progress, every = training.progress, training.config.run.keep_every
+    finished = progress.epoch - 1
+    best = ("best.pt",) if progress.best["epoch"] == finished else ()
+    kept = (f"epoch_{finished:03d}.pt",) if every and finished % every == 0 else ()
+    return ("last.pt", *best, *kept)
+
+
+def save(training: Training, folder: Path, reporter: Reporter, names: tuple[str, ...] = ("last.pt",)) -> None:
+    """Write the state under checkpoints/, last.pt and others."""
+    training.progress.rows = reporter.rows
+    reporter.sync()
+    write_checkpoint(checkpoint_content(training), folder / "checkpoints", list(names))
+
+
+def summary(training: Training, folder: Path, signal: Any) -> str:
+    """The end of a run's session: result, time, where things are, the next command."""
+    progress, epochs = training.progress, training.config.train.epochs
+    finished = progress.epoch > epochs
+    weights = " (averaged weights)" if training.ema else ""
+    if finished:
+        lines = [f"finished: {epochs} epochs in {duration(progress.seconds)}"]
+    else:
+        lines = [f"stopped by {signal.name} in epoch {progress.epoch}, after {progress.step} of its steps"]
+    for title, row in (("last", progress.last), ("best", progress.best)):
+        if row:
+            lines.append(
+                f"{title} validation error{weights}: top-1 {row['top1_error']:.3f} "
+                f"({row['top1_errors']}/{row['images']}), top-5 {row['top5_error']:.3f} "
+                f"({row['top5_errors']}/{row['images']}), epoch {row['epoch']}"
+            )
+    lines.append(f"checkpoints: {folder / 'checkpoints'}; log, metrics and curves: {folder}")
+    following = f"python evaluate.py {folder}" if finished else f"python train.py --resume {folder}"
+    return "\n".join([*lines, f"next: {following}"])

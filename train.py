@@ -1,0 +1,231 @@
+"""Train a ResNeXt.
+
+    python train.py --config demo.yaml                              a minute-long trial, no download
+    python train.py --config cifar10_resnext29_8x64d.yaml --data datasets
+    python train.py --config NAME.yaml train.epochs=30 optimizer.lr=0.05    change single keys
+    python train.py --config NAME.yaml --print-config               every key, explained
+    python train.py --resume runs/NAME                              go on where a run stopped
+    python train.py --config NAME.yaml --resume                     go on, or start (for requeued jobs)
+
+A run goes to runs/<config name> (--output DIR): config.yaml, metrics.jsonl, log.txt, tensorboard/ and
+checkpoints/ (last.pt, best.pt). SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 save and stop, exit status 0.
+Wrong input ends with one message and exit status 2.
+"""
+
+import argparse
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from resnext.config import Config, find_config, parse_config, read_config, to_yaml
+from resnext.errors import UserError, run_command
+
+
+def parse_arguments() -> argparse.Namespace:
+    summary, _, details = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", metavar="NAME|FILE", help="a file, or the name of one in configs/")
+    parser.add_argument("--data", metavar="DIR", help="where the data is (data.dir)")
+    parser.add_argument("--output", metavar="DIR", help="run directory; default: runs/<config name>")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="DIR|FILE",
+        help="go on from a run directory or checkpoint; alone: from --output, or start there",
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single keys")
+    arguments = parser.parse_intermixed_args()
+    if re.match(r"[A-Za-z]+\.\w+=", arguments.resume or ""):  # `--resume train.epochs=9`
+        arguments.overrides.insert(0, arguments.resume)
+        arguments.resume = ""
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    config = configuration(arguments)
+    if arguments.print_config:
+        print(to_yaml(config), end="")
+        return
+    if arguments.config is None and not arguments.resume:
+        raise UserError("--config is missing: name a file of configs/, for example --config demo.yaml")
+    output = output_folder(arguments)
+    source = resume_source(arguments, output)
+    claim(output)
+    run(config, output, source)
+
+
+def configuration(arguments: argparse.Namespace) -> Config:
+    """The configuration of --config, or of what --resume names, with the overrides."""
+    if arguments.config is not None:
+        config = read_config(find_config(arguments.config), arguments.overrides)
+    elif arguments.resume and Path(arguments.resume).is_dir():
+        path = Path(arguments.resume) / "config.yaml"
+        if not path.is_file():
+            raise UserError(f"--resume {arguments.resume}: not a run directory (no config.yaml); give one")
+        config = read_config(path, arguments.overrides)
+    elif arguments.resume:
+        from resnext.checkpoint import find_checkpoint, read_checkpoint
+
+        path = find_checkpoint(Path(arguments.resume), "last.pt")
+        config = parse_config(read_checkpoint(path)["config"], str(path), arguments.overrides)
+    else:
+        config = read_config(None, arguments.overrides)
+    if arguments.data is not None:
+        config = replace(config, data=replace(config.data, dir=arguments.data))
+    return config
+
+
+def output_folder(arguments: argparse.Namespace) -> Path:
+    """Where the run goes."""
+    if arguments.output:
+        return Path(arguments.output)
+    if arguments.resume:
+        path = Path(arguments.resume)
+        if path.is_dir():
+            return path
+        if path.name == "last.pt" and path.parent.name == "checkpoints":
+            return path.parent.parent
+        if arguments.config is None:
+            raise UserError(f"--resume {path}: say with --output DIR where the run from there shall go")
+    return Path("runs") / Path(arguments.config).stem
+
+
+def resume_source(arguments: argparse.Namespace, output: Path) -> Path | None:
+    """The checkpoint to start from, or None; refuses to touch a directory that is in use."""
+    last = output / "checkpoints" / "last.pt"
+    try:
+        used = output.exists() and (not output.is_dir() or any(output.iterdir()))
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be read ({error.strerror})") from None
+    source = None
+    if arguments.resume:
+        path = Path(arguments.resume)
+        if not path.exists():
+            raise UserError(f"--resume {path}: no such run directory or checkpoint; check the path")
+        source = path / "checkpoints" / "last.pt" if path.is_dir() else path
+        if path.is_dir() and not source.exists() and not is_run(path):
+            raise UserError(f"--resume {path}: not a run directory; give one that train.py wrote")
+        if not source.exists():
+            source = None  # stopped before anything was saved
+    elif arguments.resume is not None and last.exists():
+        source = last
+    # A used directory is only ever continued, from its own latest checkpoint.
+    continued = arguments.resume is not None and is_run(output) and source in (None, last)
+    if used and not continued:
+        raise UserError(
+            f"--output {output}: is in use already; continue that run with --resume, or choose another "
+            "directory with --output"
+        )
+    return source
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file() and (folder / "log.txt").is_file()
+
+
+def claim(output: Path) -> None:
+    """Make the run directory, or say why it cannot be."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--output {output}: cannot be made ({error.strerror}); choose another directory"
+        ) from None
+    if not os.access(output, os.W_OK | os.X_OK):
+        raise UserError(f"--output {output}: cannot be written to; choose another directory")
+
+
+def run(config: Config, output: Path, source: Path | None) -> None:
+    """Load the data, prepare or restore the state, train."""
+    from data.loader import EvalBatches, ResidentImages, TrainBatches
+    from data.sets import check_classes, load_set
+    from resnext.checkpoint import check_resume, read_latest
+    from resnext.distributed import StopRequest, choose_device, set_numerics
+    from resnext.reporting import Reporter, environment
+    from resnext.state import prepare, restore
+    from resnext.trainer import summary, train
+
+    device = choose_device(config.run.device)
+    set_numerics(config.train.precision, config.run.deterministic)
+    warnings: list[str] = []
+    content = read_latest(source, warnings.append) if source else None
+    if content:
+        before = parse_config(content["config"], str(source))
+        warnings += check_resume(before, config, content["progress"]["step"])
+    train_set = load_set(config.data, "train")
+    check_classes(config.model.classes, train_set)
+    val_set = load_set(config.data, "val")
+    versions = environment(device) | {"data": f"{train_set.fingerprint()} {val_set.fingerprint()}"}
+    training = prepare(config, train_set.classes, device, versions)
+    if content:
+        restore(training, content, source)
+        warnings += [
+            f"warning: {name} was {old} and is {versions.get(name)}; the bits may differ from here on"
+            for name, old in content["versions"].items()
+            if name != "started" and old != versions.get(name)
+        ]
+    progress = training.progress
+    branched = source is not None and source.parents[1].resolve() != output.resolve()
+    rows = 0 if branched else progress.rows
+    with StopRequest() as stop:
+        reporter = Reporter(output, rows, progress.global_step, config.run.tensorboard)
+        try:
+            write_config(config, versions, output)
+            for line in warnings:
+                reporter.say(line)
+            train_batches = TrainBatches(
+                ResidentImages(train_set, config.data, device),
+                config.train.batch_size,
+                config.augment,
+                config.run.seed,
+            )
+            val_batches = EvalBatches(
+                ResidentImages(val_set, config.data, device), config.train.eval_batch_size
+            )
+            reporter.say(introduction(training, len(train_set), len(val_set), output, source))
+            train(training, train_batches, val_batches, output, reporter, stop.__bool__)
+            reporter.say(summary(training, output, stop.signal))
+        except UserError as error:
+            reporter.say(f"error: {error}", console=False)
+            raise
+        finally:
+            reporter.close()
+
+
+def write_config(config: Config, versions: dict[str, str], output: Path) -> None:
+    """config.yaml: the resolved configuration, headed by what else it takes to repeat the run."""
+    header = "".join(f"# {name}: {value}\n" for name, value in versions.items())
+    temporary = output / ".config.yaml"
+    temporary.write_text(f"{header}\n{to_yaml(config)}", encoding="utf-8")
+    os.replace(temporary, output / "config.yaml")
+
+
+def introduction(training, train_images: int, val_images: int, output: Path, source: Path | None) -> str:
+    """What is about to run, in a few lines."""
+    from resnext.model import complexity
+
+    config, progress = training.config, training.progress
+    model, train = config.model, config.train
+    parameters, macs = complexity(training.model, config.data.image_size)
+    name = f"{model.architecture}-{model.depth} ({model.cardinality}x{model.base_width}d)"
+    lines = [
+        f"{name}: {parameters:,} parameters, {macs / 1e6:,.0f} M multiply-adds per image",
+        f"{config.data.dataset}: {train_images:,} training and {val_images:,} validation images, "
+        f"{len(training.classes)} classes, {config.data.image_size} pixels",
+        f"global batch {train.batch_size}, lr {config.optimizer.lr}, {train.epochs} epochs, "
+        f"{train.precision} on {training.versions['device']}",
+        f"run directory: {output}",
+    ]
+    if source:
+        lines.append(f"continuing from {source}: epoch {progress.epoch}, {progress.step} steps done")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_command(main)
