@@ -15,6 +15,7 @@ Wrong input ends with one message and exit status 2.
 import argparse
 import os
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,11 +40,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single keys")
-    arguments = parser.parse_intermixed_args()
-    if re.match(r"[A-Za-z]+\.\w+=", arguments.resume or ""):  # `--resume train.epochs=9`
-        arguments.overrides.insert(0, arguments.resume)
-        arguments.resume = ""
-    return arguments
+    words = sys.argv[1:]
+    for i, word in enumerate(words[:-1]):
+        if word == "--resume" and re.match(r"[A-Za-z]+\.\w+=", words[i + 1]):  # --resume train.epochs=9
+            words[i] = "--resume="
+    return parser.parse_intermixed_args(words)
 
 
 def main() -> None:
@@ -116,7 +117,8 @@ def resume_source(arguments: argparse.Namespace, output: Path) -> Path | None:
     elif arguments.resume is not None and last.exists():
         source = last
     # A used directory is only ever continued, from its own latest checkpoint.
-    continued = arguments.resume is not None and is_run(output) and source in (None, last)
+    own = source is None or source.resolve() == last.resolve()
+    continued = arguments.resume is not None and is_run(output) and own
     if used and not continued:
         raise UserError(
             f"--output {output}: is in use already; continue that run with --resume, or choose another "

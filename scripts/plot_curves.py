@@ -1,0 +1,87 @@
+"""Draw training and validation error over the epochs, as in the paper's Fig. 5.
+
+python scripts/plot_curves.py runs/demo                         writes runs/demo/curves.png
+python scripts/plot_curves.py runs/a runs/b --output both.svg
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from resnext.errors import UserError, run_command
+
+FORMATS = (".png", ".svg", ".pdf")
+
+
+def main() -> None:
+    summary, _, details = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
+    parser.add_argument("--output", metavar="FILE", help="picture to write: .png, .svg or .pdf")
+    arguments = parser.parse_args()
+    runs = [Path(run) for run in arguments.runs]
+    target = runs[0] / "curves.png" if len(runs) == 1 else Path("curves.png")
+    target = Path(arguments.output) if arguments.output else target
+    draw({run.resolve().name: [epoch_rows(run)] for run in runs}, target)
+    print(f"wrote {target}")
+
+
+def epoch_rows(run: Path) -> list[dict]:
+    """The epoch rows of a run's metrics.jsonl."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{run}: not a run directory (no metrics.jsonl); give one that train.py wrote")
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}); resuming the run cuts off a torn last line") from None
+    rows = [row for row in rows if row["kind"] == "epoch"]
+    if not rows:
+        raise UserError(f"{run}: no epoch is finished yet; there is nothing to draw")
+    return rows
+
+
+def draw(curves: dict[str, list[list[dict]]], target: Path) -> None:
+    """Top-1 error in percent: label → epoch rows of one run, or of several seeds, whose mean is drawn."""
+    if target.suffix not in FORMATS:
+        raise UserError(f"--output {target}: the name must end in {', '.join(FORMATS)}")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
+    highest = 0.0
+    for number, (label, seeds) in enumerate(curves.items()):
+        epochs = min(map(len, seeds))
+        marker = "o" if epochs < 3 else None
+        for part, style in (("train", "--"), ("val", "-")):
+            mean = [sum(rows[i][part]["top1_error"] for rows in seeds) / len(seeds) for i in range(epochs)]
+            axes.plot(
+                [seeds[0][i]["epoch"] for i in range(epochs)],
+                mean,
+                style,
+                color=f"C{number % 10}",
+                linewidth=1.5 if part == "val" else 1.0,
+                marker=marker,
+                markersize=4,
+                label=f"{label}, {'validation' if part == 'val' else 'training'} ({mean[-1]:.2f} %)",
+            )
+            highest = max(highest, *mean)
+    axes.set(xlabel="epoch", ylabel="top-1 error (%)", ylim=(0, min(100, highest * 1.05)))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    try:
+        figure.savefig(target, dpi=150)
+    except OSError as error:
+        raise UserError(f"--output {target}: cannot be written ({error.strerror})") from None
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,45 @@
+"""Runs that many tests start from, made once."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from commands import call, draw_folders, tiny
+
+import train
+
+
+@pytest.fixture(autouse=True)
+def plain_surroundings(monkeypatch):
+    """What a launcher or a proxy has left in the environment does not reach the tests."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("no_proxy", "*")
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory) -> Path:
+    """A run directory of two epochs on glyphs; look, don't touch (see `run_copy`)."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "tiny.yaml").touch()
+    result = call(train.main, "--config", folder / "tiny.yaml", "--output", folder / "run", *tiny())
+    assert result.status == 0, result.error
+    return folder / "run"
+
+
+@pytest.fixture
+def run_copy(finished_run, tmp_path) -> Path:
+    """A copy of `finished_run` of one's own."""
+    return shutil.copytree(finished_run, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def folder_run(tmp_path_factory) -> Path:
+    """A run on class folders, cat and dog, which lie next to it in pictures/."""
+    folder = tmp_path_factory.mktemp("folder")
+    draw_folders(folder / "pictures", {"cat": 3, "dog": 3})
+    (folder / "tiny.yaml").touch()
+    settings = tiny(data__dataset="folder", data__dir=str(folder / "pictures"), train__epochs="1")
+    result = call(train.main, "--config", folder / "tiny.yaml", "--output", folder / "run", *settings)
+    assert result.status == 0, result.error
+    return folder / "run"

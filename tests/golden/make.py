@@ -1,0 +1,124 @@
+"""Makes the files of this folder: a trimmed copy of the reference data of the original Lua code.
+
+    python tests/golden/make.py FOLDER [OUTPUT]
+
+FOLDER holds the complete reference data. What a formula gives (parameters, inputs, running
+statistics before the first step, places of the samples) is checked and left out; of the ImageNet
+network, running statistics are kept as summaries.
+"""
+
+import io
+import json
+import lzma
+import sys
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from oracle import h, sample_places  # noqa: E402
+
+FULL = 1024  # gradients of at most so many elements are stored whole
+SUMMARY = ("norm", "sum", "proj")
+
+
+def arrays(path):
+    return np.load(io.BytesIO(lzma.open(path).read()))
+
+
+def samples(values, prefix, sizes):
+    """The stored samples of each tensor, without the unused places."""
+    parts = []
+    for row, size in enumerate(sizes):
+        places = sample_places(size)
+        index = values[f"{prefix}_idx"][row]
+        assert np.array_equal(index[: len(places)], places) and (index[len(places) :] == -1).all()
+        parts.append(values[f"{prefix}_val"][row, : len(places)])
+    return parts
+
+
+def batch_norm_parts(values, meta, name):
+    return [values[name][n["offset"] : n["offset"] + n["numel"]] for n in meta["bn"]]
+
+
+def check_running_statistics(values, meta):
+    for name, scale, base, shift in (("bn_mean_before", 0.1, 0, 13), ("bn_var_before", 0.5, 1, 29)):
+        for number, part in enumerate(batch_norm_parts(values, meta, name)):
+            filled = base + scale * h(np.arange(part.size) + 977 * number + shift)
+            assert np.array_equal(part, filled.astype(np.float32))
+
+
+def network(folder, name):
+    """(facts, arrays) of a network."""
+    meta = json.loads((folder / name / "meta.json").read_text())
+    values = arrays(folder / name / "data.npz.xz")
+    check_running_statistics(values, meta)
+    sizes = [p["numel"] for p in meta["params"]]
+    kept = {key: values[key] for key in ("logits_train", "logits_eval")}
+    kept |= {f"grad_{key}": values[f"grad_{key}"] for key in SUMMARY}
+    parts = samples(values, "grad", sizes)
+    if "grad_small" in values:
+        small = [size for size in sizes if size <= FULL]
+        whole = np.split(values["grad_small"], np.cumsum(small)[:-1])
+        sampled = [p for p, size in zip(parts, sizes, strict=True) if size <= FULL]
+        assert all(np.array_equal(w[sample_places(w.size)], s) for w, s in zip(whole, sampled, strict=True))
+        kept["grad_small"] = values["grad_small"]
+        parts = [p for p, size in zip(parts, sizes, strict=True) if size > FULL]
+        kept |= {key: values[key] for key in ("bn_mean_after", "bn_var_after")}
+    else:
+        parts = [p[::4] for p in parts]
+        for key in ("bn_mean_after", "bn_var_after"):
+            modules = batch_norm_parts(values, meta, key)
+            kept[f"{key}_norm"] = np.array([np.linalg.norm(m) for m in modules])
+            kept[f"{key}_proj"] = np.array([m @ h(np.arange(m.size)) for m in modules])
+            kept[f"{key}_val"] = np.concatenate([m[:4] for m in modules])
+    kept["grad_val"] = np.concatenate(parts)
+    facts = {key: meta[key] for key in ("options", "input", "labels_1based", "loss_train", "n_classes")}
+    return facts | {"parameter_shapes": [p["shape"] for p in meta["params"]]}, kept
+
+
+def trajectory(folder):
+    meta = json.loads((folder / "meta.json").read_text())
+    values = arrays(folder / "data.npz.xz")
+    sizes = [p["numel"] for p in meta["params"]]
+    kept = {key: values[key] for key in values.files if not key.startswith("final")}
+    for group in ("final_params", "final_dfdx"):
+        kept |= {f"{group}_{key}": values[f"{group}_{key}"] for key in SUMMARY}
+        kept[f"{group}_val"] = np.concatenate(samples(values, group, sizes))
+    keys = ("options", "batch_shape", "train_batches", "eval_batch", "epochs")
+    return {key: meta[key] for key in keys}, kept
+
+
+def cifar_transforms(folder):
+    meta = json.loads((folder / "meta.json").read_text())
+    kept = {}
+    for name in meta["cifar"]:
+        values = arrays(folder / f"{name}.npz.xz")
+        kept |= {f"{name}_{key}": values[key] for key in ("train", "val")}
+    return meta["cifar"], kept
+
+
+def compact(value):
+    return json.dumps(value, separators=(",", ":")) + "\n"
+
+
+def main(source, output):
+    facts = {"models": {}}
+    for folder in sorted(p for p in (source / "models").iterdir() if p.is_dir()):
+        facts["models"][folder.name], kept = network(source / "models", folder.name)
+        np.savez_compressed(output / f"{folder.name}.npz", **kept)
+    facts["trajectory"], kept = trajectory(source / "trajectory")
+    np.savez_compressed(output / "trajectory.npz", **kept)
+    facts["cifar"], kept = cifar_transforms(source / "transforms")
+    np.savez_compressed(output / "cifar_transforms.npz", **kept)
+    (output / "oracle.json").write_text(compact(facts))
+    for name in ("learning_rate.json", "compute_score.json"):
+        (output / name).write_text(compact(json.loads((source / name).read_text())))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (2, 3):
+        sys.exit(__doc__)
+    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) == 3 else HERE)

@@ -1,0 +1,304 @@
+"""One optimiser step against plain PyTorch, and what a run leaves behind, as a user sees it."""
+
+import copy
+import json
+import math
+import os
+import pty
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from resnext.config import parse_config
+from resnext.state import checkpoint_content, load_evaluated, prepare, restore
+from resnext.trainer import part_sizes, train_step
+
+ROOT = Path(__file__).resolve().parent.parent
+CLASSES = tuple("0123456789")
+SMALL = [
+    "model.stem=cifar",
+    "model.depth=11",
+    "model.cardinality=2",
+    "model.base_width=4",
+    "data.dataset=glyphs",
+    "data.image_size=8",
+    "train.batch_size=16",
+]
+RUN = [*SMALL, "data.train_images=100", "data.val_images=37", "train.epochs=2", "run.log_interval=3"]
+
+
+def training_of(*overrides: str):
+    config = parse_config("", "test", [*SMALL, *overrides])
+    training = prepare(config, CLASSES, torch.device("cpu"), {})
+    training.model.train()
+    return training
+
+
+def batch(size: int = 16):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(size, 3, 8, 8, generator=generator), torch.arange(size) % 10
+
+
+def reference_step(model, images, labels, rate, clip=None, momentum=0.9, decay=1e-4):
+    """The first Nesterov step of optim.sgd, written out: w ← w - lr·(g + wd·w + m·v), v = g + wd·w."""
+    F.cross_entropy(model(images).float(), labels).backward()
+    gradients = [p.grad for p in model.parameters()]
+    norm = torch.sqrt(sum((g.double() ** 2).sum() for g in gradients))
+    factor = 1.0 if clip is None or norm <= clip else clip / (norm + 1e-6)
+    with torch.no_grad():
+        for p, g in zip(model.parameters(), gradients, strict=True):
+            d = g * factor + decay * p
+            p -= rate * (d + momentum * d)
+
+
+def assert_close(model, reference, tolerance=1e-6):
+    for (name, a), b in zip(model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "clip"),
+    [
+        ((), None),
+        (("train.channels_last=false",), None),
+        (("train.activation_checkpointing=true",), None),
+        (("train.clip_grad_norm=0.5",), 0.5),
+        (("train.clip_grad_norm=1e6",), 1e6),
+    ],
+)
+def test_a_step_is_the_written_out_one(overrides, clip):
+    training = training_of(*overrides)
+    reference = copy.deepcopy(training.model)
+    images, labels = batch()
+    train_step(training, images, labels, 0.1)
+    reference_step(reference, images, labels, 0.1, clip)
+    assert_close(training.model, reference)
+    for (name, a), b in zip(training.model.named_buffers(), reference.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_makes_one_step_near_the_exact_one(precision):
+    training = training_of(f"train.precision={precision}")
+    before = [p.detach().clone() for p in training.model.parameters()]
+    reference = copy.deepcopy(training.model)
+    images, labels = batch()
+    train_step(training, images, labels, 0.1)
+    reference_step(reference, images, labels, 0.1)
+    moved = [p.detach() - b for p, b in zip(training.model.parameters(), before, strict=True)]
+    expected = [p.detach() - b for p, b in zip(reference.parameters(), before, strict=True)]
+    flat, flat_expected = (torch.cat([t.flatten() for t in ts]) for ts in (moved, expected))
+    assert 0.9 < flat.norm() / flat_expected.norm() < 1.1, "a doubled or unscaled step would be far off"
+    assert F.cosine_similarity(flat, flat_expected, 0) > 0.98
+    assert all(p.dtype == torch.float32 for p in training.model.parameters())
+
+
+def test_an_overflowing_gradient_skips_the_step_and_lowers_the_scale():
+    training = training_of("train.precision=fp16")
+    training.scaler.load_state_dict(training.scaler.state_dict() | {"scale": 2.0**60})
+    before = [p.detach().clone() for p in training.model.parameters()]
+    train_step(training, *batch(), 0.1)
+    assert all(torch.equal(p, b) for p, b in zip(training.model.parameters(), before, strict=True))
+    assert training.scaler.get_scale() == 2.0**59
+
+
+def test_the_average_is_the_written_out_one():
+    training = training_of("train.ema_decay=0.75")
+    expected = None
+    for _ in range(3):
+        train_step(training, *batch(), 0.1)
+        now = [t.detach().clone() for t in training.model.state_dict().values() if t.is_floating_point()]
+        expected = (
+            now if expected is None else [0.75 * e + 0.25 * n for e, n in zip(expected, now, strict=True)]
+        )
+    got = [t for t in training.ema.module.state_dict().values() if t.is_floating_point()]
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_parts_of_an_accumulated_batch_end_where_groups_do():
+    config = parse_config("", "t", ["train.batch_size=64", "train.accumulation_steps=4", "train.bn_group=8"])
+    assert part_sizes(64, config.train) == [16, 16, 16, 16]
+    assert part_sizes(51, config.train) == [14, 13, 12, 12]  # slices 7 7 7 6 6 6 6 6
+    assert part_sizes(3, config.train) == [2, 1]
+
+
+def test_a_step_reports_the_mean_loss_and_the_hits():
+    training = training_of("train.accumulation_steps=2", "train.bn_group=4")
+    images, labels = batch()
+    model = copy.deepcopy(training.model)
+    loss, top1, top5 = train_step(training, images, labels, 0.1).tolist()
+    with torch.no_grad():
+        output = torch.cat([model(images[:8]), model(images[8:])])
+    order = output.argsort(1, descending=True)
+    assert loss == pytest.approx(F.cross_entropy(output, labels).item(), rel=1e-5)
+    assert top1 == (order[:, 0] == labels).sum() and top5 == (order[:, :5] == labels[:, None]).sum()
+
+
+def test_restored_state_goes_on_identically():
+    training = training_of("train.ema_decay=0.9", "train.precision=fp16")
+    for _ in range(2):
+        train_step(training, *batch(), 0.1)
+    content = checkpoint_content(training)
+    other = training_of("train.ema_decay=0.9", "train.precision=fp16", "run.seed=5")
+    restore(other, copy.deepcopy(content), Path("x"))
+    for t in (training, other):
+        train_step(t, *batch(), 0.05)
+    for a, b in zip(training.model.state_dict().values(), other.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert other.scaler.state_dict() == training.scaler.state_dict()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", [(), ("train.accumulation_steps=2", "train.bn_group=4")])
+def test_a_compiled_step_is_the_same_to_rounding(extra):
+    plain, compiled = training_of(*extra), training_of("train.compile=true", *extra)
+    for _ in range(2):
+        results = [train_step(t, *batch(), 0.01) for t in (plain, compiled)]
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+    assert_close(compiled.model, plain.model, 1e-3)
+    assert list(checkpoint_content(compiled)["model"]) == list(checkpoint_content(plain)["model"])
+
+
+# ---------------------------------------------------------------------------- whole runs
+
+
+def python(*arguments: str, status: int = 0) -> subprocess.CompletedProcess:
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "small"
+    done = python("train.py", "--config", "demo.yaml", "--output", str(folder), *RUN, "train.ema_decay=0.5")
+    return folder, done.stdout
+
+
+def read_rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_directory_holds_what_the_readme_says(finished_run):
+    folder, _ = finished_run
+    names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.parent.name != "tensorboard"}
+    assert names == {
+        *("config.yaml", "metrics.jsonl", "log.txt", "tensorboard", "checkpoints"),
+        *("checkpoints/last.pt", "checkpoints/previous.pt", "checkpoints/best.pt"),
+    }
+    header = (folder / "config.yaml").read_text().split("model:")[0]
+    assert all(f"# {name}: " in header for name in ("torch", "commit", "device", "data", "started"))
+    steps = [r for r in read_rows(folder) if r["kind"] == "step"]
+    assert [(r["epoch"], r["step"]) for r in steps] == [(1, 3), (1, 6), (1, 7), (2, 3), (2, 6), (2, 7)]
+    assert [r["images"] for r in steps] == [48, 48, 4] * 2
+    epochs = [r for r in read_rows(folder) if r["kind"] == "epoch"]
+    assert [r["train"]["images"] for r in epochs] == [100, 100]
+    assert [r["val"]["images"] for r in epochs] == [37, 37]
+
+
+def test_a_pipe_gets_plain_lines(finished_run):
+    _, output = finished_run
+    assert "\r" not in output and "\x1b" not in output
+    assert "epoch 1/2  step 3/7  time " in output and "img/s" in output
+    assert "finished: 2 epochs" in output and "next: python evaluate.py" in output
+
+
+def test_a_terminal_gets_a_bar(tmp_path):
+    master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (24, 100))
+    command = [sys.executable, "train.py", "--config", "demo.yaml", "--output", str(tmp_path / "r"), *RUN]
+    process = subprocess.Popen(command, stdout=slave, stderr=slave, cwd=ROOT)
+    os.close(slave)
+    output = b""
+    while True:
+        try:
+            chunk = os.read(master, 65536)
+        except OSError:  # the other side has closed
+            break
+        if not chunk:
+            break
+        output += chunk
+    assert process.wait(timeout=60) == 0
+    assert b"epoch 1/2:" in output and b"\r" in output
+
+
+def test_evaluate_prints_the_integers_of_the_log(finished_run, tmp_path):
+    folder, _ = finished_run
+    done = python("evaluate.py", str(folder), "--json", str(tmp_path / "result.json"))
+    result = json.loads((tmp_path / "result.json").read_text())
+    content = torch.load(folder / "checkpoints" / "best.pt", weights_only=True)
+    best = content["progress"]["best"]
+    assert f"({best['top1_errors']}/37)" in done.stdout and f"({best['top5_errors']}/37)" in done.stdout
+    assert "averaged weights" in done.stdout
+    assert {k: result[k] for k in ("images", "top1_errors", "top5_errors")} == {
+        k: best[k] for k in ("images", "top1_errors", "top5_errors")
+    }
+    epochs = [r for r in read_rows(folder) if r["kind"] == "epoch"]
+    assert best["top1_error"] == min(r["val"]["top1_error"] for r in epochs)
+
+
+def test_evaluation_does_not_depend_on_the_batch_size(finished_run):
+    folder, _ = finished_run
+    lines = [
+        python("evaluate.py", str(folder), "--precision", "fp32", "--batch-size", size).stdout.splitlines()[1]
+        for size in ("1", "37")
+    ]
+    assert lines[0].split("loss")[0] == lines[1].split("loss")[0]
+
+
+def test_the_evaluated_weights_are_the_average(finished_run):
+    folder, _ = finished_run
+    model, _, content = load_evaluated(folder / "checkpoints" / "last.pt")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, content["ema"][f"module.{name}"])
+    assert not torch.equal(model.fc.weight, content["model"]["fc.weight"])
+
+
+def test_tensorboard_has_each_step_once_after_a_resume(finished_run, tmp_path):
+    folder = tmp_path / "board"
+    arguments = ["train.py", "--config", "demo.yaml", "--output", str(folder), *RUN]
+    python(*arguments)
+    python(*arguments, "--resume", "train.epochs=3")
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("train/loss")] == [3, 6, 7, 10, 13, 14, 17, 20, 21]
+    assert [e.step for e in events.Scalars("epoch/val_top1_error")] == [7, 14, 21]
+    losses = [r["loss"] for r in read_rows(folder) if r["kind"] == "step"]
+    assert [e.value for e in events.Scalars("train/loss")] == pytest.approx(losses, rel=1e-6)
+
+
+def test_a_non_finite_loss_stops_the_run_before_anything_is_saved(tmp_path):
+    folder = tmp_path / "diverging"
+    arguments = ["train.py", "--config", "demo.yaml", "--output", str(folder), *RUN]
+    python(*arguments, "schedule.warmup_epochs=0", "schedule.name=multistep", "schedule.milestones=[9]")
+    before = (folder / "checkpoints" / "last.pt").read_bytes()
+    done = python(
+        *("train.py", "--resume", str(folder), "train.epochs=9", "optimizer.lr=1e30"),
+        status=2,
+    )
+    assert "the loss is nan at epoch 3, step " in done.stderr
+    assert f"last good checkpoint is {folder}/checkpoints/last.pt" in done.stderr
+    assert "lower optimizer.lr" in done.stderr
+    assert (folder / "checkpoints" / "last.pt").read_bytes() == before
+    assert all(math.isfinite(r["loss"]) for r in read_rows(folder) if r["kind"] == "step")
+
+
+def test_a_run_can_branch_off_a_kept_checkpoint(tmp_path):
+    trunk, branch = tmp_path / "trunk", tmp_path / "branch"
+    python("train.py", "--config", "demo.yaml", "--output", str(trunk), *RUN, "run.keep_every=1")
+    kept = trunk / "checkpoints" / "epoch_001.pt"
+    done = python("train.py", "--resume", str(kept), status=2)
+    assert "--output" in done.stderr
+    python("train.py", "--resume", str(kept), "--output", str(branch))
+    assert [(r["kind"], r["epoch"]) for r in read_rows(branch)][-1] == ("epoch", 2)
+    last = [torch.load(f / "checkpoints" / "last.pt", weights_only=True) for f in (trunk, branch)]
+    for name, value in last[0]["model"].items():
+        assert torch.equal(value, last[1]["model"][name])
