@@ -82,7 +82,7 @@ class Training:
         return autocast(self.device, self.config.train.precision)
 
     @property
-    def evaluated_model(self) -> Callable[[Tensor], Tensor]:
+    def evaluated_model(self) -> nn.Module:
         """What validation and best.pt speak of: the averaged weights where there are any."""
         return self.ema.module if self.ema else self.model
 

@@ -74,8 +74,10 @@ class Clock:
 
     def remaining(self, epochs_done: float, epochs: int) -> str:
         """Time to the end of the training, as text."""
-        pace = (time.perf_counter() - self.start) / (epochs_done - self.epochs_before)
-        return duration(pace * (epochs - epochs_done))
+        done = epochs_done - self.epochs_before
+        if not done:  # resumed just ahead of a validation
+            return "?"
+        return duration((time.perf_counter() - self.start) / done * (epochs - epochs_done))
 
 
 def train_epoch(

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from commands import call, draw_folders, message, run_script, snapshot, tiny, tiny_yaml
+from commands import call, draw_folders, message, run_script, snapshot, tiny_yaml
 from PIL import Image
 
 import evaluate
@@ -209,9 +209,9 @@ OVERRIDES = {
     "text for a number": ("optimizer.lr=fast", "optimizer.lr must be a number", "not 'fast'"),
     "two signs": ("train.epochs=3=4", "train.epochs must be an integer", "not '3=4'"),
     "unclosed list": ("model.stages=[1,2", "'model.stages=[1,2'", "not valid YAML"),
-    "bare list": ("model.stages=3,4,6,3", "model.stages must be a list such as"),
+    "bare list": ("model.stages=1,1,1", "model.stages must be a list such as"),
     "out of range": ("augment.mirror=2", "augment.mirror must be at most 1"),
-    "contradiction": ("train.bn_group=7", "train.bn_group: 7 does not divide"),
+    "contradiction": ("train.bn_group=7", "train.bn_group: 7 does not divide the 16 images"),
     "tag": ("train.epochs=!!python/name:os.abort 3", "train.epochs", "python/name"),
     "not UTF-8": ("data.dir=\udce9", "data.dir", "not valid YAML"),
 }
@@ -262,7 +262,8 @@ def test_option_of_the_original(option, section, tmp_path):
 @pytest.mark.parametrize("case", OVERRIDES)
 def test_bad_override(case, tmp_path):
     override, *fragments = OVERRIDES[case]
-    expect(refused(tmp_path, train.main, "--config", "demo.yaml", override), tuple(fragments))
+    (tmp_path / "tiny.yaml").write_text(tiny_yaml())
+    expect(refused(tmp_path, train.main, "--config", "tiny.yaml", override), tuple(fragments))
 
 
 # ---------------------------------------------------------------------------- command lines
@@ -458,13 +459,13 @@ def dangling_link(place):
     return place.on_pictures()
 
 
-@line(train.main, "data/train: 6 pictures", "GiB of memory", "lower data.image_size or data.train_images")
+@line(train.main, "data.image_size")
 def pictures_larger_than_memory(place):
     place.pictures()
     return place.on_pictures(data__image_size="1000000")
 
 
-@line(train.main, "data.train_images", "memory")
+@line(train.main, "data.train_images")
 def more_glyphs_than_memory(place):
     return place.train(data__train_images="10000000000000")
 
@@ -620,7 +621,7 @@ def resume_another_network(place):
     return ["--resume", "run", "model.cardinality=2"]
 
 
-@line(train.main, "model.stages: the checkpoint has (1, 1, 1)", "start another run")
+@line(train.main, "model.depth: the checkpoint has 11, the configuration 20", "start another run")
 def resume_with_the_config_of_another_network(place):
     place.run()
     return ["--config", place.train(model__depth="20")[1], "--output", "run", "--resume"]

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pty
+import signal
 import subprocess
 import sys
 import termios
@@ -15,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import train
 from resnext.config import parse_config
+from resnext.distributed import StopRequest
 from resnext.state import checkpoint_content, load_evaluated, prepare, restore
 from resnext.trainer import part_sizes, train_step
 
@@ -302,3 +305,26 @@ def test_a_run_can_branch_off_a_kept_checkpoint(tmp_path):
     last = [torch.load(f / "checkpoints" / "last.pt", weights_only=True) for f in (trunk, branch)]
     for name, value in last[0]["model"].items():
         assert torch.equal(value, last[1]["model"][name])
+
+
+def test_a_stop_during_validation_is_resumed_with_the_validation(finished_run, tmp_path, monkeypatch):
+    folder, _ = finished_run
+    calls = []
+
+    def stop_after_eight(request):
+        calls.append(1)
+        request.signal = signal.SIGTERM
+        return len(calls) == 8  # 7 steps, then a batch of the validation
+
+    arguments = ["--config", "demo.yaml", "--output", str(tmp_path / "r"), *RUN, "train.ema_decay=0.5"]
+    with monkeypatch.context() as patch:
+        patch.setattr(StopRequest, "__bool__", stop_after_eight)
+        patch.setattr(sys, "argv", ["train.py", *arguments])
+        train.main()
+    progress = torch.load(tmp_path / "r" / "checkpoints" / "last.pt", weights_only=True)["progress"]
+    assert (progress["epoch"], progress["step"], progress["last"]) == (1, 7, None)
+    assert len(read_rows(tmp_path / "r")) == 3
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments, "--resume"])
+    train.main()
+    without_time = [{k: v for k, v in row.items() if k != "time"} for row in read_rows(tmp_path / "r")]
+    assert without_time == [{k: v for k, v in row.items() if k != "time"} for row in read_rows(folder)]
