@@ -150,7 +150,7 @@ def run(config: Config, output: Path, source: Path | None) -> None:
     from resnext.checkpoint import check_resume, read_latest
     from resnext.distributed import StopRequest, choose_device, set_numerics
     from resnext.reporting import Reporter, environment
-    from resnext.state import prepare, restore
+    from resnext.state import check_network, prepare, restore
     from resnext.trainer import summary, train
 
     device = choose_device(config.run.device)
@@ -160,6 +160,7 @@ def run(config: Config, output: Path, source: Path | None) -> None:
     if content:
         before = parse_config(content["config"], str(source))
         warnings += check_resume(before, config, content["progress"]["step"])
+        check_network(config, content, source)
     train_set = load_set(config.data, "train")
     check_classes(config.model.classes, train_set)
     val_set = load_set(config.data, "val")

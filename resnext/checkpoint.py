@@ -80,7 +80,7 @@ def _tensor_bytes(content: Any) -> int:
         return content.nbytes
     if isinstance(content, dict):
         return sum(map(_tensor_bytes, content.values()))
-    return 0
+    return sum(map(_tensor_bytes, content)) if isinstance(content, list | tuple) else 0
 
 
 def _put(source: Path, target: Path) -> None:
@@ -155,6 +155,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     for key, kind in KEYS.items():
         if not isinstance(content.get(key), kind):
             raise UserError(f"{path}: incomplete, {key} is missing; use another checkpoint")
+    if not content["classes"] or not all(isinstance(name, str) for name in content["classes"]):
+        raise UserError(f"{path}: damaged, its classes are no names; use another checkpoint")
+    if _tensor_bytes(content) > path.stat().st_size:  # a few numbers expanded to any shape
+        raise UserError(f"{path}: its tensors are larger than the file; use another checkpoint")
     return content
 
 
@@ -180,20 +184,19 @@ def _verify_archive(path: Path) -> None:
         raise UserError(f"{path}: damaged (checksum of {broken}); use another checkpoint")
 
 
-def load_state(module: torch.nn.Module, state: dict[str, Any], path: Path | str) -> None:
-    """Strictly load a state_dict; a UserError names the first key that does not fit."""
+def check_state(module: torch.nn.Module, state: dict[str, Any], path: Path | str) -> None:
+    """A UserError that names the first key of a state_dict that does not fit a module."""
     own = module.state_dict()
-    for key in own.keys() | state.keys():
+    for key in [*own, *state]:
         if key not in state:
             raise UserError(f"{path}: has no {key}; it belongs to another architecture")
         if key not in own:
             raise UserError(f"{path}: has {key}, which this network lacks; another architecture")
-        if own[key].shape != state[key].shape:
+        if not isinstance(state[key], torch.Tensor) or own[key].shape != state[key].shape:
             raise UserError(
-                f"{path}: {key} is {tuple(state[key].shape)}, this network's is "
+                f"{path}: {key} is {tuple(getattr(state[key], 'shape', ()))}, this network's is "
                 f"{tuple(own[key].shape)}; it belongs to another architecture"
             )
-    module.load_state_dict(state)
 
 
 # ---------------------------------------------------------------------------- resuming

@@ -44,10 +44,12 @@ class Model:
     )
     depth: int | None = _key(None, "layers: 50, 101, 152 (stem imagenet) or 9n+2 (stem cifar)", at_least=5)
     stages: tuple[int, ...] | None = _key(
-        None, "blocks in each stage, instead of depth: [3, 4, 6, 3]", at_least=1
+        None, "blocks in each stage, instead of depth: [3, 4, 6, 3]", at_least=1, at_most=1000
     )
-    cardinality: int | None = _key(None, "number of groups (paths) of a block", at_least=1)
-    base_width: int | None = _key(None, "width of a path in the first stage: 4 in '32x4d'", at_least=1)
+    cardinality: int | None = _key(None, "number of groups (paths) of a block", at_least=1, at_most=10_000)
+    base_width: int | None = _key(
+        None, "width of a path in the first stage: 4 in '32x4d'", at_least=1, at_most=10_000
+    )
     block: Literal["A", "B", "C"] = _key(
         "C", "form of the paper's Fig. 3; C, grouped convolution, is the fast one"
     )
@@ -56,7 +58,9 @@ class Model:
     )
     preactivation: bool = _key(False, "BN and ReLU ahead of the convolutions (the paper's CIFAR runs)")
     zero_gamma: bool = _key(False, "start the last BN of each block at 0 (not in the original)")
-    classes: int | None = _key(None, "number of classes; null: what the data has", at_least=1)
+    classes: int | None = _key(
+        None, "number of classes; null: what the data has", at_least=1, at_most=10_000_000
+    )
 
 
 @dataclass(frozen=True)
@@ -232,13 +236,13 @@ def read_config(path: Path | None, overrides: list[str] | tuple[str, ...] = ()) 
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
         except UnicodeDecodeError:
             raise UserError(f"{path}: not a YAML text file; give a configuration") from None
-        if len(raw) > MAX_CONFIG_BYTES:
-            raise UserError(f"{path}: over 1 MB, not a configuration; give a YAML file")
     return parse_config(text, str(path), overrides)
 
 
 def parse_config(text: str, source: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Like read_config, from YAML text; `source` names it in errors."""
+    if len(text) > MAX_CONFIG_BYTES:
+        raise UserError(f"{source}: over 1 MB, not a configuration; give a YAML file")
     given: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for section, key, value in _read_sections(compose(text, source), source):
         given[section][key] = value

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .batchnorm import use_group_batchnorm
-from .checkpoint import load_state, read_checkpoint
+from .checkpoint import check_state, read_checkpoint
 from .config import Config, parse_config, to_yaml
 from .errors import UserError
 from .model import build_model
@@ -146,6 +146,12 @@ def prepare(
     )
 
 
+def check_network(config: Config, content: dict[str, Any], path: Path) -> None:
+    """A UserError where a checkpoint's weights are not those of the configured network; costs no memory."""
+    with torch.device("meta"):
+        check_state(build_model(config.model, len(content["classes"])), content["model"], path)
+
+
 def restore(training: Training, content: dict[str, Any], path: Path) -> None:
     """Bring a fresh Training to the state of a checkpoint (see checkpoint.read_checkpoint)."""
     if tuple(content["classes"]) != training.classes:
@@ -153,10 +159,15 @@ def restore(training: Training, content: dict[str, Any], path: Path) -> None:
             f"{path}: was trained on other classes ({len(content['classes'])} of them) than the "
             f"data has ({len(training.classes)}); give the data of the run with --data"
         )
-    load_state(training.model, content["model"], path)
+    check_state(training.model, content["model"], path)
+    training.model.load_state_dict(content["model"])
     if training.ema:
-        load_state(training.ema, content["ema"], path)
+        check_state(training.ema, content["ema"], path)
+        training.ema.load_state_dict(content["ema"])
     training.optimizer.load_state_dict(content["optimizer"])
+    for parameter, state in training.optimizer.state.items():
+        if state["momentum_buffer"] is not None and state["momentum_buffer"].shape != parameter.shape:
+            raise UserError(f"{path}: damaged, the momentum does not fit the weights; use another checkpoint")
     config = training.config.optimizer
     for group in training.optimizer.param_groups:  # the configuration wins, as it was logged
         group["momentum"], group["nesterov"] = config.momentum, config.nesterov
@@ -198,10 +209,12 @@ def load_evaluated(path: Path) -> tuple[nn.Module, Config, dict[str, Any]]:
     """(network, configuration, content) of a checkpoint, with the weights that validation speaks of."""
     content = read_checkpoint(path)
     config = parse_config(content["config"], str(path))
-    model = build_model(config.model, len(content["classes"]))
     state = content["model"]
     if content["ema"]:
         prefix = "module."
         state = {k.removeprefix(prefix): v for k, v in content["ema"].items() if k.startswith(prefix)}
-    load_state(model, state, path)
+    with torch.device("meta"):  # no memory before the shapes are known to be the file's
+        model = build_model(config.model, len(content["classes"]))
+    check_state(model, state, path)
+    model.load_state_dict(state, assign=True)
     return model, config, content

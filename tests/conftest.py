@@ -1,5 +1,6 @@
 """Runs that many tests start from, made once."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,9 @@ import pytest
 from commands import call, draw_folders, tiny
 
 import train
+
+# The networks are tiny: on busy cores, threads that wait for each other take a hundred times longer.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)

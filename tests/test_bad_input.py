@@ -89,12 +89,13 @@ CONFIGS = {
     "merge key": ("train: &t {epochs: 3}\nrun: {<<: *t}", "line 2", "unknown key run.<<"),
     "alias of itself": ("model: &m {stages: *m}", "model.stages", "a list such as", "not a mapping"),
     "list in itself": ("model: {stages: &s [1, *s]}", "model.stages", "an integer", "not a list"),
-    "python call as a section": ("train: !!python/object/apply:os.mkdir [pwned]", "train is a section"),
-    "python object as a section": ("train: !!python/object:os.x {epochs: 3}", "train", "python/object"),
-    "python call as a value": ("train: {epochs: !!python/object/apply:os.abort 3}", "train.epochs", "python"),
-    "python name as the file": ("!!python/object:os.x {}", "python/object"),
-    "python tuple": ("model: {stages: !!python/tuple [3, 4, 6, 3]}", "model.stages", "python/tuple"),
-    "own tag": ("train: {epochs: !mine 3}", "train.epochs", "tagged !mine"),
+    "python call as a section": ("train: !!python/object/apply:os.mkdir [pwned]", "python/object"),
+    "python object as a section": ("train: !!python/object:os.x {epochs: 3}", "python/object"),
+    "python call as a value": ("train: {epochs: !!python/object/apply:os.abort 3}", "python/object"),
+    "python call as a key": ("train: {!!python/name:os.abort epochs: 3}", "python/name"),
+    "python object as the file": ("!!python/object:os.x {}", "python/object"),
+    "python tuple": ("model: {stages: !!python/tuple [3, 4, 6, 3]}", "python/tuple"),
+    "own tag": ("train: {epochs: !mine 3}", "line 1", "!mine"),
     "two documents": ("train: {epochs: 3}\n---\nmodel: {}\n", "line 2", "not valid YAML", "document"),
     "YAML 3": ("%YAML 3.0\n---\ntrain: {}", "line 1", "not valid YAML"),
     "deep lists": ("[" * 100_000, "nested too deeply"),
@@ -212,7 +213,7 @@ OVERRIDES = {
     "bare list": ("model.stages=1,1,1", "model.stages must be a list such as"),
     "out of range": ("augment.mirror=2", "augment.mirror must be at most 1"),
     "contradiction": ("train.bn_group=7", "train.bn_group: 7 does not divide the 16 images"),
-    "tag": ("train.epochs=!!python/name:os.abort 3", "train.epochs", "python/name"),
+    "tag": ("train.epochs=!!python/name:os.abort 3", "train.epochs=", "python/name"),
     "not UTF-8": ("data.dir=\udce9", "data.dir", "not valid YAML"),
 }
 
@@ -511,8 +512,18 @@ def cifar_folder_is_a_file(place):
 
 
 @line(train.main, "model.cardinality")
-def endless_network(place):
+def endless_cardinality(place):
     return place.train(model__cardinality="1" + "0" * 30)
+
+
+@line(train.main, "model.base_width")
+def endless_width(place):
+    return place.train(model__base_width="1000000")
+
+
+@line(train.main, "model.stages")
+def very_deep_network(place):
+    return place.train(model__depth=None, model__stages="[1, 1, 3000]")
 
 
 @line(train.main, "optimizer.lr")

@@ -426,9 +426,10 @@ def test_overrides_between_options(tmp_path):
 # ---------------------------------------------------------------------------- command lines
 
 TORCH_FREE = """
-import contextlib, io, json, runpy, sys
+import contextlib, io, json, os, runpy, sys
 
 script, *command_lines = json.loads(sys.argv[1])
+sys.path[0] = os.path.dirname(script)
 for arguments in command_lines:
     sys.argv = [script, *arguments]
     try:

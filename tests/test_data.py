@@ -1,0 +1,673 @@
+"""Data sets: what is read is what is in the files, and what cannot be read is refused with its name."""
+
+import hashlib
+import http.server
+import io
+import os
+import pickle
+import shutil
+import tarfile
+import threading
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import draw_folders, snapshot
+from PIL import Image
+from torchvision import datasets
+
+import data.folder
+from data import glyphs
+from data.decode import decode
+from data.folder import fit, read_set
+from data.sets import ImageSet, check_classes, even_indices, load_set, take_evenly
+from resnext.config import Data, parse_config
+from resnext.errors import UserError
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+# ---------------------------------------------------------------------------- glyphs
+
+
+@pytest.fixture(scope="module")
+def small_glyphs() -> dict[str, ImageSet]:
+    return {split: glyphs.draw_set(split, 600, 20) for split in ("train", "val")}
+
+
+def test_glyphs_by_default():
+    config = parse_config("data: {dataset: glyphs, train_images: 50}", "text").data
+    assert config.image_size == 20
+    assert len(load_set(config, "train")) == 50
+    drawn = load_set(config, "val")
+    assert drawn.images.shape == (1000, 20, 20, 3)
+    assert (drawn.images.dtype, drawn.labels.dtype) == (np.uint8, np.int64)
+    assert drawn.classes == tuple("0123456789")
+    assert glyphs.SIZES == {"train": 5000, "val": 1000}
+    digest = hashlib.sha256(drawn.labels.astype("<i8").tobytes()).hexdigest()
+    assert digest == "abbc512c3acb0f8cbfb5028feee89e6acb003603ae14addba0cb44cb6273784f"
+
+
+def test_glyphs_are_the_same_each_time(small_glyphs):
+    for split, drawn in small_glyphs.items():
+        again = glyphs.draw_set(split, 600, 20)
+        assert np.array_equal(again.images, drawn.images)
+        assert np.array_equal(again.labels, drawn.labels)
+        assert again.fingerprint() == drawn.fingerprint()
+
+
+def test_fewer_glyphs_are_the_first_ones(small_glyphs):
+    for split, drawn in small_glyphs.items():
+        assert np.array_equal(glyphs.draw_set(split, 70, 20).images, drawn.images[:70])
+
+
+def test_glyphs_differ(small_glyphs):
+    """No picture occurs twice, neither in a split nor in both."""
+    pictures = np.concatenate([drawn.images for drawn in small_glyphs.values()]).reshape(1200, -1)
+    assert len(np.unique(pictures, axis=0)) == 1200
+    assert small_glyphs["train"].fingerprint() != small_glyphs["val"].fingerprint()
+    for drawn in small_glyphs.values():
+        assert np.array_equal(np.bincount(drawn.labels), [60] * 10)
+
+
+@pytest.mark.parametrize("size", [8, 20, 33])
+def test_glyphs_of_other_sizes(size):
+    drawn = glyphs.draw_set("train", 20, size)
+    assert drawn.images.shape == (20, size, size, 3)
+    assert drawn.images.std(axis=(1, 2, 3)).min() > 10, "there is something to see"
+
+
+def test_no_linear_model_does_well_on_glyphs():
+    """Ridge regression on the pixels, the best of several penalties, stays above 50 % error."""
+    train, val = glyphs.draw_set("train", 3000, 20), glyphs.draw_set("val", 500, 20)
+
+    def features(drawn: ImageSet) -> np.ndarray:
+        pixels = drawn.images.reshape(len(drawn), -1).astype(np.float64) / 128 - 1
+        return np.hstack([pixels, np.ones((len(drawn), 1))])
+
+    x, targets = features(train), np.eye(10)[train.labels]
+    errors = []
+    for penalty in (1e1, 1e2, 1e3, 1e4):
+        weights = np.linalg.solve(x.T @ x + penalty * np.eye(x.shape[1]), x.T @ targets)
+        errors.append(np.mean((features(val) @ weights).argmax(1) != val.labels))
+    assert min(errors) > 0.5
+
+
+# ---------------------------------------------------------------------------- decoding
+
+
+def test_rgb():
+    pixels = noise(7, 5, 3)
+    for kind in ("PNG", "BMP", "PPM"):
+        decoded = decode(encoded(Image.fromarray(pixels), kind), "x")
+        assert (decoded.dtype, decoded.shape) == (np.uint8, (7, 5, 3))
+        assert np.array_equal(decoded, pixels)
+
+
+def test_gray():
+    pixels = noise(7, 5)
+    decoded = decode(encoded(Image.fromarray(pixels), "PNG"), "x")
+    assert np.array_equal(decoded, np.stack([pixels] * 3, 2))
+    jpeg = decode(encoded(Image.fromarray(pixels), "JPEG", quality=100), "x")
+    assert jpeg.shape == (7, 5, 3)
+    assert np.array_equal(jpeg[:, :, 0], jpeg[:, :, 2])
+
+
+def test_black_and_white():
+    pixels = noise(7, 5) > 127
+    decoded = decode(encoded(Image.fromarray(pixels), "PNG"), "x")
+    assert np.array_equal(decoded, np.stack([pixels * np.uint8(255)] * 3, 2))
+
+
+@pytest.mark.parametrize("transparent", [None, 2], ids=["opaque", "transparent"])
+def test_palette(transparent):
+    colours, indices = noise(4, 3), noise(7, 5) % 4
+    image = Image.fromarray(indices, "P")
+    image.putpalette(colours.tobytes())
+    options = {} if transparent is None else {"transparency": transparent}
+    for kind in ("PNG", "GIF"):
+        decoded = decode(encoded(image, kind, **options), "x")
+        assert np.array_equal(decoded, colours[indices]), kind
+
+
+def test_alpha_is_dropped_not_blended():
+    pixels = noise(7, 5, 4)
+    decoded = decode(encoded(Image.fromarray(pixels), "PNG"), "x")
+    assert np.array_equal(decoded, pixels[:, :, :3])
+
+
+def test_gray_with_alpha():
+    pixels = noise(7, 5, 2)
+    decoded = decode(encoded(Image.fromarray(pixels, "LA"), "PNG"), "x")
+    assert np.array_equal(decoded, np.repeat(pixels[:, :, :1], 3, 2))
+
+
+def test_rgb_with_a_transparent_colour():
+    pixels = noise(7, 5, 3)
+    content = encoded(Image.fromarray(pixels), "PNG", transparency=tuple(map(int, pixels[0, 0])))
+    assert np.array_equal(decode(content, "x"), pixels)
+
+
+def test_gray_of_16_bits():
+    pixels = np.array([[0, 128, 129, 257, 256 * 100], [1000, 30000, 40000, 65407, 65535]], np.uint16)
+    decoded = decode(encoded(Image.fromarray(pixels), "PNG"), "x")
+    assert decoded.shape == (2, 5, 3)
+    assert np.array_equal(decoded[:, :, 1], np.round(pixels / 257).astype(np.uint8))
+    assert decoded.min() == 0
+    assert decoded.max() == 255
+
+
+def test_more_than_16_bits_are_refused():
+    pixels = np.array([[0, 1 << 20]], np.int32)
+    with pytest.raises(UserError, match=r"deep\.png: more than 16 bits a pixel; convert it"):
+        decode(encoded(Image.fromarray(pixels), "TIFF"), "deep.png")
+
+
+def test_cmyk():
+    """Four solid colours, as Pillow's own conversion has them."""
+    colours = {(0, 0, 0, 0): (255, 255, 255), (255, 0, 0, 0): (0, 255, 255), (0, 0, 0, 255): (0, 0, 0)}
+    for ink, expected in colours.items():
+        image = Image.new("CMYK", (16, 16), ink)
+        decoded = decode(encoded(image, "JPEG", quality=100), "x")
+        assert decoded.shape == (16, 16, 3)
+        assert np.abs(decoded.astype(int) - expected).max() <= 3
+
+
+def test_format_is_found_by_content(tmp_path):
+    root = draw_folders(tmp_path / "data", {"cat": 1, "dog": 1})
+    pixels = noise(8, 8, 3, seed=5)
+    (root / "train" / "cat" / "0.png").unlink()
+    Image.fromarray(pixels).save(root / "train" / "cat" / "0.JPEG", "PNG")
+    assert np.array_equal(read_set(str(root), "train", 8, None).images[0], pixels)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_ignored(orientation):
+    pixels = np.zeros((16, 32, 3), np.uint8)
+    pixels[:, :16] = (250, 10, 10)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    decoded = decode(encoded(Image.fromarray(pixels), "JPEG", quality=95, exif=exif), "x")
+    assert decoded.shape == (16, 32, 3)
+    assert decoded[:, 4, 0].min() > 230
+    assert decoded[:, 28, 0].max() < 20
+
+
+def test_jpeg_is_decoded_at_full_size():
+    image = Image.fromarray(noise(6, 8, 3)).resize((800, 600))
+    content = encoded(image, "JPEG", quality=95)
+    assert np.array_equal(decode(content, "x"), np.asarray(Image.open(io.BytesIO(content)).convert("RGB")))
+
+
+def test_truncated_anywhere():
+    content = encoded(Image.fromarray(noise(40, 40, 3)), "JPEG")
+    for length in range(0, len(content) - 20, 7):
+        with pytest.raises(UserError, match=r"a/b\.jpg: cannot be decoded .*; replace or remove"):
+            decode(content[:length], "a/b.jpg")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "GIF", "PPM"])
+def test_damaged_anywhere(kind):
+    """A UserError or a picture; nothing else, whatever the decoder meets."""
+    content = encoded(Image.fromarray(noise(9, 9, 3)), kind)
+    draw = np.random.default_rng(3)
+    for _ in range(300):
+        damaged = bytearray(content)
+        damaged[draw.integers(len(content))] = draw.integers(256)
+        try:
+            assert decode(bytes(damaged), "a.png").ndim == 3
+        except UserError as error:
+            assert "a.png" in str(error)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0", b"GIF89a", b"\xff\xd8\xff", b"text\n" * 100, b"\x89PNG\r\n"])
+def test_no_picture(content):
+    with pytest.raises(UserError, match=r"a\.png: cannot be decoded"):
+        decode(content, "a.png")
+
+
+def test_picture_that_would_take_gigabytes(monkeypatch):
+    """Pillow's limit on the number of pixels is an error here, not a warning."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(UserError, match=r"big\.png: cannot be decoded"):
+        decode(encoded(Image.new("RGB", (50, 50)), "PNG"), "big.png")
+
+
+# ---------------------------------------------------------------------------- class folders
+
+
+def test_folders(tmp_path):
+    root = draw_folders(tmp_path / "data", {"dog": 2, "cat": 3, "Zebra": 1})
+    read = read_set(str(root), "train", 8, None)
+    assert read.classes == ("Zebra", "cat", "dog")
+    assert read.labels.tolist() == [0, 1, 1, 1, 2, 2]
+    assert (read.images.dtype, read.labels.dtype) == (np.uint8, np.int64)
+    for image, path in zip(
+        read.images, ["Zebra/0", "cat/0", "cat/1", "cat/2", "dog/0", "dog/1"], strict=True
+    ):
+        assert np.array_equal(image, np.asarray(Image.open(root / "train" / f"{path}.png")))
+    other = read_set(str(root), "val", 8, None)
+    assert other.labels.tolist() == read.labels.tolist()
+    assert other.fingerprint() != read.fingerprint()
+
+
+def test_folder_through_the_configuration(tmp_path):
+    root = draw_folders(tmp_path / "data", {"cat": 4, "dog": 4})
+    config = Data(dataset="folder", dir=str(root), image_size=8, train_images=2, val_images=4)
+    assert load_set(config, "train").labels.tolist() == [0, 1]
+    assert load_set(config, "val").labels.tolist() == [0, 0, 1, 1]
+
+
+def test_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    draw_folders(tmp_path / "data", {"cat": 1, "dog": 1})
+    assert len(read_set("~/data", "train", 8, None)) == 2
+
+
+def test_extensions_nesting_and_other_files(tmp_path):
+    root = draw_folders(tmp_path / "data", {"cat": 0, "dog": 1})
+    cat = root / "train" / "cat"
+    (cat / "b" / "deep").mkdir(parents=True)
+    (cat / "a").mkdir()
+    image = Image.fromarray(noise(8, 8, 3))
+    for name in ("Z.JPG", "a/1.Jpeg", "b/deep/2.PNG", "b/1.bmp", "c.ppm", "dots.in.name.png", "ü ñ.png"):
+        image.save(cat / name)
+    for name in ("notes.txt", "png", ".DS_Store", "a/Thumbs.db", "b/x.png.part", "x.pngx"):
+        (cat / name).write_text("no picture")
+    (root / "train" / "list.txt").write_text("beside the class folders")
+    (root / "val" / "cat" / "0.png").write_bytes((root / "val" / "dog" / "0.png").read_bytes())
+    paths, labels = data.folder.list_files(root / "train", ("cat", "dog"))
+    below = [os.fsdecode(path) for path in paths]
+    assert below == [
+        "cat/Z.JPG",
+        "cat/a/1.Jpeg",
+        "cat/b/1.bmp",
+        "cat/b/deep/2.PNG",
+        "cat/c.ppm",
+        "cat/dots.in.name.png",
+        "cat/ü ñ.png",
+        "dog/0.png",
+    ]
+    assert labels.tolist() == [0] * 7 + [1]
+    assert len(read_set(str(root), "train", 8, None)) == 8
+
+
+def test_linked_class_folder(tmp_path):
+    root = draw_folders(tmp_path / "data", {"cat": 2, "dog": 2})
+    (root / "train" / "dog").rename(tmp_path / "elsewhere")
+    (root / "train" / "dog").symlink_to(tmp_path / "elsewhere")
+    assert read_set(str(root), "train", 8, None).labels.tolist() == [0, 0, 1, 1]
+
+
+def test_name_that_is_not_utf8(tmp_path):
+    root = draw_folders(tmp_path / "data", {"cat": 1, "dog": 1})
+    name = os.fsdecode(os.fsencode(root / "train" / "cat") + b"/caf\xe9.png")
+    Image.fromarray(noise(8, 8, 3)).save(io.BytesIO(), "PNG")
+    Path(name).write_bytes(encoded(Image.fromarray(noise(8, 8, 3)), "PNG"))
+    assert len(read_set(str(root), "train", 8, None)) == 3
+
+
+def test_order_does_not_depend_on_the_disk(tmp_path, monkeypatch):
+    root = draw_folders(tmp_path / "data", {"cat": 5, "dog": 5})
+    before = read_set(str(root), "train", 8, None)
+    real = os.scandir
+
+    class Backwards:
+        """os.scandir, last entry first."""
+
+        def __init__(self, path):
+            self.entries = iter(sorted(real(path), key=lambda entry: entry.name, reverse=True))
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            return next(self.entries)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(os, "scandir", Backwards)
+    assert next(os.walk(root / "train"))[1] == ["dog", "cat"]
+    after = read_set(str(root), "train", 8, None)
+    assert np.array_equal(before.images, after.images)
+    assert before.classes == after.classes
+
+
+@pytest.mark.parametrize(
+    ("width", "height"), [(16, 16), (24, 16), (16, 25), (7, 5), (8, 100), (9, 8), (8, 8)]
+)
+def test_other_sizes_are_scaled_and_cropped_at_the_centre(width, height):
+    image = Image.fromarray(noise(6, 6, 3)).resize((width, height), Image.Resampling.BICUBIC)
+    scale = 8 / min(width, height)
+    scaled = image.resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC)
+    left, top = (scaled.width - 8) // 2, (scaled.height - 8) // 2
+    expected = np.asarray(scaled.crop((left, top, left + 8, top + 8))).astype(int)
+    found = fit(np.asarray(image), 8)
+    assert found.shape == (8, 8, 3)
+    assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+def test_right_size_is_untouched():
+    pixels = noise(8, 8, 3)
+    assert np.array_equal(fit(pixels, 8), pixels)
+
+
+@pytest.mark.parametrize("shape", [(1, 60000), (60000, 1)])
+def test_thin_picture_takes_no_large_memory(shape, monkeypatch):
+    """Scaled as a whole, a line of 60,000 pixels would take 700 MB at 64 pixels across."""
+    real = Image.Image.resize
+
+    def resize(self, size, *arguments, **options):
+        assert size[0] * size[1] <= 100 * 64 * 64, "scaled as a whole"
+        return real(self, size, *arguments, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", resize)
+    assert fit(np.full((*shape, 3), 77, np.uint8), 64).tolist() == np.full((64, 64, 3), 77).tolist()
+
+
+def test_pictures_larger_than_memory_are_refused(tmp_path, monkeypatch):
+    root = draw_folders(tmp_path / "data", {"cat": 5, "dog": 5})
+    real = os.sysconf
+    monkeypatch.setattr(os, "sysconf", lambda name: 1 if name == "SC_AVPHYS_PAGES" else real(name))
+    assert len(read_set(str(root), "train", 8, None)) == 10
+    with pytest.raises(UserError, match=r"train: 10 pictures of 64x64 need .* lower data\.image_size"):
+        read_set(str(root), "train", 64, None)
+    assert len(read_set(str(root), "train", 20, 2)) == 2, "fewer of them fit"
+
+
+# ---------------------------------------------------------------------------- parts of a set
+
+
+@pytest.mark.parametrize("images", [1, 2, 7, 10, 1000, 50_000, 1_281_167])
+@pytest.mark.parametrize("limit", [1, 2, 3, 10, 999, 50_000, None])
+def test_even_indices(images, limit):
+    found = even_indices(images, limit)
+    assert found.dtype == np.int64
+    assert len(found) == min(images, limit or images)
+    assert found[0] == 0
+    assert found[-1] < images
+    steps = np.diff(found)
+    if len(steps):
+        assert steps.min() >= 1
+        assert steps.max() - steps.min() <= 1
+
+
+@pytest.mark.parametrize("limit", [10, 11, 25, 99])
+def test_part_of_a_sorted_set_keeps_every_class(limit):
+    whole = ImageSet(noise(100, 2, 2, 3), np.repeat(np.arange(10), 10), tuple("0123456789"))
+    part = take_evenly(whole, limit)
+    counts = np.bincount(part.labels, minlength=10)
+    assert counts.min() >= 1
+    assert counts.max() - counts.min() <= 1
+    assert part.classes == whole.classes
+
+
+def test_fingerprint_sees_every_change():
+    whole = ImageSet(noise(10, 2, 2, 3), np.arange(10), tuple("0123456789"))
+    images, labels = whole.images.copy(), whole.labels.copy()
+    images[9, 1, 1, 2] ^= 1
+    labels[3] = 4
+    changed = [
+        replace(whole, images=images),
+        replace(whole, labels=labels),
+        replace(whole, classes=tuple("012345678x")),
+        take_evenly(whole, 9),
+    ]
+    assert len({whole.fingerprint(), *(one.fingerprint() for one in changed)}) == 5
+    copy = ImageSet(np.asfortranarray(whole.images), whole.labels[::-1][::-1], whole.classes)
+    assert copy.fingerprint() == whole.fingerprint()
+
+
+def test_check_classes():
+    whole = ImageSet(noise(2, 2, 2, 3), np.arange(2), ("a", "b"))
+    assert check_classes(None, whole) == check_classes(2, whole) == 2
+    with pytest.raises(UserError, match=r"model\.classes: 3, but the data has 2 classes"):
+        check_classes(3, whole)
+
+
+# ---------------------------------------------------------------------------- CIFAR
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves `files` (path → bytes) on the loopback interface and remembers what was asked for."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files: dict[str, bytes] = {}
+        self.asked: list[str] = []
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        content = self.server.files.get(self.path)
+        # torchvision looks for redirections first, with a GET whose header says "Method: HEAD".
+        method = self.headers.get("Method", self.command)
+        self.server.asked.append(f"{method} {self.path}")
+        self.send_response(404 if content is None else 200)
+        self.send_header("Content-Length", str(len(content or b"")))
+        self.end_headers()
+        if content and method == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join(10)
+
+
+def cifar_files(name: str) -> dict[str, bytes]:
+    """The files of the official archive, by their names there, with 20 pictures each."""
+    hundred = name == "cifar100"
+    files = {}
+    kinds = ["train", "test"] if hundred else [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    for seed, kind in enumerate(kinds):
+        labels = [(7 * seed + 3 * i) % (100 if hundred else 10) for i in range(20)]
+        names = {"fine_labels": labels, "coarse_labels": [0] * 20} if hundred else {"labels": labels}
+        files[kind] = pickle.dumps({"data": noise(20, 3072, seed=seed), **names}, protocol=2)
+    if hundred:
+        classes = {"fine_label_names": [f"fine{i}" for i in range(100)], "coarse_label_names": ["coarse"]}
+        return files | {"meta": pickle.dumps(classes, protocol=2)}
+    return files | {"batches.meta": pickle.dumps({"label_names": list("abcdefghij")}, protocol=2)}
+
+
+def archive_of(folder: str, files: dict[str, bytes]) -> bytes:
+    whole = io.BytesIO()
+    with tarfile.open(fileobj=whole, mode="w:gz") as archive:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(f"{folder}/{name}")
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return whole.getvalue()
+
+
+@dataclass(frozen=True)
+class Cifar:
+    """A small stand-in for an official data set, on a server of this machine."""
+
+    name: str
+    files: dict[str, bytes]
+    archive: bytes
+    address: str
+    server: Server
+
+    @property
+    def reader(self):
+        return {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[self.name]
+
+    def read(self, root: Path, split: str = "train", **changes) -> ImageSet:
+        config = parse_config(f"data: {{dataset: {self.name}}}\nmodel: {{stem: cifar}}", "text").data
+        return load_set(replace(config, dir=str(root), **changes), split)
+
+
+@pytest.fixture(params=["cifar10", "cifar100"])
+def cifar(request, server, monkeypatch) -> Cifar:
+    name = request.param
+    reader = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    files = cifar_files(name)
+    archive = archive_of(reader.base_folder, files)
+
+    def hashed(entries: list) -> list:
+        return [[name, hashlib.md5(files[name]).hexdigest()] for name, _ in entries]
+
+    path = f"/{reader.filename}"
+    server.files[path] = archive
+    meta = reader.meta | {"md5": hashlib.md5(files[reader.meta["filename"]]).hexdigest()}
+    monkeypatch.setattr(reader, "url", f"http://127.0.0.1:{server.server_port}{path}")
+    monkeypatch.setattr(reader, "tgz_md5", hashlib.md5(archive).hexdigest())
+    monkeypatch.setattr(reader, "train_list", hashed(reader.train_list))
+    monkeypatch.setattr(reader, "test_list", hashed(reader.test_list))
+    monkeypatch.setattr(reader, "meta", meta)
+    return Cifar(name, files, archive, path, server)
+
+
+def test_cifar_is_downloaded_once(cifar, tmp_path):
+    train = cifar.read(tmp_path / "new" / "datasets")
+    asked = list(cifar.server.asked)
+    assert asked.count(f"GET {cifar.address}") == 1
+    before = snapshot(tmp_path)
+    val = cifar.read(tmp_path / "new" / "datasets", "val")
+    again = cifar.read(tmp_path / "new" / "datasets")
+    assert cifar.server.asked == asked, "nothing is asked for again"
+    assert snapshot(tmp_path) == before
+    assert again.fingerprint() == train.fingerprint() != val.fingerprint()
+
+
+def test_cifar_is_what_the_files_hold(cifar, tmp_path):
+    ten = cifar.name == "cifar10"
+    for split, size in (("train", 100 if ten else 20), ("val", 20)):
+        read = cifar.read(tmp_path, split)
+        lists = {"train": cifar.reader.train_list, "val": cifar.reader.test_list}[split]
+        entries = [pickle.loads(cifar.files[name]) for name, _ in lists]
+        planes = np.concatenate([entry["data"] for entry in entries]).reshape(-1, 3, 32, 32)
+        assert read.images.shape == (size, 32, 32, 3)
+        assert np.array_equal(read.images, planes.transpose(0, 2, 3, 1))
+        labels = np.concatenate([entry["labels" if ten else "fine_labels"] for entry in entries])
+        assert np.array_equal(read.labels, labels)
+        assert (read.images.dtype, read.labels.dtype) == (np.uint8, np.int64)
+        assert read.classes == (tuple("abcdefghij") if ten else tuple(f"fine{i}" for i in range(100)))
+
+
+def test_part_of_cifar(cifar, tmp_path):
+    whole, part = cifar.read(tmp_path), cifar.read(tmp_path, train_images=10)
+    keep = np.arange(10) * len(whole) // 10
+    assert np.array_equal(part.images, whole.images[keep])
+    assert np.array_equal(part.labels, whole.labels[keep])
+    assert len(cifar.read(tmp_path, "val", train_images=10, val_images=7)) == 7
+
+
+def test_cifar_archive_with_another_hash_is_refused(cifar, tmp_path):
+    cifar.server.files[cifar.address] = archive_of(cifar.reader.base_folder, {"evil": b"evil"})
+    with pytest.raises(UserError, match="damaged") as caught:
+        cifar.read(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert cifar.reader.filename in str(caught.value)
+    assert not (tmp_path / cifar.reader.base_folder).exists(), "nothing was unpacked"
+    cifar.server.files[cifar.address] = cifar.archive
+    assert len(cifar.read(tmp_path)) > 0, "the next attempt fetches it anew"
+
+
+def test_cifar_download_cut_off(cifar, tmp_path):
+    cifar.server.files[cifar.address] = cifar.archive[:1000]
+    with pytest.raises(UserError, match="damaged"):
+        cifar.read(tmp_path)
+    cifar.server.files[cifar.address] = cifar.archive
+    assert len(cifar.read(tmp_path)) > 0
+
+
+def test_cifar_not_on_the_server(cifar, tmp_path):
+    cifar.server.files.clear()
+    with pytest.raises(UserError, match="404") as caught:
+        cifar.read(tmp_path)
+    assert f"put {cifar.reader.filename} into {tmp_path}" in str(caught.value)
+
+
+def test_no_network(cifar, tmp_path, monkeypatch):
+    """The message names the file and where to put it; once it is there, no network is needed."""
+    monkeypatch.setattr(cifar.reader, "url", f"http://127.0.0.1:1/{cifar.reader.filename}")
+    with pytest.raises(UserError, match="cannot be fetched") as caught:
+        cifar.read(tmp_path)
+    assert f"get {cifar.reader.url}" in str(caught.value)
+    assert f"put {cifar.reader.filename} into {tmp_path}" in str(caught.value)
+    (tmp_path / cifar.reader.filename).write_bytes(cifar.archive)
+    assert len(cifar.read(tmp_path)) > 0
+    assert cifar.server.asked == []
+
+
+def test_no_download_without_leave(cifar, tmp_path):
+    with pytest.raises(UserError, match=r"is missing .* data\.download=true"):
+        cifar.read(tmp_path / "new", download=False)
+    assert not (tmp_path / "new").exists()
+    assert cifar.server.asked == []
+    cifar.read(tmp_path)
+    assert len(cifar.read(tmp_path, download=False)) > 0
+
+
+def test_read_only_copy_of_cifar(cifar, tmp_path, monkeypatch):
+    cifar.read(tmp_path)
+    asked, before = list(cifar.server.asked), snapshot(tmp_path)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert len(cifar.read(tmp_path)) > 0
+    assert (cifar.server.asked, snapshot(tmp_path)) == (asked, before)
+    (tmp_path / cifar.reader.base_folder / cifar.reader.train_list[0][0]).unlink()
+    with pytest.raises(UserError, match="missing or damaged"):
+        cifar.read(tmp_path)
+    assert cifar.server.asked == asked
+
+
+@pytest.mark.parametrize("which", ["train", "test", "meta"])
+def test_damaged_file_of_cifar(cifar, which, tmp_path):
+    """Each file's hash is checked before it is unpickled; the archive beside it mends it."""
+    cifar.read(tmp_path)
+    lists = {"train": cifar.reader.train_list, "test": cifar.reader.test_list}
+    name = cifar.reader.meta["filename"] if which == "meta" else lists[which][-1][0]
+    path = tmp_path / cifar.reader.base_folder / name
+    path.write_bytes(pickle.dumps(Hostile(tmp_path / "pwned")))
+    for split in ("train", "val"):
+        with pytest.raises(UserError, match="missing or damaged"):
+            cifar.read(tmp_path, split, download=False)
+    asked = list(cifar.server.asked)
+    if which == "meta":  # torchvision finds this only after the others; the message says to delete it
+        shutil.rmtree(path.parent)
+    assert len(cifar.read(tmp_path)) > 0
+    assert path.read_bytes() == cifar.files[name]
+    assert cifar.server.asked == asked
+    assert not (tmp_path / "pwned").exists()
+
+
+class Hostile:
+    """Pickled, an order to make a folder."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_cifar_of_the_real_world():
+    """The official addresses and hashes, as the authors' page gives them."""
+    assert datasets.CIFAR10.tgz_md5 == "c58f30108f718f92721af3b95e74349a"
+    assert datasets.CIFAR100.tgz_md5 == "eb9058c3a382ffc7106e4002c42a8d85"
+    assert datasets.CIFAR10.url.endswith("/cifar-10-python.tar.gz")
+    assert datasets.CIFAR100.url.endswith("/cifar-100-python.tar.gz")
