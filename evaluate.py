@@ -66,9 +66,8 @@ def main() -> None:
     batch_size = arguments.batch_size or config.train.eval_batch_size
     batches = EvalBatches(ResidentImages(val_set, config.data, device), batch_size)
     score = evaluate(model, batches, lambda: autocast(device, config.train.precision))
-    weights = "averaged weights" if content["ema"] else "weights"
-    finished = content["progress"]["last"]
-    print(f"{path}: {weights} after epoch {finished['epoch'] if finished else 0}")
+    weights = "averaged weights" if content["ema"] is not None else "weights"
+    print(f"{path}: {weights} after {content['progress'].get('global_step')} steps")
     print(
         f"{score.images:,} images  top-1 error {score.top1_error:.3f} ({score.top1_errors}/{score.images})  "
         f"top-{min(5, len(val_set.classes))} error {score.top5_error:.3f} "

@@ -13,6 +13,7 @@ Wrong input ends with one message and exit status 2.
 """
 
 import argparse
+import contextlib
 import os
 import re
 import sys
@@ -57,7 +58,7 @@ def main() -> None:
         raise UserError("--config is missing: name a file of configs/, for example --config demo.yaml")
     output = output_folder(arguments)
     source = resume_source(arguments, output)
-    claim(output)
+    check_writable(output)
     run(config, output, source)
 
 
@@ -109,13 +110,11 @@ def resume_source(arguments: argparse.Namespace, output: Path) -> Path | None:
         path = Path(arguments.resume)
         if not path.exists():
             raise UserError(f"--resume {path}: no such run directory or checkpoint; check the path")
-        source = path / "checkpoints" / "last.pt" if path.is_dir() else path
-        if path.is_dir() and not source.exists() and not is_run(path):
+        source = latest(path) if path.is_dir() else path
+        if source is None and not is_run(path):
             raise UserError(f"--resume {path}: not a run directory; give one that train.py wrote")
-        if not source.exists():
-            source = None  # stopped before anything was saved
-    elif arguments.resume is not None and last.exists():
-        source = last
+    elif arguments.resume is not None:
+        source = latest(output)
     # A used directory is only ever continued, from its own latest checkpoint.
     own = source is None or source.resolve() == last.resolve()
     continued = arguments.resume is not None and is_run(output) and own
@@ -127,20 +126,21 @@ def resume_source(arguments: argparse.Namespace, output: Path) -> Path | None:
     return source
 
 
+def latest(folder: Path) -> Path | None:
+    """last.pt of a run directory (perhaps only its predecessor is left), None where nothing was saved."""
+    saved = folder / "checkpoints" / "last.pt"
+    return saved if saved.exists() or saved.with_name("previous.pt").exists() else None
+
+
 def is_run(folder: Path) -> bool:
     return (folder / "config.yaml").is_file() and (folder / "log.txt").is_file()
 
 
-def claim(output: Path) -> None:
-    """Make the run directory, or say why it cannot be."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"--output {output}: cannot be made ({error.strerror}); choose another directory"
-        ) from None
-    if not os.access(output, os.W_OK | os.X_OK):
-        raise UserError(f"--output {output}: cannot be written to; choose another directory")
+def check_writable(output: Path) -> None:
+    """A UserError now rather than after loading the data where the run directory cannot be made."""
+    existing = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"--output {output}: cannot be made below {existing}; choose another directory")
 
 
 def run(config: Config, output: Path, source: Path | None) -> None:
@@ -177,6 +177,7 @@ def run(config: Config, output: Path, source: Path | None) -> None:
     branched = source is not None and source.parents[1].resolve() != output.resolve()
     rows = 0 if branched else progress.rows
     with StopRequest() as stop:
+        output.mkdir(parents=True, exist_ok=True)
         reporter = Reporter(output, rows, progress.global_step, config.run.tensorboard)
         try:
             write_config(config, versions, output)
@@ -195,8 +196,14 @@ def run(config: Config, output: Path, source: Path | None) -> None:
             train(training, train_batches, val_batches, output, reporter, stop.__bool__)
             reporter.say(summary(training, output, stop.signal))
         except UserError as error:
-            reporter.say(f"error: {error}", console=False)
+            with contextlib.suppress(OSError):
+                reporter.say(f"error: {error}", console=False)
             raise
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or output}: {error.strerror}; what was saved is whole: mend this, then go "
+                "on with --resume"
+            ) from error
         finally:
             reporter.close()
 

@@ -1,7 +1,7 @@
 """Class folders below train/ and val/, as the original reads them (gen.lua): a small set in memory.
 
 Classes are the sorted folder names of train/; files may lie deeper. Pictures of another size
-are scaled (shorter side, antialiased) and cropped at the centre once, while reading.
+are cut to their central square and scaled (bicubic, antialiased) once, while reading.
 """
 
 import os
@@ -14,7 +14,7 @@ from PIL import Image
 from resnext.errors import UserError
 
 from .decode import decode
-from .sets import ImageSet, even_indices
+from .sets import ImageSet, check_memory, even_indices
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp")
 
@@ -67,7 +67,7 @@ def read_set(root: str, split: str, size: int, limit: int | None) -> ImageSet:
     paths, labels = list_files(folder, classes)
     keep = even_indices(len(paths), limit)
     paths, labels = paths[keep], labels[keep]
-    _check_memory(len(paths), size, folder)
+    check_memory(len(paths), size, str(folder))
     images = np.empty((len(paths), size, size, 3), np.uint8)
 
     def read(i: int) -> None:
@@ -85,22 +85,11 @@ def read_set(root: str, split: str, size: int, limit: int | None) -> ImageSet:
 
 
 def fit(image: np.ndarray, size: int) -> np.ndarray:
-    """Scale the shorter side to `size` and crop the centre; untouched where the size is right."""
+    """The central square scaled to `size`; untouched where the size is right."""
     height, width = image.shape[:2]
     if (height, width) == (size, size):
         return image
-    scale = size / min(height, width)
-    width, height = max(size, round(width * scale)), max(size, round(height * scale))
-    scaled = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return np.asarray(scaled.crop((left, top, left + size, top + size)))
-
-
-def _check_memory(images: int, size: int, folder: Path) -> None:
-    needed = images * size * size * 3
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    if needed > available:
-        raise UserError(
-            f"{folder}: {images:,} pictures of {size}x{size} need {needed / 2**30:.1f} GiB of "
-            f"memory, {available / 2**30:.1f} are free; lower data.image_size or data.train_images"
-        )
+    side = min(height, width)
+    left, top = (width - side) // 2, (height - side) // 2
+    square = (left, top, left + side, top + side)
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=square))

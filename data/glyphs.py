@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .draws import Stream, uniforms
-from .sets import ImageSet
+from .sets import ImageSet, check_memory
 
 CLASSES = tuple("0123456789")
 SIZES = {"train": 5000, "val": 1000}
@@ -21,6 +21,7 @@ DRAWS = 11 + 5 * CLUTTER_LINES
 def draw_set(split: str, limit: int | None, size: int) -> ImageSet:
     """The first `limit` (default 5,000 and 1,000) pictures of a split, uint8 (N, size, size, 3)."""
     count = limit or SIZES[split]
+    check_memory(9 * count, size, "glyphs")  # noise is drawn in float64
     index = np.arange(count)
     labels = index % len(CLASSES)
     numbers = uniforms(0, 0, index, DRAWS, STREAMS[split])

@@ -1,6 +1,7 @@
 """A small data set: uint8 pictures in memory, and the choice of where they come from."""
 
 import hashlib
+import os
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -67,3 +68,15 @@ def check_classes(model_classes: int | None, image_set: ImageSet) -> int:
             "give the data that it was meant for"
         )
     return found
+
+
+def check_memory(images: int, size: int, source: str) -> None:
+    """A UserError ahead of reading more uint8 pictures than there is memory for."""
+    needed = images * size * size * 3
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    if needed > available:
+        raise UserError(
+            f"{source}: {images:,} pictures of {size}x{size} need {needed / 2**30:.1f} GiB of "
+            f"memory, {available / 2**30:.1f} are free; lower data.image_size, data.train_images or "
+            "data.val_images"
+        )

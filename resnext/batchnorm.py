@@ -53,6 +53,7 @@ def use_group_batchnorm(model: nn.Module, groups: int) -> None:
                 grouped.weight, grouped.bias = child.weight, child.bias
                 grouped.load_state_dict(child.state_dict())
                 grouped.to(child.weight.device, child.weight.dtype)
+                grouped.train(child.training)
                 setattr(parent, name, grouped)
 
 

@@ -13,9 +13,13 @@ A checkpoint is a plain dict that `torch.load(path, weights_only=True)` reads:
     versions          programs, hardware and data that made it
 """
 
+import contextlib
 import os
+import pickletools
+import re
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +33,28 @@ VERSION = 1
 KEYS = {
     "model": dict,
     "optimizer": dict,
+    "scaler": (dict, type(None)),
+    "ema": (dict, type(None)),
     "progress": dict,
+    "rng": dict,
     "config": str,
     "classes": list,
     "preprocessing": dict,
     "versions": dict,
 }
 
+# All that a checkpoint's pickle may name. torch's own list is longer and has bytearray in it, of which
+# a few bytes make any amount of memory.
+ALLOWED_GLOBALS = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch [A-Za-z0-9]+Storage"
+)
+
 
 # ---------------------------------------------------------------------------- writing
 
 
 def write_checkpoint(content: dict[str, Any], folder: Path, names: list[str]) -> None:
-    """Write once, then appear under each name at once, last.pt last; its predecessor is kept.
+    """Write once, then appear under each name, last.pt last; its predecessor is kept.
 
     At every instant each name holds a whole file, old or new. An error leaves all as it was.
     """
@@ -50,22 +63,34 @@ def write_checkpoint(content: dict[str, Any], folder: Path, names: list[str]) ->
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _check_space(content, folder)
-        with open(temporary, "wb") as file:
+        # A killed run may have left this name as a link to last.pt: never write into it.
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        for name in sorted(names, key="last.pt".__eq__):
-            if name == "last.pt" and (folder / name).exists():
-                _put(folder / name, folder / "previous.pt")
-            _put(temporary, folder / name)
+        # All links first, then the renames: last.pt after the others, its predecessor after it.
+        staged = [
+            (_link(temporary, folder / name), folder / name) for name in sorted(names, key="last.pt".__eq__)
+        ]
+        if (folder / "last.pt").exists():
+            staged.append((_link(folder / "last.pt", folder / "previous.pt"), folder / "previous.pt"))
+        for link, target in staged:
+            os.replace(link, target)
         _sync_folder(folder)
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into RuntimeError
         raise UserError(
-            f"{folder}: the checkpoint could not be written ({str(error).splitlines()[0]}); the "
+            f"{folder}: the checkpoint could not be written ({_first_line(error)}); the "
             "earlier ones are whole; make room or mend the folder, then continue with --resume"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        for leftover in (temporary, *folder.glob(".*.link")):
+            with contextlib.suppress(OSError):
+                leftover.unlink()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _check_space(content: Any, folder: Path) -> None:
@@ -83,8 +108,8 @@ def _tensor_bytes(content: Any) -> int:
     return sum(map(_tensor_bytes, content)) if isinstance(content, list | tuple) else 0
 
 
-def _put(source: Path, target: Path) -> None:
-    """Let `target` be the file `source`, atomically; a hard link where the disk knows them."""
+def _link(source: Path, target: Path) -> Path:
+    """A hidden name beside `target` for the file `source`; a copy where the disk knows no hard links."""
     link = target.with_name(f".{target.name}.link")
     link.unlink(missing_ok=True)
     try:
@@ -93,7 +118,7 @@ def _put(source: Path, target: Path) -> None:
         shutil.copyfile(source, link)
         with open(link, "rb") as file:
             os.fsync(file.fileno())
-    os.replace(link, target)
+    return link
 
 
 def _sync_folder(folder: Path) -> None:
@@ -118,12 +143,12 @@ def find_checkpoint(path: Path, name: str) -> Path:
             )
         return found
     if not path.exists():
-        raise UserError(f"{path}: no such run directory or checkpoint")
+        raise UserError(f"{path}: no such run directory or checkpoint; check the path")
     return path
 
 
-def read_latest(path: Path, warn) -> dict[str, Any]:
-    """The checkpoint last.pt; where it is damaged its predecessor, with a warning."""
+def read_latest(path: Path, warn: Callable[[str], None]) -> dict[str, Any]:
+    """The checkpoint last.pt; where it is damaged or gone its predecessor, with a warning."""
     previous = path.with_name("previous.pt")
     try:
         return read_checkpoint(path)
@@ -143,18 +168,20 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # the unpickler raises many kinds on foreign and hostile files
         raise UserError(
             f"{path}: not a checkpoint of this program: it holds more than tensors and plain "
-            f"values ({str(error).splitlines()[0][:100]})"
+            f"values ({_first_line(error)})"
         ) from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or str(content.get("format")) != FORMAT:
         raise UserError(f"{path}: not a checkpoint of this program; give one written by train.py")
-    if content.get("version") != VERSION:
+    if type(content.get("version")) is not int or content["version"] != VERSION:
         raise UserError(
             f"{path}: checkpoint version {content.get('version')}, this program reads {VERSION}; "
             "use the program that wrote it"
         )
     for key, kind in KEYS.items():
-        if not isinstance(content.get(key), kind):
-            raise UserError(f"{path}: incomplete, {key} is missing; use another checkpoint")
+        if key not in content or not isinstance(content[key], kind):
+            raise UserError(
+                f"{path}: damaged, {key} is missing or not what it should be; use another checkpoint"
+            )
     if not content["classes"] or not all(isinstance(name, str) for name in content["classes"]):
         raise UserError(f"{path}: damaged, its classes are no names; use another checkpoint")
     if _tensor_bytes(content) > path.stat().st_size:  # a few numbers expanded to any shape
@@ -170,7 +197,11 @@ def _verify_archive(path: Path) -> None:
             size = path.stat().st_size
             if any(e.compress_type != zipfile.ZIP_STORED or e.file_size > size for e in entries):
                 raise UserError(f"{path}: a compressed archive, not a checkpoint of this program")
+            if any(e.external_attr for e in entries):  # torch reads an entry marked as a folder as zeros
+                raise UserError(f"{path}: damaged (attributes of its entries); use another checkpoint")
             broken = archive.testzip()
+            if not broken:
+                _verify_pickle(archive, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UserError:
@@ -182,6 +213,20 @@ def _verify_archive(path: Path) -> None:
         raise UserError(f"{path}: {what} ({error}); use another checkpoint") from None
     if broken:
         raise UserError(f"{path}: damaged (checksum of {broken}); use another checkpoint")
+
+
+def _verify_pickle(archive: zipfile.ZipFile, path: Path) -> None:
+    """Refuse a pickle that names anything but tensors, before it is read."""
+    for name in archive.namelist():
+        if not name.endswith("data.pkl"):
+            continue
+        for code, argument, _ in pickletools.genops(archive.read(name)):
+            named = "GLOBAL" in code.name or code.name in ("INST", "EXT1", "EXT2", "EXT4")
+            if named and not ALLOWED_GLOBALS.fullmatch(str(argument)):
+                raise UserError(
+                    f"{path}: not a checkpoint of this program: it holds more than "
+                    f"tensors and plain values ({argument})"
+                )
 
 
 def check_state(module: torch.nn.Module, state: dict[str, Any], path: Path | str) -> None:

@@ -70,7 +70,9 @@ class Data:
     )
     dir: str | None = _key(None, "where the data is, or is downloaded to (--data)")
     download: bool = _key(True, "fetch cifar10 and cifar100 where they are missing")
-    image_size: int | None = _key(None, "height and width in pixels that the network sees", at_least=8)
+    image_size: int | None = _key(
+        None, "height and width in pixels that the network sees", at_least=8, at_most=4096
+    )
     train_images: int | None = _key(
         None, "use this many training images, evenly spaced; null: all", at_least=1
     )
@@ -119,10 +121,10 @@ class Train:
 
 @dataclass(frozen=True)
 class Optimizer:
-    lr: float = _key(0.1, "learning rate for the global batch", above=0)
+    lr: float = _key(0.1, "learning rate for the global batch", above=0, at_most=1e30)
     momentum: float = _key(0.9, "of SGD", at_least=0, below=1)
     nesterov: bool = _key(True, "Nesterov's momentum, as the original")
-    weight_decay: float = _key(1e-4, "on every parameter, BN and biases included", at_least=0)
+    weight_decay: float = _key(1e-4, "on every parameter, BN and biases included", at_least=0, at_most=1e30)
 
 
 @dataclass(frozen=True)
@@ -452,10 +454,11 @@ def _to_text(value: Any) -> str:
     if isinstance(value, float):  # YAML 1.1 reads 1e-05 as a text, 1.0e-05 as a number
         text = repr(value)
         return text.replace("e", ".0e") if "e" in text and "." not in text else text
-    words = ("null", "true", "false", "yes", "no", "on", "off", "y", "n")  # YAML's own
-    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_./][\w./-]*", value)
-    if plain and value.lower() not in words:
-        return value
+    if isinstance(value, str):
+        words = ("null", "true", "false", "yes", "no", "on", "off", "y", "n")  # YAML's own
+        if re.fullmatch(r"[A-Za-z_/][\w./-]*", value, re.ASCII) and value.lower() not in words:
+            return value
+        return yaml.safe_dump(value, default_style='"', allow_unicode=True, width=10**9).strip()
     return json.dumps(value)
 
 

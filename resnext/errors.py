@@ -9,11 +9,16 @@ class UserError(Exception):
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run a command line: a UserError becomes one `error:` message on stderr and exit status 2."""
+    """Run a command line: a UserError or a file's OSError becomes one `error:` message, status 2."""
     try:
         sys.exit(main() or 0)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; check the path and its rights", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:  # before the trainer has taken over the signals: nothing to save yet
         print("interrupted", file=sys.stderr)

@@ -160,6 +160,8 @@ class ResNeXt(nn.Module):
     ):
         super().__init__()
         _check_arguments(stages, cardinality, base_width, classes, stem, form, shortcut)
+        if zero_gamma and preactivation:
+            raise UserError("zero_gamma: pre-activation blocks end without BN; set one of the two to False")
         imagenet = stem == "imagenet"
         self.cardinality, self.form = cardinality, form
         self.activation_checkpointing = False
@@ -297,11 +299,11 @@ def build_model(config: Model, classes: int) -> ResNeXt:
 def complexity(model: nn.Module, image_size: int) -> tuple[int, int]:
     """(parameters, multiply-adds of convolutions and linear layers for one image)."""
     counter = FlopCounterMode(display=False)
-    device = next(model.parameters()).device
+    like = next(model.parameters())
     training = model.training
     model.eval()
     with torch.no_grad(), counter:
-        model(torch.empty(1, 3, image_size, image_size, device=device))
+        model(torch.empty(1, 3, image_size, image_size, device=like.device, dtype=like.dtype))
     model.train(training)
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
 
@@ -317,6 +319,13 @@ def convert_form(
     """
     if not {source, target} <= set("ABC"):
         raise UserError(f"forms are A, B and C, not {source!r} and {target!r}")
+    paths = {key.partition(".paths.")[2].split(".")[0] for key in state if ".paths." in key}
+    found = "C" if not paths else "A" if any(".paths.0.conv3." in key for key in state) else "B"
+    if found != source or (paths and len(paths) != cardinality):
+        count = f" with {len(paths)} paths" if paths else ""
+        raise UserError(
+            f"the weights are of form {found}{count}, not {source} with cardinality {cardinality}"
+        )
     joined: dict[str, Tensor] = {}
     for key, value in state.items():  # to form C
         block, is_path, rest = key.partition(".paths.")

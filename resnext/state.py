@@ -164,20 +164,23 @@ def restore(training: Training, content: dict[str, Any], path: Path) -> None:
     if training.ema:
         check_state(training.ema, content["ema"], path)
         training.ema.load_state_dict(content["ema"])
-    training.optimizer.load_state_dict(content["optimizer"])
-    for parameter, state in training.optimizer.state.items():
-        if state["momentum_buffer"] is not None and state["momentum_buffer"].shape != parameter.shape:
-            raise UserError(f"{path}: damaged, the momentum does not fit the weights; use another checkpoint")
+    try:
+        training.progress = Progress.from_dict(content["progress"])
+        training.optimizer.load_state_dict(content["optimizer"])
+        for parameter, state in training.optimizer.state.items():
+            if state["momentum_buffer"] is not None and state["momentum_buffer"].shape != parameter.shape:
+                raise ValueError("the momentum does not fit the weights")
+        if content["scaler"] is not None:
+            training.scaler.load_state_dict(content["scaler"])
+        torch.set_rng_state(content["rng"]["cpu"])
+        if training.device.type == "cuda" and content["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(content["rng"]["cuda"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: damaged, its state cannot be restored ({error!r}); use another") from error
     config = training.config.optimizer
     for group in training.optimizer.param_groups:  # the configuration wins, as it was logged
         group["momentum"], group["nesterov"] = config.momentum, config.nesterov
         group["weight_decay"] = config.weight_decay
-    if content["scaler"]:
-        training.scaler.load_state_dict(content["scaler"])
-    torch.set_rng_state(content["rng"]["cpu"])
-    if training.device.type == "cuda" and content["rng"]["cuda"] is not None:
-        torch.cuda.set_rng_state(content["rng"]["cuda"])
-    training.progress = Progress.from_dict(content["progress"])
 
 
 def checkpoint_content(training: Training) -> dict[str, Any]:
@@ -210,7 +213,7 @@ def load_evaluated(path: Path) -> tuple[nn.Module, Config, dict[str, Any]]:
     content = read_checkpoint(path)
     config = parse_config(content["config"], str(path))
     state = content["model"]
-    if content["ema"]:
+    if content["ema"] is not None:
         prefix = "module."
         state = {k.removeprefix(prefix): v for k, v in content["ema"].items() if k.startswith(prefix)}
     with torch.device("meta"):  # no memory before the shapes are known to be the file's

@@ -6,6 +6,7 @@ scalar is converted to the type that its key declares, or refused with its line.
 """
 
 import difflib
+import math
 import re
 import types
 from collections.abc import Iterator
@@ -15,11 +16,15 @@ import yaml
 
 from .errors import UserError
 
+PLAIN_TAGS = {"str", "int", "float", "bool", "null", "map", "seq", "timestamp", "merge", "value"}
+
 
 def compose(text: str, source: str) -> yaml.Node | None:
     """Parse YAML into nodes, which still know their text and line; nothing is constructed."""
     try:
-        return yaml.compose(text, Loader=yaml.SafeLoader)
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        _check_tags(node, source, set())
+        return node
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -27,6 +32,20 @@ def compose(text: str, source: str) -> yaml.Node | None:
         raise UserError(f"{source}{line}: not valid YAML: {what}") from None
     except RecursionError:
         raise UserError(f"{source}: nested too deeply; sections hold plain keys") from None
+
+
+def _check_tags(node: yaml.Node | None, source: str, seen: set[int]) -> None:
+    """Refuse explicit tags such as !!python/object anywhere; plain YAML needs none."""
+    if node is None or id(node) in seen:
+        return
+    seen.add(id(node))
+    name = node.tag.removeprefix("tag:yaml.org,2002:")
+    if name not in PLAIN_TAGS:
+        line = node.start_mark.line + 1
+        raise UserError(f"{source}, line {line}: remove the tag {name[:60]!r}; values are plain text")
+    for child in node.value if isinstance(node, yaml.CollectionNode) else ():
+        for part in child if isinstance(child, tuple) else (child,):
+            _check_tags(part, source, seen)
 
 
 def unique_keys(node: yaml.MappingNode, source: str, prefix: str) -> Iterator[tuple[str, yaml.Node, str]]:
@@ -55,7 +74,7 @@ def convert(kind: Any, node: yaml.Node, where: str) -> Any:
         if not isinstance(node, yaml.SequenceNode) or not node.value:
             raise UserError(f"{where} must be a list such as [1, 2, 3], not {describe(node)}")
         return tuple(convert(options[0], item, where) for item in node.value)
-    if not isinstance(node, yaml.ScalarNode) or not node.tag.startswith("tag:yaml.org,2002:"):
+    if not isinstance(node, yaml.ScalarNode):
         raise UserError(f"{where} must be {_expected(kind)}, not {describe(node)}")
     text = node.value
     if kind is str:
@@ -76,6 +95,8 @@ def convert(kind: Any, node: yaml.Node, where: str) -> Any:
     if node.style is not None or not re.fullmatch(pattern, text) or len(text) > 40:
         quoted = " in quotes" if node.style is not None else ""
         raise UserError(f"{where} must be {_expected(kind)}, not {text[:40]!r}{quoted}")
+    if kind is float and not math.isfinite(float(text)):
+        raise UserError(f"{where} must be a finite number, not {text!r}")
     return text == "true" if kind is bool else kind(text)
 
 
@@ -116,6 +137,4 @@ def describe(node: yaml.Node) -> str:
         return "a mapping"
     if isinstance(node, yaml.SequenceNode):
         return "an empty list" if not node.value else "a list"
-    if not node.tag.startswith("tag:yaml.org,2002:"):
-        return f"something tagged {node.tag[:60]}"
     return "nothing (null)" if is_null(node) else repr(node.value[:40])

@@ -4,6 +4,7 @@ Most command lines are run inside this process, through the same `run_command` a
 their own; the last tests start new processes.
 """
 
+import errno
 import os
 import pickle
 import shutil
@@ -20,6 +21,7 @@ from PIL import Image
 
 import evaluate
 import train
+from resnext.reporting import Reporter
 
 # ---------------------------------------------------------------------------- configuration files
 
@@ -89,6 +91,11 @@ CONFIGS = {
     "merge key": ("train: &t {epochs: 3}\nrun: {<<: *t}", "line 2", "unknown key run.<<"),
     "alias of itself": ("model: &m {stages: *m}", "model.stages", "a list such as", "not a mapping"),
     "list in itself": ("model: {stages: &s [1, *s]}", "model.stages", "an integer", "not a list"),
+    "billion laughs": (
+        "data: {mean: [&a [1, 1], &b [*a, *a], &c [*b, *b], &d [*c, *c], [*d, *d]]}",
+        "data.mean",
+        "not a list",
+    ),
     "python call as a section": ("train: !!python/object/apply:os.mkdir [pwned]", "python/object"),
     "python object as a section": ("train: !!python/object:os.x {epochs: 3}", "python/object"),
     "python call as a value": ("train: {epochs: !!python/object/apply:os.abort 3}", "python/object"),
@@ -544,7 +551,7 @@ def sync_bn_on_a_cpu(place):
 # --output
 
 
-@line(train.main, "--output file/out: cannot be made", "choose another directory")
+@line(train.main, "--output file/out: ", "choose another directory")
 def output_below_a_file(place):
     (place.folder / "file").write_text("mine")
     return [*place.train()[:3], "file/out"]
@@ -797,6 +804,27 @@ def test_used_directory_stays_as_it_is(place):
         assert snapshot(place.folder) == before
 
 
+@pytest.mark.parametrize("name", ["row", "say"])
+def test_disk_full_while_logging(name, place, monkeypatch):
+    """Not bad input, but the user's to mend: what was saved is whole and the run can go on."""
+    arguments = place.train(train__epochs="5")
+    real, calls = getattr(Reporter, name), []
+
+    def fill(self, *values, **options):
+        calls.append(values)
+        if len(calls) == 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(self, *values, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Reporter, name, fill)
+        text = message(call(train.main, *arguments))
+    expect(text, ("out", "No space left on device", "--resume"))
+    result = call(train.main, "--resume", "out")
+    assert result.status == 0, result.error
+    assert "finished: 5 epochs" in result.output
+
+
 # ---------------------------------------------------------------------------- checkpoint files
 
 
@@ -891,8 +919,8 @@ SPOILERS = {
     make_tensor: ("not a checkpoint of this program", "give one written by train.py"),
     make_old_torch_file: ("not a checkpoint of this program", "use another checkpoint"),
     make_newer: ("version 2", "this program reads 1", "use the program that wrote it"),
-    make_incomplete: ("incomplete, optimizer is missing", "use another checkpoint"),
-    make_hostile: ("not a checkpoint of this program", "more than tensors and plain values"),
+    make_incomplete: ("optimizer is missing", "use another checkpoint"),
+    make_hostile: ("not a checkpoint of this program", "mkdir"),
     make_hostile_pickle: ("not a checkpoint of this program", "use another checkpoint"),
     make_compressed: ("a compressed archive", "not a checkpoint of this program"),
     make_config_bad: ("unknown key train.zebra",),

@@ -21,15 +21,6 @@ from resnext.trainer import part_sizes, train_step
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """float64 convolutions this small lose more by threads that wait for each other than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def error(ours, theirs):
     """Largest difference, relative to the largest value."""
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype

@@ -356,33 +356,35 @@ def expect_refused_or_same(path: Path, content: dict) -> bool:
 def test_cut_off_anywhere(whole, tmp_path):
     raw, content = whole
     path = tmp_path / "cut.pt"
-    for length in range(len(raw)):
+    for length in [*range(0, len(raw), 7), *range(len(raw) - 70, len(raw))]:
         path.write_bytes(raw[:length])
         assert expect_refused_or_same(path, content), f"{length} of {len(raw)} bytes were accepted"
 
 
 def test_a_bit_flipped_anywhere(whole, tmp_path):
-    """One bit of each byte, and every bit of the zip's directory, which no checksum covers."""
+    """A bit of every fourth byte; every bit of an entry of the zip's directory, which no checksum covers."""
     raw, content = whole
     path = tmp_path / "flipped.pt"
-    directory = raw.index(b"PK\x01\x02")
     with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+        entry = archive.getinfo("archive/data/0")
         payload = sum(entry.file_size for entry in archive.infolist())
+    start = raw.rindex(b"PK\x01\x02", 0, raw.rindex(entry.filename.encode()))
+    bits = [(offset, offset * 5 // 4 % 8) for offset in range(0, len(raw), 4)]
+    bits += [(offset, bit) for offset in range(start, start + 46) for bit in range(8)]
     refused = 0
-    for offset in range(len(raw)):
-        for bit in range(8) if offset >= directory else (offset * 5 % 8,):
-            flipped = bytearray(raw)
-            flipped[offset] ^= 1 << bit
-            path.write_bytes(flipped)
-            refused += expect_refused_or_same(path, content)
-    assert refused > payload
+    for offset, bit in bits:
+        flipped = bytearray(raw)
+        flipped[offset] ^= 1 << bit
+        path.write_bytes(flipped)
+        refused += expect_refused_or_same(path, content)
+    assert refused > payload / 4
 
 
 def test_a_run_of_bytes_overwritten(whole, tmp_path):
     raw, content = whole
     draw = random.Random(0)
     path = tmp_path / "overwritten.pt"
-    for _ in range(500):
+    for _ in range(200):
         start, length = draw.randrange(len(raw)), draw.choice([2, 16, 200])
         path.write_bytes(raw[:start] + draw.randbytes(length) + raw[start + length :])
         expect_refused_or_same(path, content)
@@ -392,7 +394,7 @@ def test_a_part_missing_or_doubled(whole, tmp_path):
     raw, content = whole
     draw = random.Random(1)
     path = tmp_path / "shifted.pt"
-    for _ in range(500):
+    for _ in range(100):
         start, length = draw.randrange(len(raw)), draw.choice([1, 16, 200])
         path.write_bytes(raw[:start] + raw[start + length :])
         expect_refused_or_same(path, content)
@@ -510,24 +512,25 @@ def pickle_of(raw: bytes) -> bytes:
         return archive.read("archive/data.pkl")
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_pickle_damaged_behind_a_right_checksum(whole, tmp_path):
     """Whatever the pickle machine does with a broken program ends in a UserError."""
     raw, _ = whole
     program = pickle_of(raw)
     path = tmp_path / "pickle.pt"
     for offset in range(len(program)):
-        for changed in (
+        changed = [
             program[:offset],
-            program[:offset] + bytes([program[offset] ^ (1 << offset % 8)]) + program[offset + 1 :],
+            program[:offset] + bytes([program[offset] ^ (1 << offset // 3 % 8)]) + program[offset + 1 :],
             program[:offset] + b"." + program[offset + 1 :],
-        ):
-            with_pickle(path, raw, changed)
-            try:
-                content = read_checkpoint(path)
-            except UserError as error:
-                assert str(path) in str(error)
-                continue
-            assert content["format"] == "resnext checkpoint"
+        ]
+        with_pickle(path, raw, changed[offset % 3])
+        try:
+            content = read_checkpoint(path)
+        except UserError as error:
+            assert str(path) in str(error)
+            continue
+        assert content["format"] == "resnext checkpoint"
 
 
 @pytest.mark.parametrize(

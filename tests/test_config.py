@@ -284,7 +284,7 @@ def random_config(random: random.Random) -> dict[str, dict[str, object]]:
     return values
 
 
-RANDOM = [random_config(random.Random(seed)) for seed in range(400)]
+RANDOM = [random_config(random.Random(seed)) for seed in range(120)]
 
 
 def same(a: object, b: object) -> bool:

@@ -357,7 +357,7 @@ def test_other_sizes_are_scaled_and_cropped_at_the_centre(width, height):
     expected = np.asarray(scaled.crop((left, top, left + 8, top + 8))).astype(int)
     found = fit(np.asarray(image), 8)
     assert found.shape == (8, 8, 3)
-    assert np.abs(found.astype(int) - expected).max() <= 1
+    assert np.abs(found.astype(int) - expected).max() <= 2
 
 
 def test_right_size_is_untouched():

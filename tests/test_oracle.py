@@ -40,15 +40,6 @@ CPU = torch.device("cpu")
 STRICT = 1e-10
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """float64 convolutions this small lose more by threads that wait for each other than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # ---------------------------------------------------------------------------- networks
 
 
