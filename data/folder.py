@@ -1,7 +1,7 @@
 """Class folders below train/ and val/, as the original reads them (gen.lua): a small set in memory.
 
 Classes are the sorted folder names of train/; files may lie deeper. Pictures of another size
-are cut to their central square and scaled (bicubic, antialiased) once, while reading.
+are scaled (shorter side, bicubic, antialiased) and cropped at the centre once, while reading.
 """
 
 import os
@@ -85,11 +85,14 @@ def read_set(root: str, split: str, size: int, limit: int | None) -> ImageSet:
 
 
 def fit(image: np.ndarray, size: int) -> np.ndarray:
-    """The central square scaled to `size`; untouched where the size is right."""
+    """Scale the shorter side to `size` and crop the centre; untouched where the size is right."""
     height, width = image.shape[:2]
     if (height, width) == (size, size):
         return image
-    side = min(height, width)
-    left, top = (width - side) // 2, (height - side) // 2
-    square = (left, top, left + side, top + side)
-    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=square))
+    scale = size / min(height, width)
+    scaled_width, scaled_height = max(size, round(width * scale)), max(size, round(height * scale))
+    # The crop in coordinates of the source: nothing larger than the result is made.
+    x, y = width / scaled_width, height / scaled_height
+    left, top = (scaled_width - size) // 2 * x, (scaled_height - size) // 2 * y
+    crop = (left, top, left + size * x, top + size * y)
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=crop))

@@ -178,10 +178,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             "use the program that wrote it"
         )
     for key, kind in KEYS.items():
-        if key not in content or not isinstance(content[key], kind):
-            raise UserError(
-                f"{path}: damaged, {key} is missing or not what it should be; use another checkpoint"
-            )
+        if key not in content:
+            raise UserError(f"{path}: incomplete, {key} is missing; use another checkpoint")
+        if not isinstance(content[key], kind):
+            raise UserError(f"{path}: damaged, {key} is not what it should be; use another checkpoint")
+    counts = [content["progress"].get(key) for key in ("epoch", "step", "global_step", "rows")]
+    if not all(type(count) is int for count in counts):
+        raise UserError(f"{path}: damaged, its progress is no count of steps; use another checkpoint")
     if not content["classes"] or not all(isinstance(name, str) for name in content["classes"]):
         raise UserError(f"{path}: damaged, its classes are no names; use another checkpoint")
     if _tensor_bytes(content) > path.stat().st_size:  # a few numbers expanded to any shape
@@ -197,8 +200,8 @@ def _verify_archive(path: Path) -> None:
             size = path.stat().st_size
             if any(e.compress_type != zipfile.ZIP_STORED or e.file_size > size for e in entries):
                 raise UserError(f"{path}: a compressed archive, not a checkpoint of this program")
-            if any(e.external_attr for e in entries):  # torch reads an entry marked as a folder as zeros
-                raise UserError(f"{path}: damaged (attributes of its entries); use another checkpoint")
+            if any(e.external_attr & 0x10 for e in entries):  # marked as a folder: torch would read zeros
+                raise UserError(f"{path}: damaged (an entry is marked as a folder); use another checkpoint")
             broken = archive.testzip()
             if not broken:
                 _verify_pickle(archive, path)

@@ -11,6 +11,7 @@ import struct
 import tracemalloc
 import zipfile
 from collections import namedtuple
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ import train
 from resnext.checkpoint import read_checkpoint, read_latest, write_checkpoint
 from resnext.config import parse_config, read_config
 from resnext.errors import UserError
+from resnext.state import Progress
 
 DOCUMENTED = {
     "format",
@@ -46,7 +48,7 @@ def content_number(number: int) -> dict:
         "optimizer": {"state": {0: {"momentum_buffer": torch.ones(7)}}, "param_groups": [{"lr": 0.1}]},
         "scaler": None,
         "ema": None,
-        "progress": {"epoch": number, "step": 0, "best": {"top1_error": 12.5}},
+        "progress": asdict(Progress(epoch=number, best={"top1_error": 12.5})),
         "rng": {"cpu": torch.arange(16, dtype=torch.uint8), "cuda": None},
         "config": "train: {epochs: 3}\n",
         "classes": ["cat", "dog"],
@@ -500,11 +502,13 @@ CALL = "\x80\x02c{}\n{}\n{}\x85R."
 
 
 def with_pickle(path: Path, source: bytes, data: bytes) -> None:
-    """The archive `source` with another data.pkl, its checksums right."""
+    """The archive `source` with another data.pkl; to its checksums and attributes as torch writes it."""
     with zipfile.ZipFile(io.BytesIO(source)) as old, zipfile.ZipFile(path, "w") as new:
         for entry in old.infolist():
             content = data if entry.filename.endswith("/data.pkl") else old.read(entry)
             new.writestr(entry.filename, content)
+        for entry in new.filelist:  # zipfile's own default is another one
+            entry.external_attr = 0
 
 
 def pickle_of(raw: bytes) -> bytes:
@@ -531,6 +535,12 @@ def test_pickle_damaged_behind_a_right_checksum(whole, tmp_path):
             assert str(path) in str(error)
             continue
         assert content["format"] == "resnext checkpoint"
+
+
+def test_honest_pickle_passes(whole, tmp_path):
+    """What is refused below is refused for its pickle alone."""
+    with_pickle(tmp_path / "honest.pt", whole[0], pickle_of(whole[0]))
+    assert same(read_checkpoint(tmp_path / "honest.pt"), whole[1])
 
 
 @pytest.mark.parametrize(
@@ -582,6 +592,7 @@ def test_entries_that_share_their_bytes(tmp_path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", bytes(size))
         entry = archive.infolist()[0]
+        entry.external_attr = 0
         for _ in range(entries):
             archive.filelist.append(entry)
     with pytest.raises(UserError, match=r"overlap\.pt"):

@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import shutil
+import socket
 import tarfile
 import threading
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from commands import draw_folders, snapshot
 from PIL import Image
 from torchvision import datasets
 
+import data.cifar
 import data.folder
 from data import glyphs
 from data.decode import decode
@@ -612,6 +614,27 @@ def test_no_network(cifar, tmp_path, monkeypatch):
     (tmp_path / cifar.reader.filename).write_bytes(cifar.archive)
     assert len(cifar.read(tmp_path)) > 0
     assert cifar.server.asked == []
+
+
+def test_server_that_never_answers(cifar, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.cifar, "TIMEOUT", 0.2, raising=False)
+    caught = []
+
+    def read():
+        try:
+            cifar.read(tmp_path)
+        except UserError as error:
+            caught.append(str(error))
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}/{cifar.reader.filename}"
+        monkeypatch.setattr(cifar.reader, "url", address)
+        thread = threading.Thread(target=read, daemon=True)
+        thread.start()
+        thread.join(10)
+        assert caught, "waits for ever"
+    assert f"put {cifar.reader.filename} into {tmp_path}" in caught[0]
+    assert socket.getdefaulttimeout() is None, "the setting is for this download only"
 
 
 def test_no_download_without_leave(cifar, tmp_path):
