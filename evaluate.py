@@ -75,7 +75,10 @@ def main() -> None:
     )
     if arguments.json:
         result = {"checkpoint": str(path), "weights": weights, **score.as_row()}
-        Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        try:
+            Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--json {arguments.json}: cannot be written ({error.strerror})") from None
 
 
 def check_target(path: Path) -> None:

@@ -129,7 +129,12 @@ def resume_source(arguments: argparse.Namespace, output: Path) -> Path | None:
 def latest(folder: Path) -> Path | None:
     """last.pt of a run directory (perhaps only its predecessor is left), None where nothing was saved."""
     saved = folder / "checkpoints" / "last.pt"
-    return saved if saved.exists() or saved.with_name("previous.pt").exists() else None
+    if saved.exists() or saved.with_name("previous.pt").exists():
+        return saved
+    others = sorted(saved.parent.glob("*.pt"))
+    if others:
+        raise UserError(f"{saved}: is gone; go on from another with --resume {others[0]} --output DIR")
+    return None
 
 
 def is_run(folder: Path) -> bool:

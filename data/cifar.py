@@ -1,6 +1,9 @@
 """CIFAR-10 and CIFAR-100: torchvision's readers, downloaded once, every file's hash checked."""
 
+import contextlib
 import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +11,8 @@ import numpy as np
 from resnext.errors import UserError
 
 from .sets import ImageSet
+
+TIMEOUT = 60.0  # seconds without a byte from the server
 
 
 def read_set(name: str, root: str, split: str, download: bool) -> ImageSet:
@@ -22,7 +27,8 @@ def read_set(name: str, root: str, split: str, download: bool) -> ImageSet:
             folder.mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK):
                 download = False  # a read-only copy is fine as long as it is whole
-        pictures = reader(folder, train=split == "train", download=download)
+        with _time_out():
+            pictures = reader(folder, train=split == "train", download=download)
     except RuntimeError:  # torchvision: files missing, or their hash is not the known one
         raise UserError(
             f"data.dir {folder}: {name} is missing or damaged "
@@ -32,3 +38,14 @@ def read_set(name: str, root: str, split: str, download: bool) -> ImageSet:
     except (OSError, EOFError) as error:  # urllib's errors are OSErrors
         raise UserError(f"data.dir {folder}: {name} cannot be fetched ({error}); {remedy}") from None
     return ImageSet(pictures.data, np.array(pictures.targets), tuple(pictures.classes))
+
+
+@contextlib.contextmanager
+def _time_out() -> Iterator[None]:
+    """A time-out for connections that are opened without one, as torchvision's are."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

@@ -245,6 +245,10 @@ def check_state(module: torch.nn.Module, state: dict[str, Any], path: Path | str
                 f"{path}: {key} is {tuple(getattr(state[key], 'shape', ()))}, this network's is "
                 f"{tuple(own[key].shape)}; it belongs to another architecture"
             )
+        if own[key].dtype != state[key].dtype:
+            raise UserError(
+                f"{path}: {key} is {state[key].dtype}, not {own[key].dtype}; use another checkpoint"
+            )
 
 
 # ---------------------------------------------------------------------------- resuming

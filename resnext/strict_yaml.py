@@ -89,7 +89,7 @@ def convert(kind: Any, node: yaml.Node, where: str) -> Any:
         return text
     pattern = {
         bool: r"true|false",
-        int: r"[+-]?[0-9]+",
+        int: r"[+-]?(0|[1-9][0-9]*)",
         float: r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?",
     }[kind]
     if node.style is not None or not re.fullmatch(pattern, text) or len(text) > 40:

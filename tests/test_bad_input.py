@@ -49,6 +49,7 @@ CONFIGS = {
     "file is a word": ("resnext50", "must hold sections such as 'model:'", "not 'resnext50'"),
     # types
     "text for an integer": ("train: {epochs: many}", "train.epochs", "an integer", "not 'many'"),
+    "leading zero": ("train: {epochs: 010}", "train.epochs", "an integer", "not '010'"),
     "float for an integer": ("train: {epochs: 1.5}", "train.epochs", "an integer", "not '1.5'"),
     "exponent for an integer": ("train: {epochs: 1e3}", "train.epochs", "an integer", "not '1e3'"),
     "list for an integer": ("train: {epochs: [1]}", "train.epochs", "an integer", "not a list"),
@@ -985,3 +986,12 @@ def test_process_hostile_checkpoint(place):
     assert "best.pt: not a checkpoint of this program" in text
     assert snapshot(place.folder, folders=False) == before
     assert not (checkpoint.parent / "pwned").exists()
+
+
+def test_resume_without_the_latest_checkpoint_names_another(run_copy):
+    """Starting anew would replace best.pt."""
+    for name in ("last.pt", "previous.pt"):
+        (run_copy / "checkpoints" / name).unlink()
+    before = snapshot(run_copy)
+    expect(message(call(train.main, "--resume", run_copy)), ("last.pt", "best.pt", "--output"))
+    assert snapshot(run_copy) == before
