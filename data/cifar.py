@@ -10,7 +10,7 @@ import numpy as np
 
 from resnext.errors import UserError
 
-from .sets import ImageSet
+from .images import ImageSet
 
 TIMEOUT = 60.0  # seconds without a byte from the server
 

@@ -14,7 +14,7 @@ from PIL import Image
 from resnext.errors import UserError
 
 from .decode import decode
-from .sets import ImageSet, check_memory, even_indices
+from .images import ImageSet, check_memory, even_indices
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp")
 

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .draws import Stream, uniforms
-from .sets import ImageSet, check_memory
+from .images import ImageSet, check_memory
 
 CLASSES = tuple("0123456789")
 SIZES = {"train": 5000, "val": 1000}

@@ -10,7 +10,7 @@ from resnext.config import Augment, Data
 
 from .augment import cifar_crop, cifar_draws, normalise
 from .draws import epoch_order
-from .sets import ImageSet
+from .images import ImageSet
 
 
 class ResidentImages:

@@ -22,8 +22,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from data.images import ImageSet
 from data.loader import ResidentImages, TrainBatches
-from data.sets import ImageSet
 from resnext.config import Config, parse_config, to_yaml
 from resnext.distributed import choose_device, set_numerics
 from resnext.errors import run_command

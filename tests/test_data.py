@@ -23,7 +23,8 @@ import data.folder
 from data import glyphs
 from data.decode import decode
 from data.folder import fit, read_set
-from data.sets import ImageSet, check_classes, even_indices, load_set, take_evenly
+from data.images import ImageSet, even_indices, take_evenly
+from data.sets import check_classes, load_set
 from resnext.config import Data, parse_config
 from resnext.errors import UserError
 

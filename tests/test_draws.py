@@ -13,8 +13,8 @@ import torch
 
 from data.augment import cifar_draws
 from data.draws import Stream, epoch_order, hashes, uniforms
+from data.images import ImageSet
 from data.loader import EvalBatches, ResidentImages, TrainBatches
-from data.sets import ImageSet
 from resnext.config import Augment, Data
 
 IMAGES = np.arange(1000)

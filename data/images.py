@@ -1,0 +1,52 @@
+"""A small data set: uint8 pictures in memory, their labels and the names of the classes."""
+
+import hashlib
+import os
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from resnext.errors import UserError
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Pictures uint8 (N, S, S, 3), labels int64 (N,) and the names of the classes."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def fingerprint(self) -> str:
+        """Hash of pictures, labels and classes, to tell whether the data is still the same."""
+        digest = hashlib.sha256("\n".join(self.classes).encode())
+        digest.update(np.ascontiguousarray(self.images))
+        digest.update(np.ascontiguousarray(self.labels))
+        return digest.hexdigest()[:16]
+
+
+def take_evenly(image_set: ImageSet, limit: int | None) -> ImageSet:
+    """At most `limit` images, evenly spaced, so that sets sorted by class keep every class."""
+    keep = even_indices(len(image_set), limit)
+    return replace(image_set, images=image_set.images[keep], labels=image_set.labels[keep])
+
+
+def even_indices(images: int, limit: int | None) -> np.ndarray:
+    """int64 indices of at most `limit` of `images`, evenly spaced."""
+    count = images if limit is None else min(images, limit)
+    return np.arange(count) * images // count
+
+
+def check_memory(images: int, size: int, source: str) -> None:
+    """A UserError ahead of reading more uint8 pictures than there is memory for."""
+    needed = images * size * size * 3
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    if needed > available:
+        raise UserError(
+            f"{source}: {images:,} pictures of {size}x{size} need {needed / 2**30:.1f} GiB of "
+            f"memory, {available / 2**30:.1f} are free; lower data.image_size, data.train_images or "
+            "data.val_images"
+        )
