@@ -8,7 +8,7 @@
     python train.py --config NAME.yaml --resume                     go on, or start (for requeued jobs)
 
 A run goes to runs/<config name> (--output DIR): config.yaml, metrics.jsonl, log.txt, tensorboard/ and
-checkpoints/ (last.pt, best.pt). SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 save and stop, exit status 0.
+checkpoints/ (last.pt, best.pt). SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGHUP save and stop, exit status 0.
 Wrong input ends with one message and exit status 2.
 """
 
@@ -59,7 +59,7 @@ def main() -> None:
     output = output_folder(arguments)
     source = resume_source(arguments, output)
     check_writable(output)
-    run(config, output, source)
+    run(config, output, source, arguments.resume is not None)
 
 
 def configuration(arguments: argparse.Namespace) -> Config:
@@ -95,7 +95,8 @@ def output_folder(arguments: argparse.Namespace) -> Path:
             return path.parent.parent
         if arguments.config is None:
             raise UserError(f"--resume {path}: say with --output DIR where the run from there shall go")
-    return Path("runs") / Path(arguments.config).stem
+    path = Path(arguments.config)
+    return Path("runs") / (path.resolve().parent.name if path.stem == "config" else path.stem)
 
 
 def resume_source(arguments: argparse.Namespace, output: Path) -> Path | None:
@@ -148,7 +149,7 @@ def check_writable(output: Path) -> None:
         raise UserError(f"--output {output}: cannot be made below {existing}; choose another directory")
 
 
-def run(config: Config, output: Path, source: Path | None) -> None:
+def run(config: Config, output: Path, source: Path | None, resumed: bool) -> None:
     """Load the data, prepare or restore the state, train."""
     from data.loader import EvalBatches, ResidentImages, TrainBatches
     from data.sets import check_classes, load_set
@@ -156,7 +157,7 @@ def run(config: Config, output: Path, source: Path | None) -> None:
     from resnext.distributed import StopRequest, choose_device, set_numerics
     from resnext.reporting import Reporter, environment
     from resnext.state import check_network, prepare, restore
-    from resnext.trainer import summary, train
+    from resnext.trainer import save, summary, train
 
     device = choose_device(config.run.device)
     set_numerics(config.train.precision, config.run.deterministic)
@@ -179,13 +180,19 @@ def run(config: Config, output: Path, source: Path | None) -> None:
             if name != "started" and old != versions.get(name)
         ]
     progress = training.progress
-    branched = source is not None and source.parents[1].resolve() != output.resolve()
-    rows = 0 if branched else progress.rows
+    branched = source is not None and source.resolve().parent != (output / "checkpoints").resolve()
+    if branched:  # another run: its rows and its best checkpoint start here
+        progress.rows, progress.best = 0, None
+    if progress.epoch > config.train.epochs + 1:
+        raise UserError(
+            f"train.epochs: {config.train.epochs}, but {progress.epoch - 1} are done already; raise it"
+        )
     with StopRequest() as stop:
         output.mkdir(parents=True, exist_ok=True)
-        reporter = Reporter(output, rows, progress.global_step, config.run.tensorboard)
+        reporter = Reporter(output, progress.rows, progress.global_step, config.run.tensorboard)
         try:
             write_config(config, versions, output)
+            reporter.say("\n".join(f"{name}: {value}" for name, value in versions.items()), console=False)
             for line in warnings:
                 reporter.say(line)
             train_batches = TrainBatches(
@@ -197,8 +204,10 @@ def run(config: Config, output: Path, source: Path | None) -> None:
             val_batches = EvalBatches(
                 ResidentImages(val_set, config.data, device), config.train.eval_batch_size
             )
-            reporter.say(introduction(training, len(train_set), len(val_set), output, source))
-            train(training, train_batches, val_batches, output, reporter, stop.__bool__)
+            reporter.say(introduction(training, len(train_set), len(val_set), output, source, resumed))
+            if branched:
+                save(training, output, reporter)
+            train(training, train_batches, val_batches, output, reporter, stop.requested)
             reporter.say(summary(training, output, stop.signal))
         except UserError as error:
             with contextlib.suppress(OSError):
@@ -221,7 +230,9 @@ def write_config(config: Config, versions: dict[str, str], output: Path) -> None
     os.replace(temporary, output / "config.yaml")
 
 
-def introduction(training, train_images: int, val_images: int, output: Path, source: Path | None) -> str:
+def introduction(
+    training, train_images: int, val_images: int, output: Path, source: Path | None, resumed: bool
+) -> str:
     """What is about to run, in a few lines."""
     from resnext.model import complexity
 
@@ -235,10 +246,12 @@ def introduction(training, train_images: int, val_images: int, output: Path, sou
         f"{len(training.classes)} classes, {config.data.image_size} pixels",
         f"global batch {train.batch_size}, lr {config.optimizer.lr}, {train.epochs} epochs, "
         f"{train.precision} on {training.versions['device']}",
-        f"run directory: {output}",
+        f"run directory: {output}; top-1 and top-5 below are errors in percent",
     ]
     if source:
         lines.append(f"continuing from {source}: epoch {progress.epoch}, {progress.step} steps done")
+    elif resumed:
+        lines.append("nothing was saved in the run directory yet: starting from the beginning")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Photometrics and mixing of whole batches on the device, with per-image draws."""
+"""Augmentation and normalisation of whole batches on the device, with per-image draws."""
 
 import numpy as np
 import torch

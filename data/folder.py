@@ -79,7 +79,7 @@ def read_set(root: str, split: str, size: int, limit: int | None) -> ImageSet:
         images[i] = fit(decode(content, path), size)
 
     with ThreadPoolExecutor() as pool:  # reading and Pillow's decoders release the GIL
-        for _ in pool.map(read, range(len(paths)), chunksize=256):
+        for _ in pool.map(read, range(len(paths))):
             pass
     return ImageSet(images, labels, classes)
 

@@ -1,7 +1,6 @@
 """A small data set: uint8 pictures in memory, their labels and the names of the classes."""
 
 import hashlib
-import os
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -40,11 +39,19 @@ def even_indices(images: int, limit: int | None) -> np.ndarray:
     return np.arange(count) * images // count
 
 
+def available_memory() -> int | None:
+    """Bytes that a process can still take, None where the system does not say (other than Linux)."""
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
+
 def check_memory(images: int, size: int, source: str) -> None:
     """A UserError ahead of reading more uint8 pictures than there is memory for."""
-    needed = images * size * size * 3
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    if needed > available:
+    needed, available = images * size * size * 3, available_memory()
+    if available is not None and needed > available:
         raise UserError(
             f"{source}: {images:,} pictures of {size}x{size} need {needed / 2**30:.1f} GiB of "
             f"memory, {available / 2**30:.1f} are free; lower data.image_size, data.train_images or "

@@ -5,7 +5,7 @@ A checkpoint is a plain dict that `torch.load(path, weights_only=True)` reads:
     format, version   what this is
     model             state_dict (torchvision's names)
     optimizer, scaler, ema     state_dicts; scaler and ema None where not used
-    progress          see trainer.Progress
+    progress          see state.Progress
     rng               generator states of torch
     config            the resolved configuration as YAML text
     classes           names, in the order of the outputs
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from .config import Config, differences
+from .config import Config, differences, to_text
 from .errors import UserError
 
 FORMAT = "resnext checkpoint"
@@ -267,12 +267,13 @@ def check_resume(old: Config, new: Config, step: int) -> list[str]:
     """What changed since the checkpoint, as log lines; a UserError where it cannot go on."""
     lines = []
     for key, before, now in differences(old, new):
+        before, now = to_text(before), to_text(now)
         if key.startswith("model.") and key != "model.classes":
             raise UserError(
                 f"{key}: the checkpoint has {before}, the configuration {now}; a run goes on with "
                 "its own network; start another run for another one"
             )
-        if (key == "train.ema_decay") and None in (before, now):
+        if key == "train.ema_decay" and "null" in (before, now):
             raise UserError(
                 f"{key}: the checkpoint has {before}, the configuration {now}; an average can "
                 "neither start nor end inside a run; start another run"

@@ -74,7 +74,7 @@ class Data:
         None, "height and width in pixels that the network sees", at_least=8, at_most=4096
     )
     train_images: int | None = _key(
-        None, "use this many training images, evenly spaced; null: all", at_least=1
+        None, "use this many training images, evenly spaced (glyphs: draw this many); null: all", at_least=1
     )
     val_images: int | None = _key(None, "likewise for validation", at_least=1)
     mean: tuple[float, ...] | None = _key(
@@ -115,7 +115,10 @@ class Train:
     )
     clip_grad_norm: float | None = _key(None, "clip the gradient's L2 norm at this; null: never", above=0)
     ema_decay: float | None = _key(
-        None, "average the weights with this decay and evaluate the average", above=0, below=1
+        None,
+        "average the weights with this decay and evaluate that; needs many more steps than 1/(1-decay)",
+        above=0,
+        below=1,
     )
 
 
@@ -220,8 +223,8 @@ def find_config(name: str) -> Path:
             path = path.with_suffix(".yaml")
     if not path.is_file():
         known = sorted(p.name for p in CONFIG_FOLDER.glob("*.yaml"))
-        close = difflib.get_close_matches(path.name, known, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]}?" if close else "known: " + ", ".join(known)
+        close = difflib.get_close_matches(path.stem, [Path(k).stem for k in known], n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}.yaml?" if close else "known: " + ", ".join(known)
         raise UserError(f"--config {name}: no such file; {hint}")
     return path
 
@@ -403,7 +406,7 @@ def _check_train(config: Config) -> None:
     if train.bn_group is not None and part % train.bn_group:
         raise UserError(
             f"train.bn_group: {train.bn_group} does not divide the {part} images of a batch "
-            "(train.batch_size / train.accumulation_steps)"
+            "(train.batch_size / train.accumulation_steps); choose one that does, or null"
         )
     if train.bn_group is not None and train.sync_bn:
         raise UserError("train.sync_bn: contradicts train.bn_group (smaller groups); remove one of the two")
@@ -420,13 +423,13 @@ def _check_schedule(config: Config) -> None:
             "remove it or use schedule.name multistep"
         )
     if multistep and list(schedule.milestones) != sorted(set(schedule.milestones)):
-        raise UserError(f"schedule.milestones: must ascend, not {list(schedule.milestones)}")
+        raise UserError(f"schedule.milestones: must ascend, not {list(schedule.milestones)}; sort them")
     if schedule.name == "cosine" and schedule.min_lr > config.optimizer.lr:
-        raise UserError("schedule.min_lr: must not exceed optimizer.lr")
+        raise UserError("schedule.min_lr: must not exceed optimizer.lr; lower it")
     if schedule.warmup_epochs and schedule.warmup_epochs >= config.train.epochs:
         raise UserError(
             f"schedule.warmup_epochs: {schedule.warmup_epochs} must be below train.epochs, "
-            f"{config.train.epochs}"
+            f"{config.train.epochs}; lower it, for example schedule.warmup_epochs=0"
         )
     if config.optimizer.nesterov and config.optimizer.momentum == 0:
         raise UserError("optimizer.nesterov: needs optimizer.momentum above 0; set one of the two")
@@ -442,15 +445,16 @@ def to_yaml(config: Config) -> str:
         lines.append(f"{section}:")
         values = getattr(config, section)
         for f in fields(values):
-            entry = f"  {f.name}: {_to_text(getattr(values, f.name))}"
+            entry = f"  {f.name}: {to_text(getattr(values, f.name))}"
             lines.append(f"{entry:<36}  # {f.metadata['comment']}")
         lines.append("")
     return "\n".join(lines)
 
 
-def _to_text(value: Any) -> str:
+def to_text(value: Any) -> str:
+    """A value as configuration files spell it."""
     if isinstance(value, tuple):
-        return "[" + ", ".join(map(_to_text, value)) + "]"
+        return "[" + ", ".join(map(to_text, value)) + "]"
     if isinstance(value, float):  # YAML 1.1 reads 1e-05 as a text, 1.0e-05 as a number
         text = repr(value)
         return text.replace("e", ".0e") if "e" in text and "." not in text else text

@@ -1,6 +1,6 @@
 """The process and its surroundings: the device, and the request to stop.
 
-One process for now; SIGTERM, SIGINT and SIGUSR1 only set a flag, which the trainer reads between
+One process for now; SIGTERM, SIGINT, SIGUSR1 and SIGHUP only set a flag, which the trainer reads between
 steps, so that a checkpoint is never torn and no step is half done.
 """
 
@@ -12,11 +12,11 @@ import torch
 
 from .errors import UserError
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopRequest:
-    """Context manager: true once a stop signal has come. A second Ctrl-C interrupts at once."""
+    """Context manager that notes a stop signal. A second Ctrl-C interrupts at once."""
 
     def __init__(self):
         self.signal: signal.Signals | None = None
@@ -24,7 +24,8 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         for number in STOP_SIGNALS:
-            self._before[number] = signal.signal(number, self._handle)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_) -> None:
@@ -36,7 +37,7 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
 
-    def __bool__(self) -> bool:
+    def requested(self) -> bool:
         return self.signal is not None
 
 

@@ -1,5 +1,6 @@
 """The one exception for what a user can cause and mend, and how the command lines report it."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -15,11 +16,14 @@ def run_command(main: Callable[[], int | None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         if error.filename is None:
             raise
         print(f"error: {error.filename}: {error.strerror}; check the path and its rights", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:  # before the trainer has taken over the signals: nothing to save yet
+    except KeyboardInterrupt:  # ahead of the training, or a second Ctrl-C
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -1,5 +1,6 @@
-"""Exact error counts: every image once, integers, single crop or ten (train.lua, computeScore)."""
+"""Exact error counts: every image once, integers (train.lua, computeScore)."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
@@ -27,7 +28,9 @@ class Score:
 
     def as_row(self) -> dict[str, int | float]:
         """Plain numbers for a log row."""
-        return asdict(self) | {"top1_error": self.top1_error, "top5_error": self.top5_error}
+        loss = self.loss if math.isfinite(self.loss) else None  # JSON knows no NaN
+        errors = {"top1_error": self.top1_error, "top5_error": self.top5_error}
+        return asdict(self) | errors | {"loss": loss}
 
 
 def hits(output: Tensor, labels: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """What a run says: console, progress bar, log.txt, metrics.jsonl, TensorBoard."""
 
 import datetime
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -69,8 +70,11 @@ class Reporter:
         self.bar: tqdm | None = None
         try:
             self.log_file = open(folder / "log.txt", "a", encoding="utf-8")  # noqa: SIM115
+            fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.rows = _keep_rows(folder / "metrics.jsonl", rows)
             self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process is training there; stop it first") from None
         except OSError as error:
             raise UserError(f"{error.filename}: cannot be written ({error.strerror})") from None
         self.board = None

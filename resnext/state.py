@@ -99,7 +99,7 @@ def place(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
     """Move a network to the device in the configured memory layout."""
     half = config.train.precision in ("bf16", "fp16")
     channels_last = config.train.channels_last
-    if channels_last is None:  # 1.5x to 2.5x faster on CPUs (docs/results.md)
+    if channels_last is None:  # 1.5x faster on a CPU (docs/results.md)
         channels_last = device.type == "cpu" or half
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return model.to(device=device, memory_format=layout)
@@ -208,9 +208,9 @@ def checkpoint_content(training: Training) -> dict[str, Any]:
     }
 
 
-def load_evaluated(path: Path) -> tuple[nn.Module, Config, dict[str, Any]]:
+def load_evaluated(path: Path | str) -> tuple[nn.Module, Config, dict[str, Any]]:
     """(network, configuration, content) of a checkpoint, with the weights that validation speaks of."""
-    content = read_checkpoint(path)
+    content = read_checkpoint(Path(path))
     config = parse_config(content["config"], str(path))
     state = content["model"]
     if content["ema"] is not None:

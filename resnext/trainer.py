@@ -245,16 +245,21 @@ def report_step(
         | {name: values[name] for name in ("loss", "top1_error", "top5_error")},
         progress.global_step,
     )
-    errors = f"top-1 {values['top1_error']:6.3f}  top-5 {values['top5_error']:6.3f}"
+    errors = error_text(values, len(training.classes))
     reporter.step_line(
         f"epoch {progress.epoch}/{epochs}  step {progress.step}/{steps}  "
         f"time {taken / batches:.3f}  data {meter.waited / batches:.3f}  "
         f"loss {values['loss']:.4f}  {errors}  lr {rate:.4g}  {speed:.0f} img/s  "
         f"ETA {left}",
-        f"loss {values['loss']:.4f}, {errors}, {speed:.0f} img/s, ETA {left}",
+        f"loss {values['loss']:.3f}, top-1 {values['top1_error']:.2f}, ETA {left}",
     )
     progress.interval = Sums()
     meter.restart()
+
+
+def error_text(row: dict[str, Any], classes: int) -> str:
+    """The two errors in percent; the second is top-5, or top-n of fewer classes."""
+    return f"top-1 {row['top1_error']:6.3f}  top-{min(5, classes)} {row['top5_error']:6.3f}"
 
 
 def validate(
@@ -299,7 +304,7 @@ def finish_epoch(training: Training, score: Score, reporter: Reporter, clock: Cl
         reporter.scalars("epoch", {f"val_{name}": score.as_row()[name]}, progress.global_step)
     reporter.say(
         f" * epoch {progress.epoch}/{epochs}  train top-1 {training_row['top1_error']:6.3f}  "
-        f"val top-1 {score.top1_error:6.3f}  top-5 {score.top5_error:6.3f}  "
+        f"val {error_text(score.as_row(), len(training.classes))}  "
         f"loss {score.loss:.4f}  best {progress.best['top1_error']:.3f} "
         f"(epoch {progress.best['epoch']})  ETA {clock.remaining(progress.epoch, epochs)}"
     )
@@ -330,6 +335,7 @@ def summary(training: Training, folder: Path, signal: Any) -> str:
     progress, epochs = training.progress, training.config.train.epochs
     finished = progress.epoch > epochs
     weights = " (averaged weights)" if training.ema else ""
+    k = min(5, len(training.classes))
     if finished:
         lines = [f"finished: {epochs} epochs in {duration(progress.seconds)}"]
     else:
@@ -338,7 +344,7 @@ def summary(training: Training, folder: Path, signal: Any) -> str:
         if row:
             lines.append(
                 f"{title} validation error{weights}: top-1 {row['top1_error']:.3f} "
-                f"({row['top1_errors']}/{row['images']}), top-5 {row['top5_error']:.3f} "
+                f"({row['top1_errors']}/{row['images']}), top-{k} {row['top5_error']:.3f} "
                 f"({row['top5_errors']}/{row['images']}), epoch {row['epoch']}"
             )
     lines.append(f"checkpoints: {folder / 'checkpoints'}; log, metrics and curves: {folder}")

@@ -26,7 +26,7 @@ from data.images import ImageSet
 from data.loader import ResidentImages, TrainBatches
 from resnext.config import Config, parse_config, to_yaml
 from resnext.distributed import choose_device, set_numerics
-from resnext.errors import run_command
+from resnext.errors import UserError, run_command
 from resnext.reporting import environment
 from resnext.state import prepare
 from resnext.trainer import train_step
@@ -53,6 +53,8 @@ def main() -> None:
         "overrides", nargs="*", metavar="section.key=value", help="default: 11 layers, 4x16d, batch 128"
     )
     arguments = parser.parse_intermixed_args()
+    if arguments.rounds < 1 or arguments.workers < 1:
+        raise UserError("--rounds and --workers: must be at least 1")
     small = ("model.depth=11", "model.cardinality=4", "model.base_width=16")
     config = parse_config("", "benchmark", [*RECIPE, *small, *arguments.overrides])
     device = choose_device(config.run.device)

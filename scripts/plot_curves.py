@@ -26,7 +26,9 @@ def main() -> None:
     runs = [Path(run) for run in arguments.runs]
     target = runs[0] / "curves.png" if len(runs) == 1 else Path("curves.png")
     target = Path(arguments.output) if arguments.output else target
-    draw({run.resolve().name: [epoch_rows(run)] for run in runs}, target)
+    names = [run.resolve().name for run in runs]
+    labels = names if len(set(names)) == len(names) else map(str, runs)
+    draw({label: [epoch_rows(run)] for label, run in zip(labels, runs, strict=True)}, target)
     print(f"wrote {target}")
 
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from plot_curves import draw, epoch_rows
 
-from resnext.config import Config, differences, find_config, read_config
+from resnext.config import Config, differences, find_config, read_config, to_text
 from resnext.errors import UserError, run_command
 
 
@@ -94,7 +94,7 @@ def check_unchanged(folder: Path, config: Config) -> None:
     for key, before, now in differences(read_config(path), config):
         if key != "data.dir" and not key.startswith("run."):
             raise UserError(
-                f"{folder}: was run with {key} {before}, now it is {now}; choose another --output"
+                f"{folder}: was run with {key}={to_text(before)}, not {to_text(now)}; choose another --output"
             )
 
 
@@ -107,11 +107,14 @@ def finished(folder: Path, config: Config) -> bool:
 
 
 def run_child(command: list[str]) -> int:
-    """Run train.py; SIGTERM is passed on, Ctrl-C reaches it by itself: it saves and ends."""
+    """Run train.py; other stop signals are passed on, Ctrl-C reaches it by itself: it saves and ends."""
     child = subprocess.Popen(command)
     before = {
         signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
-        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, _: child.send_signal(number)),
+        **{
+            number: signal.signal(number, lambda number, _: child.send_signal(number))
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+        },
     }
     try:
         return child.wait()

@@ -689,7 +689,7 @@ def resume_inside_an_epoch_with_fewer_pictures(place):
     return ["--resume", "run", "data.train_images=30"]
 
 
-@line(train.main, "train.ema_decay: the checkpoint has None, the configuration 0.9", "start another run")
+@line(train.main, "train.ema_decay: the checkpoint has null, the configuration 0.9", "start another run")
 def resume_with_an_average_from_now_on(place):
     place.run()
     return ["--resume", "run", "train.ema_decay=0.9"]

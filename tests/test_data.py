@@ -20,7 +20,7 @@ from torchvision import datasets
 
 import data.cifar
 import data.folder
-from data import glyphs
+from data import glyphs, images
 from data.decode import decode
 from data.folder import fit, read_set
 from data.images import ImageSet, even_indices, take_evenly
@@ -383,8 +383,7 @@ def test_thin_picture_takes_no_large_memory(shape, monkeypatch):
 
 def test_pictures_larger_than_memory_are_refused(tmp_path, monkeypatch):
     root = draw_folders(tmp_path / "data", {"cat": 5, "dog": 5})
-    real = os.sysconf
-    monkeypatch.setattr(os, "sysconf", lambda name: 1 if name == "SC_AVPHYS_PAGES" else real(name))
+    monkeypatch.setattr(images, "available_memory", lambda: 4096)
     assert len(read_set(str(root), "train", 8, None)) == 10
     with pytest.raises(UserError, match=r"train: 10 pictures of 64x64 need .* lower data\.image_size"):
         read_set(str(root), "train", 64, None)

@@ -1,6 +1,7 @@
 """One optimiser step against plain PyTorch, and what a run leaves behind, as a user sees it."""
 
 import copy
+import fcntl
 import json
 import math
 import os
@@ -318,7 +319,7 @@ def test_a_stop_during_validation_is_resumed_with_the_validation(finished_run, t
 
     arguments = ["--config", "demo.yaml", "--output", str(tmp_path / "r"), *RUN, "train.ema_decay=0.5"]
     with monkeypatch.context() as patch:
-        patch.setattr(StopRequest, "__bool__", stop_after_eight)
+        patch.setattr(StopRequest, "requested", stop_after_eight)
         patch.setattr(sys, "argv", ["train.py", *arguments])
         train.main()
     progress = torch.load(tmp_path / "r" / "checkpoints" / "last.pt", weights_only=True)["progress"]
@@ -328,3 +329,22 @@ def test_a_stop_during_validation_is_resumed_with_the_validation(finished_run, t
     train.main()
     without_time = [{k: v for k, v in row.items() if k != "time"} for row in read_rows(tmp_path / "r")]
     assert without_time == [{k: v for k, v in row.items() if k != "time"} for row in read_rows(folder)]
+
+
+def test_a_branch_is_saved_before_its_first_step_and_has_its_own_best(finished_run, tmp_path):
+    folder, _ = finished_run
+    branch, source = tmp_path / "branch", str(folder / "checkpoints" / "best.pt")
+    stopped = ["run.log_interval=1", "optimizer.lr=1e30"]  # dies in its first epoch
+    python("train.py", "--resume", source, "--output", str(branch), "train.epochs=9", *stopped, status=2)
+    parent = torch.load(source, weights_only=True)
+    content = torch.load(branch / "checkpoints" / "last.pt", weights_only=True)
+    assert all(torch.equal(value, content["model"][name]) for name, value in parent["model"].items())
+    assert content["progress"]["best"] is None and content["progress"]["rows"] == 0
+
+
+def test_a_directory_is_not_shared_by_two_processes(finished_run):
+    folder, _ = finished_run
+    with open(folder / "log.txt", "a") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        done = python("train.py", "--resume", str(folder), "train.epochs=3", status=2)
+    assert str(folder) in done.stderr and "another process" in done.stderr
