@@ -41,7 +41,7 @@ def main() -> None:
     if arguments.json:
         check_target(Path(arguments.json))
 
-    from data.loader import EvalBatches, ResidentImages
+    from data.loader import eval_batches
     from data.sets import load_set
     from resnext.checkpoint import find_checkpoint
     from resnext.distributed import choose_device, set_numerics
@@ -64,7 +64,7 @@ def main() -> None:
         )
     model = place(model, config, device)
     batch_size = arguments.batch_size or config.train.eval_batch_size
-    batches = EvalBatches(ResidentImages(val_set, config.data, device), batch_size)
+    batches = eval_batches(val_set, config.data, batch_size, device)
     score = evaluate(model, batches, lambda: autocast(device, config.train.precision))
     weights = "averaged weights" if content["ema"] is not None else "weights"
     print(f"{path}: {weights} after {content['progress'].get('global_step')} steps")

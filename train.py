@@ -151,7 +151,7 @@ def check_writable(output: Path) -> None:
 
 def run(config: Config, output: Path, source: Path | None, resumed: bool) -> None:
     """Load the data, prepare or restore the state, train."""
-    from data.loader import EvalBatches, ResidentImages, TrainBatches
+    from data.loader import eval_batches, train_batches
     from data.sets import check_classes, load_set
     from resnext.checkpoint import check_resume, read_latest
     from resnext.distributed import StopRequest, choose_device, set_numerics
@@ -195,19 +195,12 @@ def run(config: Config, output: Path, source: Path | None, resumed: bool) -> Non
             reporter.say("\n".join(f"{name}: {value}" for name, value in versions.items()), console=False)
             for line in warnings:
                 reporter.say(line)
-            train_batches = TrainBatches(
-                ResidentImages(train_set, config.data, device),
-                config.train.batch_size,
-                config.augment,
-                config.run.seed,
-            )
-            val_batches = EvalBatches(
-                ResidentImages(val_set, config.data, device), config.train.eval_batch_size
-            )
+            training_batches = train_batches(train_set, config, device, reporter.say)
+            val_batches = eval_batches(val_set, config.data, config.train.eval_batch_size, device)
             reporter.say(introduction(training, len(train_set), len(val_set), output, source, resumed))
             if branched:
                 save(training, output, reporter)
-            train(training, train_batches, val_batches, output, reporter, stop.requested)
+            train(training, training_batches, val_batches, output, reporter, stop.requested)
             reporter.say(summary(training, output, stop.signal))
         except UserError as error:
             with contextlib.suppress(OSError):

@@ -1,15 +1,31 @@
-"""Augmentation and normalisation of whole batches on the device, with per-image draws."""
+"""Augmentation and normalisation of whole batches on the device, with per-image draws.
+
+Pixels are in 0...255, uint8 or float32, (N, H, W, 3); what comes out is normalised float32 (N, 3, H, W).
+"""
+
+import contextlib
+import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.transforms import v2
 
-from .draws import Stream, uniforms
+from resnext.config import Augment
+
+from .draws import Stream, hashes, uniforms
+
+# ---------------------------------------------------------------------------- normalisation, CIFAR
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 (N, H, W, 3) → float32 (N, 3, H, W) in channels_last: (x - mean) / std."""
-    return ((images.float() - mean) / std).permute(0, 3, 1, 2)
+    """(N, H, W, 3) → float32 (N, 3, H, W) in channels_last: (x - mean) / std."""
+    count, height, width, _ = images.shape
+    # Rows of width·3 numbers: long enough for vector instructions, which rows of 3 are not.
+    pixels = images.reshape(count, height, -1).to(torch.float32, copy=True)
+    pixels.sub_(mean.repeat(width)).div_(std.repeat(width))
+    return pixels.view(count, height, width, 3).permute(0, 3, 1, 2)
 
 
 def cifar_draws(
@@ -39,3 +55,116 @@ def cifar_crop(
     image = torch.arange(len(images), device=images.device)[:, None, None]
     crops = normalise(images[image, rows[:, :, None], columns[:, None]], mean, std)
     return crops * inside[:, None]
+
+
+# ---------------------------------------------------------------------------- ImageNet's colours
+
+GRAY = (0.299, 0.587, 0.114)
+ORDERS = tuple(itertools.permutations(range(3)))  # of brightness (0), contrast (1), saturation (2)
+
+# Principal components of ImageNet's colours (fb.resnet.torch, datasets/imagenet.lua).
+EIGENVALUES = (0.2175, 0.0188, 0.0045)
+EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+
+
+def colour_draws(seed: int, epoch: int, images: np.ndarray, augment: Augment) -> np.ndarray:
+    """float64 (N, 9) of each image: the order of the three operations, their α, and lighting's α."""
+    draws = uniforms(seed, epoch, images, 8, Stream.COLOUR)
+    order = np.array(ORDERS)[(draws[:, 0] * len(ORDERS)).astype(np.int64)]
+    alphas = 1 + (2 * draws[:, 1:4] - 1) * augment.jitter
+    radius = np.sqrt(-2 * np.log1p(-draws[:, 4:6]))  # Box and Muller: two uniforms make two normals
+    angle = 2 * np.pi * draws[:, 6:8]
+    normals = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=2).reshape(-1, 4)
+    return np.concatenate([order, alphas, normals[:, :3] * augment.lighting], axis=1)
+
+
+def mirror_draws(seed: int, epoch: int, images: np.ndarray, augment: Augment) -> np.ndarray:
+    """int64: which of the images, counted from 0, are mirrored."""
+    return np.flatnonzero(uniforms(seed, epoch, images, 9, Stream.COLOUR)[:, 8] < augment.mirror)
+
+
+def mirror(images: Tensor, which: Tensor) -> None:
+    """Flip those images (N, H, W, 3) left to right, in place."""
+    planes = images.permute(0, 3, 1, 2)  # torch flips this layout with vector instructions
+    planes[which] = planes[which].flip(3)
+
+
+def jitter(images: Tensor, draws: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """ColorJitter, Lighting and ColorNormalize (fb.resnet.torch, datasets/transforms.lua) in one pass.
+
+    Nothing is clamped in the original, so each operation, and all of them together, is an affine map of
+    an image's colours, which needs no more of the pixels than their mean. `draws` as from colour_draws.
+    Under train.precision tf32 the product has TF32's 10 bits.
+    """
+    # A picture at a time stays in a CPU's cache; a GPU takes them all.
+    size = len(images) if images.is_cuda else 1
+    out = torch.empty(len(images), 3, *images.shape[1:3], device=images.device)
+    for part, part_draws, part_out in zip(
+        images.split(size), draws.split(size), out.split(size), strict=True
+    ):
+        pixels = part.permute(0, 3, 1, 2).flatten(2).float()
+        matrix, offset = colour_map(pixels.mean(2), part_draws, mean, std)
+        torch.baddbmm(offset[:, :, None], matrix, pixels, out=part_out.flatten(2))
+    return out
+
+
+def colour_map(colours: Tensor, draws: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """(matrix (N, 3, 3), offset (N, 3)) that take a pixel to its normalised, jittered self.
+
+    `colours` (N, 3) are the images' mean colours, the one thing that contrast depends on.
+    """
+    draws, colours = draws.double(), colours.double()
+    order, alphas, lights = draws[:, :3].long(), draws[:, 3:6], draws[:, 6:9]
+    gray = draws.new_tensor(GRAY)
+    identity = torch.eye(3, dtype=draws.dtype, device=draws.device)
+    matrix, offset = identity.expand(len(draws), 3, 3), torch.zeros_like(colours)
+    for operation in order.unbind(1):
+        alpha = alphas.gather(1, operation[:, None])
+        blend = alpha[:, :, None] * identity
+        to_gray = (1 - alpha[:, :, None]) * gray.expand(3, 3)
+        blend = torch.where((operation == 2)[:, None, None], blend + to_gray, blend)
+        average = ((matrix @ colours[:, :, None])[:, :, 0] + offset) @ gray
+        constant = torch.where((operation == 1)[:, None], (1 - alpha) * average[:, None], 0.0)
+        matrix = blend @ matrix
+        offset = (blend @ offset[:, :, None])[:, :, 0] + constant
+    axes = draws.new_tensor(EIGENVECTORS) * draws.new_tensor(EIGENVALUES)
+    offset = offset + 255 * lights @ axes.T
+    return (matrix / std[:, None]).float(), ((offset - mean) / std).float()
+
+
+# ---------------------------------------------------------------------------- erasing and mixing
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """torch's random numbers from a seed, and as they were afterwards: torchvision's transforms draw them."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def erase(images: Tensor, seed: int, epoch: int, ids: np.ndarray, probability: float) -> None:
+    """torchvision's RandomErasing of normalised (N, 3, H, W) with the mean colour, each its own, in place."""
+    chosen = uniforms(seed, epoch, ids, 1, Stream.ERASING)[:, 0] < probability
+    seeds = hashes(seed, epoch, ids, 2, Stream.ERASING)[:, 1]
+    erasing = v2.RandomErasing(p=1.0, inplace=True)
+    for i in np.flatnonzero(chosen):
+        with seeded(int(seeds[i])):
+            erasing(images[i])
+
+
+def mix(
+    images: Tensor, labels: Tensor, augment: Augment, classes: int, seed: int, epoch: int, step: int
+) -> tuple[Tensor, Tensor]:
+    """torchvision's MixUp or CutMix of a batch, one of the two where both are on.
+
+    Labels (N,) int64 become (N, classes) float32.
+    """
+    kinds = [
+        kind(alpha=alpha, num_classes=classes)
+        for kind, alpha in ((v2.MixUp, augment.mixup), (v2.CutMix, augment.cutmix))
+        if alpha
+    ]
+    draws = hashes(seed, epoch, np.array([step]), 2, Stream.MIXING)[0]
+    with seeded(int(draws[1])):
+        return kinds[int(draws[0] % np.uint64(len(kinds)))](images, labels)

@@ -1,6 +1,14 @@
-"""Bytes of an image file → uint8 RGB. One function, so that every path decodes alike."""
+"""Bytes of an image file → uint8 RGB. One function, so that every path decodes alike.
+
+Routes, by measurement (docs/results.md, `scripts/benchmark.py data`): simplejpeg, libjpeg-turbo's own
+interface, is the fastest that installs everywhere; Pillow reads whatever is not a plain JPEG, and
+whatever simplejpeg complains about, and has the last word on what is broken. Both give the same pixels.
+Decoding stops below the part that is asked for, and large pictures are reduced by the decoder (scaled DCT).
+"""
 
 import io
+import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,28 +16,50 @@ from PIL import Image
 
 from resnext.errors import UserError
 
+try:
+    import simplejpeg
+except ImportError:  # Pillow alone is enough; see `check_decoder`
+    simplejpeg = None
 
-def decode(content: bytes, path: Path | str) -> np.ndarray:
+Box = tuple[int, int, int, int]  # left, top, width, height
+Region = Callable[[int, int], Box]
+
+
+def check_decoder(decoder: str) -> None:
+    """A UserError where the configured decoder is not installed."""
+    if decoder == "simplejpeg" and simplejpeg is None:
+        raise UserError("data.decoder: simplejpeg is not installed; pip install simplejpeg, or use pillow")
+
+
+def decode(
+    content: bytes,
+    path: Path | str,
+    decoder: str = "pillow",
+    region: Region | None = None,
+    size: int | None = None,
+) -> np.ndarray:
     """uint8 (H, W, 3) RGB of an image file's bytes; `path` is for the error message.
 
     The format is found by content. Gray becomes three equal channels, a palette its colours,
     CMYK is converted, alpha dropped, EXIF rotation ignored (as the original does). 16-bit gray
     is scaled by 1/257.
+
+    `region` is asked for a box, given the picture's width and height, and only that is returned; of a
+    JPEG reduced by 2, 4 or 8 while both sides keep `size` pixels.
     """
+    if decoder == "simplejpeg":
+        image = _simplejpeg(content, region, size)
+        if image is not None:
+            return image
     try:
         with Image.open(io.BytesIO(content)) as image:
-            if image.mode.startswith("I;16") or image.mode == "I":
-                gray = np.asarray(image).astype(np.uint32)
-                if gray.max(initial=0) > 0xFFFF:
-                    raise UserError(f"{path}: more than 16 bits a pixel; convert it to 8-bit RGB")
-                gray = ((gray + 128) // 257).astype(np.uint8)
-                return np.repeat(gray[:, :, None], 3, axis=2)
-            if image.mode == "P" and "transparency" in image.info:
-                image = image.convert("RGBA")
-            if image.mode in ("RGBA", "LA"):  # drop alpha without blending
-                image = image.convert("RGBA")
-                return np.ascontiguousarray(np.asarray(image)[:, :, :3])
-            return np.asarray(image.convert("RGB"))
+            width, height = image.size
+            left, top, w, h = region(width, height) if region else (0, 0, width, height)
+            factor = _reduction(w, h, size)
+            if factor > 1:
+                image.draft(None, (-(-width // factor), -(-height // factor)))  # JPEG alone knows it
+            pixels = _rgb(image, path)
+        return _cut(pixels, (left, top, w, h), width, height)
     except UserError:
         raise
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
@@ -37,3 +67,82 @@ def decode(content: bytes, path: Path | str) -> np.ndarray:
             f"{path}: cannot be decoded ({str(error)[:100] or type(error).__name__}); "
             "replace or remove the file"
         ) from None
+
+
+def _rgb(image: Image.Image, path: Path | str) -> np.ndarray:
+    """uint8 (H, W, 3) of an opened image of any mode."""
+    if image.mode.startswith("I;16") or image.mode == "I":
+        gray = np.asarray(image).astype(np.uint32)
+        if gray.max(initial=0) > 0xFFFF:
+            raise UserError(f"{path}: more than 16 bits a pixel; convert it to 8-bit RGB")
+        gray = ((gray + 128) // 257).astype(np.uint8)
+        return np.repeat(gray[:, :, None], 3, axis=2)
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    if image.mode in ("RGBA", "LA"):  # drop alpha without blending
+        image = image.convert("RGBA")
+        return np.ascontiguousarray(np.asarray(image)[:, :, :3])
+    return np.asarray(image.convert("RGB"))
+
+
+def _simplejpeg(content: bytes, region: Region | None, size: int | None) -> np.ndarray | None:
+    """The same of a plain JPEG file; None for others and where anything is wrong with it."""
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
+        if colours not in ("YCbCr", "Gray"):
+            return None
+        left, top, w, h = region(width, height) if region else (0, 0, width, height)
+        factor = _reduction(w, h, size)
+        if factor > 1:
+            minimum = {"min_height": -(-height // factor), "min_width": -(-width // factor)}
+            return _cut(simplejpeg.decode_jpeg(content, **minimum), (left, top, w, h), width, height)
+        rows = top + h + 16 - (top + h) % 16  # whole blocks, and the next row for chroma's interpolation
+        if rows < height:
+            image = _upper_rows(content, rows, width)
+            if image is not None:
+                return image[top : top + h, left : left + w]
+        return simplejpeg.decode_jpeg(content)[top : top + h, left : left + w]
+    except ValueError:
+        return None
+
+
+def _reduction(width: int, height: int, size: int | None) -> int:
+    """The largest of 8, 4, 2, 1 by which a box can be reduced and keep `size` pixels."""
+    if size is None:
+        return 1
+    return next(factor for factor in (8, 4, 2, 1) if factor == 1 or min(width, height) >= factor * size)
+
+
+def _cut(pixels: np.ndarray, box: Box, width: int, height: int) -> np.ndarray:
+    """A box in coordinates of the width x height picture, of its (perhaps reduced) pixels."""
+    left, top, w, h = box
+    x, y = pixels.shape[1] / width, pixels.shape[0] / height
+    rows = slice(round(top * y), max(round((top + h) * y), round(top * y) + 1))
+    columns = slice(round(left * x), max(round((left + w) * x), round(left * x) + 1))
+    return pixels[rows, columns]
+
+
+def _upper_rows(content: bytes, rows: int, width: int) -> np.ndarray | None:
+    """The first rows of a baseline JPEG: its header is told that there are no more of them."""
+    place = _frame_header(content)
+    if place is None:
+        return None
+    shortened = bytearray(content)
+    shortened[place + 5 : place + 7] = struct.pack(">H", rows)
+    image = np.empty((rows, width, 3), np.uint8)
+    try:
+        simplejpeg.decode_jpeg(shortened, buffer=image)
+    except ValueError as error:
+        if not str(error).endswith("extraneous bytes before marker 0xd9"):  # the rest of the data: expected
+            return None
+    return image
+
+
+def _frame_header(content: bytes) -> int | None:
+    """Where the frame header of a baseline JPEG starts; None for progressive and other kinds."""
+    place = 2
+    while place + 4 <= len(content) and content[place] == 0xFF:
+        if content[place + 1] in (0xC0, 0xC1):
+            return place
+        place += 2 + struct.unpack_from(">H", content, place + 2)[0]
+    return None

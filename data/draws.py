@@ -19,6 +19,11 @@ class Stream(IntEnum):
     CIFAR_AUGMENT = 1
     GLYPHS_TRAIN = 2
     GLYPHS_VAL = 3
+    CROP = 4
+    COLOUR = 5
+    POLICY = 6
+    ERASING = 7
+    MIXING = 8
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -43,7 +48,13 @@ def uniforms(seed: int, epoch: int, images: np.ndarray, count: int, stream: Stre
     return (hashes(seed, epoch, images, count, stream) >> np.uint64(11)) * 2.0**-53
 
 
-def epoch_order(seed: int, epoch: int, images: int) -> np.ndarray:
-    """int64 (images,): the random permutation of an epoch."""
+def epoch_order(seed: int, epoch: int, images: int, repeats: int = 1) -> np.ndarray:
+    """int64 (images,): the random permutation of an epoch.
+
+    With `repeats` its first pictures alone, each so many times in a row (repeated augmentation: Hoffer et
+    al. 2020). Version v of picture i is i + v * images: the number that its draws are made for.
+    """
     keys = hashes(seed, epoch, np.arange(images), 1, Stream.ORDER)[:, 0]
-    return np.argsort(keys, kind="stable")
+    order = np.argsort(keys, kind="stable")
+    versions = np.arange(images) % repeats
+    return order[np.arange(images) // repeats] + versions * images

@@ -1,77 +1,388 @@
-"""Order and batches. Small sets live on the device as one uint8 tensor: no workers, no copies."""
+"""Order and batches.
 
-from collections.abc import Iterator
+Small sets live on the device as one uint8 tensor: no workers, no copies. Of large ones, workers read,
+decode, crop and resize whole batches to uint8, which are pinned, copied on a side stream and finished on
+the device. What step k of an epoch sees is a function of (seed, epoch, k) alone, whatever the workers.
+"""
+
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from resnext.config import Augment, Data
+from resnext.config import Augment, Config, Data
+from resnext.errors import UserError
 
-from .augment import cifar_crop, cifar_draws, normalise
-from .draws import epoch_order
+from .augment import (
+    cifar_crop,
+    cifar_draws,
+    colour_draws,
+    erase,
+    jitter,
+    mirror,
+    mirror_draws,
+    mix,
+    normalise,
+)
+from .decode import check_decoder
+from .draws import Stream, epoch_order, hashes, uniforms
+from .folder import FileSet
 from .images import ImageSet
+from .transforms import CROP_DRAWS, apply_policy, eval_images, train_image
+
+TIMEOUT = 900  # seconds without a batch from the workers
+PREFETCH = 2  # batches that each worker makes ahead
 
 
-class ResidentImages:
-    """An ImageSet on the device, with its normalisation."""
+def train_batches(
+    image_set: ImageSet | FileSet, config: Config, device: torch.device, warn: Callable[[str], None] = print
+) -> "TrainBatches | TrainStream":
+    """Training batches of a set in memory or of files; `warn` hears of files left out."""
+    if isinstance(image_set, FileSet):
+        return TrainStream(image_set, config, device, warn)
+    return TrainBatches(image_set, config, device)
 
-    def __init__(self, image_set: ImageSet, data: Data, device: torch.device):
-        self.images = torch.from_numpy(image_set.images).to(device)
-        self.labels = torch.from_numpy(image_set.labels).to(device)
+
+def eval_batches(
+    image_set: ImageSet | FileSet, data: Data, batch_size: int, device: torch.device, ten_crop: bool = False
+) -> "EvalBatches | EvalStream":
+    """Every image once, in the set's order; with `ten_crop` the ten crops of an image are adjacent."""
+    if isinstance(image_set, FileSet):
+        return EvalStream(image_set, data, batch_size, device, ten_crop)
+    if ten_crop:
+        raise UserError("--ten-crop: a set in memory has no more than the crop; leave the option out")
+    return EvalBatches(image_set, data, batch_size, device)
+
+
+class Normalisation:
+    """Mean and standard deviation in pixel values 0...255, float32 (3,) on the device."""
+
+    def __init__(self, data: Data, device: torch.device):
         self.mean = torch.tensor(data.mean, dtype=torch.float32, device=device)
         self.std = torch.tensor(data.std, dtype=torch.float32, device=device)
-        self.device = device
+
+
+def finish(
+    images: Tensor,
+    labels: Tensor,
+    ids: np.ndarray,
+    augment: Augment,
+    classes: int,
+    seed: int,
+    epoch: int,
+    step: int,
+) -> tuple[Tensor, Tensor]:
+    """What comes after normalisation: erasing and mixing."""
+    if augment.erasing:
+        erase(images, seed, epoch, ids, augment.erasing)
+    if augment.mixup or augment.cutmix:
+        return mix(images, labels, augment, classes, seed, epoch, step)
+    return images, labels
+
+
+# ---------------------------------------------------------------------------- sets in memory
 
 
 class TrainBatches:
-    """Training batches: a fresh permutation each epoch, CIFAR augmentation, the last one smaller.
+    """Training batches: a fresh permutation each epoch, CIFAR augmentation, the last one smaller."""
 
-    What step k of an epoch sees is a function of (seed, epoch, k) alone.
-    """
-
-    def __init__(self, resident: ResidentImages, batch_size: int, augment: Augment, seed: int):
-        self.resident, self.batch_size = resident, batch_size
-        self.augment, self.seed = augment, seed
-        self.images = len(resident.labels)
-        self.steps = -(-self.images // batch_size)
+    def __init__(self, image_set: ImageSet, config: Config, device: torch.device):
+        self.pixels = torch.from_numpy(image_set.images).to(device)
+        self.labels = torch.from_numpy(image_set.labels).to(device)
+        self.normalisation = Normalisation(config.data, device)
+        self.augment, self.seed = config.augment, config.run.seed
+        self.batch_size, self.classes = config.train.batch_size, len(image_set.classes)
+        self.images = len(image_set)
+        self.steps = -(-self.images // self.batch_size)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """(float32 (N, 3, S, S), int64 (N,)) of the steps from `first_step`, on the device."""
-        resident, padding = self.resident, self.augment.padding
-        order = epoch_order(self.seed, epoch, self.images)
-        draws = cifar_draws(self.seed, epoch, order, self.augment.mirror, padding)
+        """The steps from `first_step`, on the device: float32 (N, 3, S, S), labels (N,) or (N, classes)."""
+        augment, device = self.augment, self.pixels.device
+        ids = epoch_order(self.seed, epoch, self.images)
+        draws = cifar_draws(self.seed, epoch, ids, augment.mirror, augment.padding)
         # One copy an epoch: the steps then touch the host for nothing.
-        order, mirrored, x, y = (
-            torch.from_numpy(np.ascontiguousarray(a)).to(resident.device) for a in (order, *draws)
-        )
+        order, mirrored, x, y = (torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in (ids, *draws))
         for step in range(first_step, self.steps):
             part = slice(step * self.batch_size, (step + 1) * self.batch_size)
             picked = order[part]
             images = cifar_crop(
-                resident.images[picked],
+                self.pixels[picked],
                 mirrored[part],
                 x[part],
                 y[part],
-                padding,
-                resident.mean,
-                resident.std,
+                augment.padding,
+                self.normalisation.mean,
+                self.normalisation.std,
             )
-            yield images, resident.labels[picked]
+            labels = self.labels[picked]
+            yield finish(images, labels, ids[part], augment, self.classes, self.seed, epoch, step)
 
 
 class EvalBatches:
     """Every image once, in the set's order, normalised only."""
 
-    def __init__(self, resident: ResidentImages, batch_size: int):
-        self.resident, self.batch_size = resident, batch_size
-        self.images = len(resident.labels)
+    crops = 1
+
+    def __init__(self, image_set: ImageSet, data: Data, batch_size: int, device: torch.device):
+        self.pixels = torch.from_numpy(image_set.images).to(device)
+        self.labels = torch.from_numpy(image_set.labels).to(device)
+        self.normalisation = Normalisation(data, device)
+        self.batch_size, self.images = batch_size, len(image_set)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        resident = self.resident
         for start in range(0, self.images, self.batch_size):
             part = slice(start, start + self.batch_size)
             yield (
-                normalise(resident.images[part], resident.mean, resident.std),
-                resident.labels[part],
+                normalise(self.pixels[part], self.normalisation.mean, self.normalisation.std),
+                self.labels[part],
             )
+
+
+# ---------------------------------------------------------------------------- files, through workers
+
+
+class HostBatch(NamedTuple):
+    """What a worker makes of a batch; of the fields, the device gets the tensors."""
+
+    images: Tensor  # (N, S, S, 3), uint8 or float32
+    labels: Tensor  # int64 (N,)
+    mirrored: Tensor  # int64: which images to flip
+    colours: Tensor  # float64 (N, 9), see augment.colour_draws
+    ids: Tensor  # int64 (N,), what the draws were made for
+    skipped: tuple[str, ...]  # why files were left out
+    error: str | None  # of a UserError; an exception would lose its form on the way
+
+
+class TrainStream:
+    """Training batches of files, with the original's ImageNet augmentation and what is added to it."""
+
+    def __init__(self, files: FileSet, config: Config, device: torch.device, warn: Callable[[str], None]):
+        data, train = config.data, config.train
+        check_decoder(data.decoder)
+        self.device, self.warn = device, warn
+        self.augment, self.seed = config.augment, config.run.seed
+        self.batch_size, self.classes = train.batch_size, len(files.classes)
+        self.normalisation = Normalisation(data, device)
+        self.images = len(files)
+        self.steps = -(-self.images // self.batch_size)
+        self.skipped: set[str] = set()
+        self.tasks = Tasks()
+        load = partial(load_train, files, data, config.augment, self.seed)
+        self.loader = make_loader(load, self.tasks, data, self.batch_size, data.train_size, device, True)
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """As TrainBatches.epoch; a batch with broken files left out is smaller."""
+        order = epoch_order(self.seed, epoch, self.images, self.augment.repeats)
+        self.tasks.tasks = [
+            (epoch, order[step * self.batch_size : (step + 1) * self.batch_size])
+            for step in range(first_step, self.steps)
+        ]
+        mean, std = self.normalisation.mean, self.normalisation.std
+        for step, batch in enumerate(fetch(self.loader, self.device), first_step):
+            self.report(batch)
+            mirror(batch.images, batch.mirrored)
+            if self.augment.jitter or self.augment.lighting:
+                images = jitter(batch.images, batch.colours, mean, std)
+            else:
+                images = normalise(batch.images, mean, std)
+            yield finish(images, batch.labels, batch.ids, self.augment, self.classes, self.seed, epoch, step)
+
+    def report(self, batch: HostBatch) -> None:
+        """Log each broken file once; they are skipped again in every epoch."""
+        for line in batch.skipped:
+            if line not in self.skipped:
+                self.skipped.add(line)
+                self.warn(f"warning: {len(self.skipped)} broken files skipped so far: {line}")
+        if not len(batch.labels):
+            raise UserError("data.skip_broken: a whole batch cannot be decoded; see the log, mend the files")
+
+
+class EvalStream:
+    """Every file once, in the set's order, cropped and normalised only."""
+
+    def __init__(self, files: FileSet, data: Data, batch_size: int, device: torch.device, ten_crop: bool):
+        check_decoder(data.decoder)
+        self.device, self.images, self.batch_size = device, len(files), batch_size
+        self.crops = 10 if ten_crop else 1
+        self.normalisation = Normalisation(data, device)
+        tasks = Tasks()
+        tasks.tasks = [
+            (np.arange(start, min(start + batch_size, len(files))),)
+            for start in range(0, len(files), batch_size)
+        ]
+        load = partial(load_eval, files, data, ten_crop)
+        images = batch_size * self.crops
+        self.loader = make_loader(load, tasks, data, images, data.image_size, device, False)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in fetch(self.loader, self.device):
+            yield normalise(batch.images, self.normalisation.mean, self.normalisation.std), batch.labels
+
+
+def load_train(
+    files: FileSet, data: Data, augment: Augment, seed: int, epoch: int, ids: np.ndarray
+) -> HostBatch:
+    """A training batch, in a worker."""
+    size = data.train_size
+    images = np.empty((len(ids), size, size, 3), np.uint8 if data.pipeline == "fast" else np.float32)
+    draws = uniforms(seed, epoch, ids, CROP_DRAWS, Stream.CROP)
+    seeds = hashes(seed, epoch, ids, 1, Stream.POLICY)[:, 0]
+    kept, skipped = [], []
+    for id, draw, policy_seed in zip(ids, draws, seeds, strict=True):
+        index = id % len(files)
+        try:
+            image = train_image(files.read(index), files.path(index), draw, data, augment.min_area)
+        except UserError as error:
+            if not data.skip_broken:
+                return failed(error)
+            skipped.append(str(error))
+            continue
+        if augment.policy:
+            image = apply_policy(image, augment.policy, int(policy_seed))
+        images[len(kept)] = image
+        kept.append(id)
+    ids = np.array(kept, np.int64)
+    return HostBatch(
+        torch.from_numpy(images[: len(kept)]),
+        torch.from_numpy(files.labels[ids % len(files)]),
+        torch.from_numpy(mirror_draws(seed, epoch, ids, augment)),
+        torch.from_numpy(colour_draws(seed, epoch, ids, augment)),
+        torch.from_numpy(ids),
+        tuple(skipped),
+        None,
+    )
+
+
+def load_eval(files: FileSet, data: Data, ten_crop: bool, indices: np.ndarray) -> HostBatch:
+    """An evaluation batch, in a worker; the crops of an image are adjacent."""
+    crops, size = 10 if ten_crop else 1, data.image_size
+    shape = (len(indices) * crops, size, size, 3)
+    images = np.empty(shape, np.uint8 if data.pipeline == "fast" else np.float32)
+    try:
+        for i, index in enumerate(indices):
+            images[i * crops : (i + 1) * crops] = eval_images(
+                files.read(index), files.path(index), data, ten_crop
+            )
+    except UserError as error:
+        return failed(error)
+    nothing = torch.empty(0)
+    labels = torch.from_numpy(files.labels[indices])
+    return HostBatch(torch.from_numpy(images), labels, nothing, nothing, nothing, (), None)
+
+
+def failed(error: UserError) -> HostBatch:
+    nothing = torch.empty(0)
+    return HostBatch(nothing, nothing, nothing, nothing, nothing, (), str(error))
+
+
+class Tasks(Sampler):
+    """The arguments of each batch's `load`, exchanged for every epoch."""
+
+    def __init__(self):
+        self.tasks: list[tuple] = []
+
+    def __iter__(self) -> Iterator[tuple]:
+        return iter(self.tasks)
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+
+class Batches(Dataset):
+    """DataLoader's view of `load`: an item is a whole batch."""
+
+    def __init__(self, load: Callable[..., HostBatch]):
+        self.load = load
+
+    def __getitem__(self, task: tuple) -> HostBatch:
+        return self.load(*task)
+
+
+def make_loader(
+    load: Callable[..., HostBatch],
+    tasks: Tasks,
+    data: Data,
+    images: int,
+    size: int,
+    device: torch.device,
+    persistent: bool,
+) -> DataLoader:
+    """torch's DataLoader over whole batches of `images` pictures, in order."""
+    workers = len(os.sched_getaffinity(0)) if data.workers is None else data.workers
+    if workers:
+        check_shared_memory(workers, images * size * size * 3 * (1 if data.pipeline == "fast" else 4))
+    return DataLoader(
+        Batches(load),
+        batch_size=None,
+        sampler=tasks,
+        collate_fn=same,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        # Forked, they share the index; they touch neither CUDA nor torch's thread pools.
+        multiprocessing_context="fork" if workers else None,
+        prefetch_factor=PREFETCH if workers else None,
+        persistent_workers=persistent and workers > 0,
+        timeout=TIMEOUT if workers else 0,
+        worker_init_fn=ignore_signals,
+    )
+
+
+def same(batch: HostBatch) -> HostBatch:
+    return batch
+
+
+def ignore_signals(_: int) -> None:
+    """Whoever stops the run decides about its workers: signals go to the whole group of processes."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def check_shared_memory(workers: int, batch_bytes: int) -> None:
+    """A UserError now rather than a bus error in a worker."""
+    needed = (workers * PREFETCH + 1) * batch_bytes
+    try:
+        free = shutil.disk_usage("/dev/shm").free
+    except OSError:
+        return
+    if needed > free:
+        raise UserError(
+            f"data.workers: {workers} workers need {needed / 2**20:.0f} MiB of shared memory, /dev/shm has "
+            f"{free / 2**20:.0f} free; lower data.workers, or enlarge it (docker run --shm-size)"
+        )
+
+
+def fetch(loader: DataLoader, device: torch.device) -> Iterator[HostBatch]:
+    """Batches on the device. A copy is begun while the device still works on the step before."""
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches, None)
+        except RuntimeError as error:  # DataLoader: a worker was killed, or gave nothing in time
+            first = str(error).splitlines()[0]
+            raise UserError(f"data.workers: {first}; if memory is short, lower data.workers") from error
+        if batch is None:
+            return
+        if batch.error:
+            raise UserError(batch.error)
+        yield batch._replace(ids=batch.ids.numpy()) if stream is None else to_device(batch, stream)
+
+
+def to_device(batch: HostBatch, stream: Any) -> HostBatch:
+    """The tensors on the GPU, ready for the current stream; `ids` stay."""
+    moved = {}
+    current = torch.cuda.current_stream(stream.device)
+    with torch.cuda.stream(stream):
+        for name in ("images", "labels", "mirrored", "colours"):
+            moved[name] = getattr(batch, name).to(stream.device, non_blocking=True)
+    current.wait_stream(stream)
+    for tensor in moved.values():
+        tensor.record_stream(current)
+    return batch._replace(ids=batch.ids.numpy(), **moved)

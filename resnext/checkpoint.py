@@ -256,6 +256,7 @@ def check_state(module: torch.nn.Module, state: dict[str, Any], path: Path | str
 # Inside an epoch the rest of its steps is only defined while these stay as they were.
 FIXED_INSIDE_EPOCH = (
     "data.train_images",
+    "augment.repeats",
     "train.batch_size",
     "train.accumulation_steps",
     "run.seed",
@@ -273,10 +274,10 @@ def check_resume(old: Config, new: Config, step: int) -> list[str]:
                 f"{key}: the checkpoint has {before}, the configuration {now}; a run goes on with "
                 "its own network; start another run for another one"
             )
-        if key == "train.ema_decay" and "null" in (before, now):
+        if key in ("train.ema_decay", "optimizer.norm_weight_decay") and "null" in (before, now):
             raise UserError(
-                f"{key}: the checkpoint has {before}, the configuration {now}; an average can "
-                "neither start nor end inside a run; start another run"
+                f"{key}: the checkpoint has {before}, the configuration {now}; it can neither start nor end "
+                "inside a run; start another run"
             )
         if step and key in FIXED_INSIDE_EPOCH:
             raise UserError(

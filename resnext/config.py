@@ -70,8 +70,31 @@ class Data:
     )
     dir: str | None = _key(None, "where the data is, or is downloaded to (--data)")
     download: bool = _key(True, "fetch cifar10 and cifar100 where they are missing")
+    pipeline: Literal["memory", "fast", "torch7"] | None = _key(
+        None,
+        "memory: a small set on the device; fast, torch7: files; null: memory for stem cifar",
+    )
+    decoder: Literal["simplejpeg", "pillow"] = _key(
+        "simplejpeg", "reader of JPEG files (fast, torch7); both see the same pixels to rounding"
+    )
+    interpolation: Literal["bilinear", "bicubic"] = _key(
+        "bicubic", "fast: filter of resizing, antialiased; torch7 has its own, bicubic"
+    )
     image_size: int | None = _key(
         None, "height and width in pixels that the network sees", at_least=8, at_most=4096
+    )
+    train_size: int | None = _key(None, "the same in training; null: image_size", at_least=8, at_most=4096)
+    resize: int | None = _key(
+        None,
+        "fast, torch7: shorter side ahead of the evaluation crop; null: image_size * 256 / 224",
+        at_least=8,
+        at_most=8192,
+    )
+    workers: int | None = _key(
+        None, "fast, torch7: loader processes; 0: none; null: one a core", at_least=0, at_most=256
+    )
+    skip_broken: bool = _key(
+        False, "fast, torch7: leave out training files that cannot be decoded, and log them"
     )
     train_images: int | None = _key(
         None, "use this many training images, evenly spaced (glyphs: draw this many); null: all", at_least=1
@@ -87,7 +110,30 @@ class Data:
 class Augment:
     mirror: float = _key(0.5, "probability of a horizontal flip", at_least=0, at_most=1)
     padding: int = _key(
-        0, "pad by this many pixels of the mean colour, then crop at random; CIFAR: 4", at_least=0
+        0,
+        "memory: pad by this many pixels of the mean colour, then crop at random; CIFAR: 4",
+        at_least=0,
+    )
+    min_area: float | None = _key(
+        None,
+        "fast, torch7: the smallest part of the picture that a crop may be; null: 0.08",
+        above=0,
+        at_most=1,
+    )
+    jitter: float | None = _key(
+        None, "fast, torch7: brightness, contrast, saturation by up to this; null: 0.4", at_least=0, at_most=1
+    )
+    lighting: float | None = _key(
+        None, "fast, torch7: deviation of the colour shift along ImageNet's main axes; null: 0.1", at_least=0
+    )
+    policy: Literal["randaugment", "trivialaugment"] | None = _key(
+        None, "fast: torchvision's RandAugment or TrivialAugmentWide"
+    )
+    erasing: float = _key(0.0, "probability of a random rectangle of the mean colour", at_least=0, at_most=1)
+    mixup: float = _key(0.0, "alpha of mixup, 0: none; with cutmix, one of them for each batch", at_least=0)
+    cutmix: float = _key(0.0, "alpha of CutMix, 0: none", at_least=0)
+    repeats: int = _key(
+        1, "fast, torch7: draw this many versions of each picture (an epoch is as long)", at_least=1
     )
 
 
@@ -105,6 +151,7 @@ class Train:
         None, "BN statistics over this many images, as on one of the original's GPUs", at_least=1
     )
     sync_bn: bool = _key(False, "BN statistics over the whole batch of all GPUs")
+    label_smoothing: float = _key(0.0, "share of the target spread over all classes", at_least=0, below=1)
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = _key(
         "fp32", "fp32, tf32, or autocast to bf16 or fp16 (with loss scaling)"
     )
@@ -128,6 +175,9 @@ class Optimizer:
     momentum: float = _key(0.9, "of SGD", at_least=0, below=1)
     nesterov: bool = _key(True, "Nesterov's momentum, as the original")
     weight_decay: float = _key(1e-4, "on every parameter, BN and biases included", at_least=0, at_most=1e30)
+    norm_weight_decay: float | None = _key(
+        None, "another one on BN; null: weight_decay, as the original", at_least=0, at_most=1e30
+    )
 
 
 @dataclass(frozen=True)
@@ -192,6 +242,19 @@ FOREIGN_KEYS = {
     "groups": "model.cardinality",
     "manualSeed": "run.seed",
     "nEpochs": "train.epochs",
+    "nThreads": "data.workers",
+    "num_workers": "data.workers",
+    "train_crop_size": "data.train_size",
+    "val_crop_size": "data.image_size",
+    "val_resize_size": "data.resize",
+    "color_jitter": "augment.jitter",
+    "auto_augment": "augment.policy",
+    "random_erase": "augment.erasing",
+    "reprob": "augment.erasing",
+    "mixup_alpha": "augment.mixup",
+    "cutmix_alpha": "augment.cutmix",
+    "ra_reps": "augment.repeats",
+    "smoothing": "train.label_smoothing",
     "learning_rate": "optimizer.lr",
     "shareGradInput": "train.activation_checkpointing",
     "optnet": "train.activation_checkpointing",
@@ -329,14 +392,11 @@ def _complete(config: Config) -> Config:
     data = _complete_data(config.data, config.model.stem)
     _check_train(config)
     _check_schedule(config)
-    if config.augment.padding >= data.image_size:
-        raise UserError(
-            f"augment.padding: {config.augment.padding} must be below data.image_size, {data.image_size}"
-        )
+    augment = _complete_augment(config.augment, data)
     train = config.train
     if train.eval_batch_size is None:
         train = replace(train, eval_batch_size=train.batch_size)
-    return replace(config, model=_complete_model(config.model), data=data, train=train)
+    return replace(config, model=_complete_model(config.model), data=data, augment=augment, train=train)
 
 
 def _complete_model(model: Model) -> Model:
@@ -388,11 +448,62 @@ def _complete_data(data: Data, stem: str) -> Data:
     size = data.image_size or IMAGE_SIZES.get(data.dataset) or (224 if stem == "imagenet" else 32)
     if data.dataset.startswith("cifar") and size != 32:
         raise UserError(f"data.image_size: {data.dataset} has 32 pixels, not {size}; remove the key")
+    pipeline = data.pipeline or ("memory" if data.dataset != "folder" or stem == "cifar" else "fast")
+    if pipeline != "memory" and data.dataset != "folder":
+        raise UserError(f"data.pipeline: {data.dataset} is held in memory, not {pipeline}; remove the key")
+    resize = data.resize
+    if pipeline == "memory":
+        for name in ("train_size", "resize"):
+            if getattr(data, name) not in (None, size):
+                raise UserError(
+                    f"data.{name}: a set in memory has one size, data.image_size; remove the key, or use "
+                    "data.pipeline=fast"
+                )
+    elif resize is None:
+        resize = size * 256 // 224
+    elif resize < size:
+        raise UserError(f"data.resize: {resize} must be at least data.image_size, {size}; raise it")
     mean, std = STATISTICS[data.dataset]
     for name, value in (("mean", data.mean), ("std", data.std)):
         if value is not None and len(value) != 3:
             raise UserError(f"data.{name}: needs 3 numbers (red, green, blue), not {len(value)}")
-    return replace(data, image_size=size, mean=data.mean or mean, std=data.std or std)
+    return replace(
+        data,
+        pipeline=pipeline,
+        image_size=size,
+        train_size=data.train_size or size,
+        resize=resize or size,
+        mean=data.mean or mean,
+        std=data.std or std,
+    )
+
+
+def _complete_augment(augment: Augment, data: Data) -> Augment:
+    if data.pipeline == "memory":
+        for name, none in (("min_area", 1), ("jitter", 0), ("lighting", 0), ("policy", None), ("repeats", 1)):
+            if getattr(augment, name) not in (None, none):
+                raise UserError(
+                    f"augment.{name}: works on files, and data.pipeline is memory; remove the key, or use "
+                    "data.pipeline=fast"
+                )
+        if augment.padding >= data.image_size:
+            raise UserError(
+                f"augment.padding: {augment.padding} must be below data.image_size, {data.image_size}"
+            )
+        return replace(augment, min_area=1.0, jitter=0.0, lighting=0.0)
+    if augment.padding:
+        raise UserError(
+            f"augment.padding: crops of {data.pipeline} are not padded; remove the key, or use "
+            "data.pipeline=memory"
+        )
+    if augment.policy and data.pipeline == "torch7":
+        raise UserError("augment.policy: needs 8-bit pictures; remove the key, or use data.pipeline=fast")
+    return replace(
+        augment,
+        min_area=0.08 if augment.min_area is None else augment.min_area,
+        jitter=0.4 if augment.jitter is None else augment.jitter,
+        lighting=0.1 if augment.lighting is None else augment.lighting,
+    )
 
 
 def _check_train(config: Config) -> None:

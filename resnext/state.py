@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .batchnorm import use_group_batchnorm
 from .checkpoint import check_state, read_checkpoint
-from .config import Config, parse_config, to_yaml
+from .config import Config, Optimizer, parse_config, to_yaml
 from .errors import UserError
 from .model import build_model
 
@@ -121,11 +121,10 @@ def prepare(
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = place(model, config, device)
     optimizer = torch.optim.SGD(
-        model.parameters(),
+        parameter_groups(model, config.optimizer),
         lr=config.optimizer.lr,
         momentum=config.optimizer.momentum,
         nesterov=config.optimizer.nesterov,
-        weight_decay=config.optimizer.weight_decay,
         fused=True if device.type == "cuda" else None,
     )
     ema = None
@@ -144,6 +143,18 @@ def prepare(
         ema=ema,
         progress=Progress(),
     )
+
+
+def parameter_groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
+    """All parameters as one group, or BatchNorm's apart where their decay is another."""
+    decay, norm_decay = optimizer.weight_decay, optimizer.norm_weight_decay
+    if norm_decay is None:
+        return [{"params": list(model.parameters()), "weight_decay": decay}]
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    theirs = [p for norm in norms for p in norm.parameters()]
+    known = set(map(id, theirs))
+    rest = [p for p in model.parameters() if id(p) not in known]
+    return [{"params": rest, "weight_decay": decay}, {"params": theirs, "weight_decay": norm_decay}]
 
 
 def check_network(config: Config, content: dict[str, Any], path: Path) -> None:
@@ -178,9 +189,10 @@ def restore(training: Training, content: dict[str, Any], path: Path) -> None:
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged, its state cannot be restored ({error!r}); use another") from error
     config = training.config.optimizer
-    for group in training.optimizer.param_groups:  # the configuration wins, as it was logged
+    decays = [group["weight_decay"] for group in parameter_groups(training.model, config)]
+    for group, decay in zip(training.optimizer.param_groups, decays, strict=True):
         group["momentum"], group["nesterov"] = config.momentum, config.nesterov
-        group["weight_decay"] = config.weight_decay
+        group["weight_decay"] = decay  # the configuration wins, as it was logged
 
 
 def checkpoint_content(training: Training) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The training loop: SGD as the original's train.lua, stoppable and resumable at any step.
 
 `train` reads as the recipe. Batches come from anything with `images`, `steps` and
-`epoch(number, first_step)`, which yields (images, labels) on the device.
+`epoch(number, first_step)`, which yields (images, labels) on the device; labels are classes, or shares of
+all classes where pictures were mixed.
 """
 
 import contextlib
@@ -142,8 +143,11 @@ def train_step(training: Training, images: Tensor, labels: Tensor, rate: float) 
             with training.autocast():
                 output = training.forward(part)
             output = at_least_float32(output)
-            loss = F.cross_entropy(output, targets) * (size / len(labels))
+            loss = F.cross_entropy(output, targets, label_smoothing=train.label_smoothing)
+            loss = loss * (size / len(labels))
             training.scaler.scale(loss).backward()
+        if targets.ndim == 2:  # mixed: a hit is the label with the larger share
+            targets = targets.argmax(1)
         counts = torch.cat([loss.detach().double()[None], hits(output, targets).double()])
         total = counts if total is None else total + counts
         start += size

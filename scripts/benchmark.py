@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from data.images import ImageSet
-from data.loader import ResidentImages, TrainBatches
+from data.loader import TrainBatches
 from resnext.config import Config, parse_config, to_yaml
 from resnext.distributed import choose_device, set_numerics
 from resnext.errors import UserError, run_command
@@ -121,9 +121,7 @@ def input_variants(config: Config, device: torch.device, workers: int) -> tuple[
     generator = np.random.default_rng(0)
     pictures = generator.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
     images = ImageSet(pictures, generator.integers(0, 10, count), tuple("0123456789"))
-    ours = TrainBatches(
-        ResidentImages(images, config.data, device), config.train.batch_size, config.augment, 0
-    )
+    ours = TrainBatches(images, config, device)
 
     def loader(workers: int) -> Callable:
         batches = DataLoader(

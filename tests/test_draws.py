@@ -14,8 +14,8 @@ import torch
 from data.augment import cifar_draws
 from data.draws import Stream, epoch_order, hashes, uniforms
 from data.images import ImageSet
-from data.loader import EvalBatches, ResidentImages, TrainBatches
-from resnext.config import Augment, Data
+from data.loader import EvalBatches, TrainBatches
+from resnext.config import Augment, Config, Data, Run, Train
 
 IMAGES = np.arange(1000)
 WORD = 2**64
@@ -59,7 +59,7 @@ def test_draws_never_change():
     mirrored, x, y = cifar_draws(7, 3, np.arange(8), 0.5, 4)
     assert mirrored.tolist() == GOLDEN_MIRRORED
     assert (x.tolist(), y.tolist()) == (GOLDEN_X, GOLDEN_Y)
-    assert [int(s) for s in Stream] == [0, 1, 2, 3]
+    assert [int(s) for s in Stream] == list(range(9))
 
 
 def test_splitmix64_is_the_published_one():
@@ -211,16 +211,25 @@ def test_order_has_no_trend():
 # ---------------------------------------------------------------------------- batches
 
 
-def resident(images=50, size=8):
+DATA = Data(dataset="cifar10", mean=(120.0, 110.0, 100.0), std=(60.0, 61.0, 62.0))
+
+
+def numbered(images=50, size=8):
     """Random pictures, labelled with their own number."""
     pixels = np.random.default_rng(0).integers(256, size=(images, size, size, 3)).astype(np.uint8)
-    image_set = ImageSet(pixels, np.arange(images), tuple(map(str, range(images))))
-    data = Data(dataset="cifar10", mean=(120.0, 110.0, 100.0), std=(60.0, 61.0, 62.0))
-    return ResidentImages(image_set, data, torch.device("cpu"))
+    return ImageSet(pixels, np.arange(images), tuple(map(str, range(images))))
+
+
+def normalised(image_set):
+    """float32 (N, 3, S, S), by the definition."""
+    pixels = torch.from_numpy(image_set.images).float()
+    return ((pixels - torch.tensor(DATA.mean)) / torch.tensor(DATA.std)).permute(0, 3, 1, 2)
 
 
 def train_batches(batch_size, seed=0, augment=None, images=50):
-    return TrainBatches(resident(images), batch_size, augment or Augment(mirror=0.5, padding=2), seed)
+    augment = augment or Augment(mirror=0.5, padding=2)
+    config = Config(data=DATA, augment=augment, train=Train(batch_size=batch_size), run=Run(seed=seed))
+    return TrainBatches(numbered(images), config, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("batch_size, last", [(16, 2), (10, 10), (50, 50), (64, 50), (49, 1)])
@@ -269,13 +278,13 @@ def test_epochs_and_seeds_differ():
 
 def test_pictures_belong_to_their_labels_and_draws():
     """A batch holds the pictures of its labels, with the mirroring that cifar_draws gives them."""
-    held = resident()
-    batches = TrainBatches(held, 16, Augment(mirror=0.5, padding=0), 4)
+    expected_images = normalised(numbered())
+    batches = train_batches(16, 4, Augment(mirror=0.5, padding=0))
     for images, labels in batches.epoch(6):
         mirrored, _, _ = cifar_draws(4, 6, labels.numpy(), 0.5, 0)
         assert 0 < mirrored.sum() < len(mirrored) or len(mirrored) < 8
         for image, label, flip in zip(images, labels, mirrored, strict=True):
-            expected = ((held.images[label].float() - held.mean) / held.std).permute(2, 0, 1)
+            expected = expected_images[label]
             assert torch.equal(image, expected.flip(2) if flip else expected)
 
 
@@ -292,10 +301,8 @@ def test_a_picture_is_met_in_all_mirrors_and_offsets():
 
 @pytest.mark.parametrize("batch_size", [1, 16, 50, 64])
 def test_evaluation_batches_keep_the_order_of_the_set(batch_size):
-    held = resident()
-    batches = EvalBatches(held, batch_size)
+    batches = EvalBatches(numbered(), DATA, batch_size, torch.device("cpu"))
     for _ in range(2):
         images, labels = (torch.cat(part) for part in zip(*batches, strict=True))
         assert batches.images == 50 and labels.tolist() == list(range(50))
-        expected = ((held.images.float() - held.mean) / held.std).permute(0, 3, 1, 2)
-        assert torch.equal(images, expected)
+        assert torch.equal(images, normalised(numbered()))

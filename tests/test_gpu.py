@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.loader import EvalBatches, ResidentImages, TrainBatches
+from data.loader import EvalBatches, TrainBatches
 from data.sets import load_set
 from resnext.config import parse_config
 from resnext.distributed import set_numerics
@@ -46,10 +46,10 @@ def training_on(device: str, *overrides: str):
 
 def batches_for(training, split: str = "train"):
     config = training.config
-    resident = ResidentImages(load_set(config.data, split), config.data, training.device)
+    images = load_set(config.data, split)
     if split == "val":
-        return EvalBatches(resident, config.train.eval_batch_size)
-    return TrainBatches(resident, config.train.batch_size, config.augment, config.run.seed)
+        return EvalBatches(images, config.data, config.train.eval_batch_size, training.device)
+    return TrainBatches(images, config, training.device)
 
 
 @pytest.mark.parametrize("compiled", ["false", "true"])
