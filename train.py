@@ -153,10 +153,10 @@ def run(config: Config, output: Path, source: Path | None, resumed: bool) -> Non
     """Load the data, prepare or restore the state, train."""
     from data.loader import eval_batches, train_batches
     from data.sets import check_classes, load_set
-    from resnext.checkpoint import check_resume, read_latest
+    from resnext.checkpoint import check_resume, find_checkpoint, read_latest
     from resnext.distributed import StopRequest, choose_device, set_numerics
     from resnext.reporting import Reporter, environment
-    from resnext.state import check_network, prepare, restore
+    from resnext.state import check_network, prepare, restore, start_from
     from resnext.trainer import save, summary, train
 
     device = choose_device(config.run.device)
@@ -167,6 +167,8 @@ def run(config: Config, output: Path, source: Path | None, resumed: bool) -> Non
         before = parse_config(content["config"], str(source))
         warnings += check_resume(before, config, content["progress"]["step"])
         check_network(config, content, source)
+    elif config.train.weights:
+        weights = find_checkpoint(Path(config.train.weights).expanduser(), "best.pt")
     train_set = load_set(config.data, "train")
     check_classes(config.model.classes, train_set)
     val_set = load_set(config.data, "val")
@@ -179,6 +181,8 @@ def run(config: Config, output: Path, source: Path | None, resumed: bool) -> Non
             for name, old in content["versions"].items()
             if name != "started" and old != versions.get(name)
         ]
+    elif config.train.weights:
+        warnings.append(start_from(training, weights))
     progress = training.progress
     branched = source is not None and source.resolve().parent != (output / "checkpoints").resolve()
     if branched:  # another run: its rows and its best checkpoint start here

@@ -141,6 +141,9 @@ class Augment:
 class Train:
     epochs: int = _key(100, "passes over the training set", at_least=1)
     batch_size: int = _key(256, "the global batch: images per optimiser step", at_least=1)
+    weights: str | None = _key(
+        None, "start from this run's or checkpoint's weights; other classes get a new last layer"
+    )
     eval_batch_size: int | None = _key(
         None, "images per evaluation batch; changes speed only; null: batch_size", at_least=1
     )
@@ -260,6 +263,9 @@ FOREIGN_KEYS = {
     "optnet": "train.activation_checkpointing",
     "amp": "train.precision",
     "wd": "optimizer.weight_decay",
+    "retrain": "train.weights",
+    "pretrained": "train.weights",
+    "resetClassifier": "train.weights",
     "data_dir": "data.dir",
     "root": "data.dir",
     "path": "data.dir",

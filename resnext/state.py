@@ -157,6 +157,25 @@ def parameter_groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, A
     return [{"params": rest, "weight_decay": decay}, {"params": theirs, "weight_decay": norm_decay}]
 
 
+def start_from(training: Training, path: Path) -> str:
+    """Weights of another run or checkpoint for a fresh one (-retrain, -resetClassifier); a line for the log.
+
+    The last layer is taken along where the classes are the same, otherwise it starts anew.
+    """
+    content = read_checkpoint(path)
+    state = evaluated_state(content)
+    kept = tuple(content["classes"]) == training.classes
+    if not kept:
+        own = training.model.state_dict()
+        state |= {key: own[key] for key in ("fc.weight", "fc.bias")}
+    check_state(training.model, state, path)
+    training.model.load_state_dict(state)
+    if training.ema:
+        training.ema.module.load_state_dict(state)
+    last = "last layer included" if kept else f"a new last layer of {len(training.classes)} classes"
+    return f"starting from the weights of {path}, {last}"
+
+
 def check_network(config: Config, content: dict[str, Any], path: Path) -> None:
     """A UserError where a checkpoint's weights are not those of the configured network; costs no memory."""
     with torch.device("meta"):
@@ -224,12 +243,17 @@ def load_evaluated(path: Path | str) -> tuple[nn.Module, Config, dict[str, Any]]
     """(network, configuration, content) of a checkpoint, with the weights that validation speaks of."""
     content = read_checkpoint(Path(path))
     config = parse_config(content["config"], str(path))
-    state = content["model"]
-    if content["ema"] is not None:
-        prefix = "module."
-        state = {k.removeprefix(prefix): v for k, v in content["ema"].items() if k.startswith(prefix)}
+    state = evaluated_state(content)
     with torch.device("meta"):  # no memory before the shapes are known to be the file's
         model = build_model(config.model, len(content["classes"]))
     check_state(model, state, path)
     model.load_state_dict(state, assign=True)
     return model, config, content
+
+
+def evaluated_state(content: dict[str, Any]) -> dict[str, Any]:
+    """The state_dict that validation speaks of: the average's where there is one."""
+    if content["ema"] is None:
+        return dict(content["model"])
+    prefix = "module."
+    return {k.removeprefix(prefix): v for k, v in content["ema"].items() if k.startswith(prefix)}

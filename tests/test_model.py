@@ -161,6 +161,25 @@ CONFIG_COUNTS = {  # (parameters, multiply-adds) with the classes of the data se
     "cifar10_resnext29_8x14d": (4_901_098, 780_904_448),
     "cifar10_resnext29_8x64d": (34_426_698, 5_387_266_048),
     "demo": (972_106, 58_608_640),
+    "finetune_resnext50_32x4d": (25_028_904, 4_230_479_872),
+    "imagenet5k_resnext50_32x4d": (33_224_904, 4_238_671_872),
+    "resnet101": (44_549_160, 7_801_405_440),
+    "resnet50": (25_557_032, 4_089_184_256),
+    "resnext101_1x100d": (85_611_336, 15_272_862_720),
+    "resnext101_2x40d": (44_456_296, 7_843_553_280),
+    "resnext101_2x64d": (84_198_184, 15_123_087_360),
+    "resnext101_32x16d": (194_026_792, 36_163_289_088),
+    "resnext101_32x4d": (44_177_704, 7_969_996_800),
+    "resnext101_32x8d": (88_791_336, 16_414_015_488),
+    "resnext101_4x24d": (44_363_432, 7_885_701_120),
+    "resnext101_64x4d": (83_455_272, 15_460_270_080),
+    "resnext101_8x14d": (45_104_328, 8_076_871_680),
+    "resnext152_32x4d": (59_951_400, 11_709_513_728),
+    "resnext50_2x40d": (25_425_000, 4_124_508_160),
+    "resnext50_32x4d": (25_028_904, 4_230_479_872),
+    "resnext50_32x4d_v2": (25_028_904, 4_230_479_872),
+    "resnext50_4x24d": (25_292_968, 4_159_832_064),
+    "resnext50_8x14d": (25_603_016, 4_267_409_408),
 }
 
 
@@ -173,7 +192,7 @@ def test_shipped_configurations(name):
     config = read_config(CONFIG_FOLDER / f"{name}.yaml")
     classes = {"cifar10": 10, "cifar100": 100, "glyphs": 10, "folder": 1000}[config.data.dataset]
     with META:
-        model = build_model(config.model, classes)
+        model = build_model(config.model, config.model.classes or classes)
     assert complexity(model, config.data.image_size) == CONFIG_COUNTS[name]
     assert (model.final_bn is not None) == ("preresnext" in name)
 
