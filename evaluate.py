@@ -1,19 +1,27 @@
-"""Evaluate a trained network: single-crop top-1 and top-5 error, every validation image once.
+"""Evaluate a trained network: top-1 and top-5 error with their 95 % intervals, every validation image once.
 
     python evaluate.py runs/demo                                    the best checkpoint of a run
     python evaluate.py runs/demo/checkpoints/last.pt                one checkpoint
     python evaluate.py runs/cifar10_resnext29_8x64d --data datasets --json result.json
+    python evaluate.py RUN --ten-crop                               centre, corners, and all five mirrored
+    python evaluate.py RUN --image-size 320 --resize 320            the paper's Table 5
+    python evaluate.py RUN --data DIR --classes wnids.txt           among some of the classes only
+    python evaluate.py RUN --per-class --csv predictions.csv        where the errors are
 
 The checkpoint knows its network, data set, preprocessing and precision; --data says where the data
-is now. Averaged weights (train.ema_decay) are evaluated where there are any.
+is now. Averaged weights (train.ema_decay) are evaluated where there are any. Files of results appear
+whole or not at all.
 """
 
 import argparse
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from resnext.config import Config
 from resnext.errors import UserError, run_command
 
 
@@ -22,70 +30,216 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", metavar="RUN|CHECKPOINT", help="a run directory or a checkpoint file")
-    parser.add_argument("--data", metavar="DIR", help="where the data is; default: where it was")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="images per batch; changes speed only")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--precision", choices=["fp32", "tf32", "bf16", "fp16"], help="default: the run's")
-    parser.add_argument("--json", metavar="FILE", help="write the result there too")
+    add = parser.add_argument
+    add("source", metavar="RUN|CHECKPOINT", help="a run directory or a checkpoint file")
+    add("--data", metavar="DIR", help="where the data is; default: where it was")
+    add("--ten-crop", action="store_true", help="sum the scores of ten crops an image (sets of files)")
+    add("--image-size", type=int, metavar="N", help="crop N pixels instead of the run's (sets of files)")
+    add(
+        "--resize",
+        type=int,
+        metavar="N",
+        help="shorter side ahead of the crop; default: in the run's ratio to it, 256 for 224",
+    )
+    add("--classes", metavar="FILE", help="score only these classes, one name a line; only they compete")
+    add("--splits", metavar="FILE", help="CSV with header path,split: a score for each split too")
+    add("--per-class", action="store_true", help="the worst classes and the most confused pairs")
+    add("--json", metavar="FILE", help="write all results there too")
+    add("--csv", metavar="FILE", help="write a row for each image there: label, predictions, confidence")
+    add(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="images per batch; default: the run's, a tenth for ten crops",
+    )
+    add("--workers", type=int, metavar="N", help="loader processes (data.workers)")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    add("--precision", choices=["fp32", "tf32", "bf16", "fp16"], help="default: the run's")
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
+    check_arguments(arguments)
+
+    from data import subsets
+
+    wanted = subsets.read_classes(arguments.classes) if arguments.classes else None
+    splits = subsets.read_splits(arguments.splits) if arguments.splits else []
+
+    from resnext.checkpoint import find_checkpoint
+    from resnext.distributed import choose_device, set_numerics
+    from resnext.state import load_evaluated, place
+    from resnext.tables import class_rows, report, score_row, to_csv
+
+    path = find_checkpoint(Path(arguments.source), "best.pt")
+    model, config, content = load_evaluated(path)
+    config, classes = adapt(config, arguments), tuple(content["classes"])
+    columns = subsets.find_columns(wanted, classes, arguments.classes) if wanted else None
+    device = choose_device(arguments.device)
+    set_numerics(config.train.precision, config.run.deterministic)
+    val_set = subsets.load_val(config.data, classes, partial=columns is not None)
+    names = subsets.picture_names(config.data, val_set)
+    if columns:
+        val_set, names = subsets.restrict(val_set, names, columns, arguments.classes)
+    members = subsets.find_members(splits, names, arguments.splits) if splits else {}
+    score, predictions = measure(place(model, config, device), config, val_set, columns, device, arguments)
+    result = {
+        "checkpoint": str(path),
+        "weights": "averaged weights" if content["ema"] is not None else "weights",
+        "global_step": content["progress"]["global_step"],
+        **score_row(score),
+        "dataset": config.data.dataset,
+        "data": config.data.dir,
+        "pipeline": config.data.pipeline,
+        "image_size": config.data.image_size,
+        "resize": config.data.resize,
+        "crops": 10 if arguments.ten_crop else 1,
+        "precision": config.train.precision,
+        "device": device.type,
+        "classes": len(val_set.classes),
+        "network_classes": len(classes),
+        "classes_file": arguments.classes,
+        **class_rows(predictions, val_set.classes),
+        "splits_file": arguments.splits,
+        "splits": {split: score_row(predictions.score(numbers)) for split, numbers in members.items()},
+        "images_in_no_split": len(names) - len(set().union(*members.values())) if splits else None,
+        "unused_split_lines": len(splits) - sum(map(len, members.values())) if splits else None,
+    }
+    try:
+        if arguments.csv:
+            key = "path" if config.data.dataset == "folder" else "index"
+            write_whole("--csv", arguments.csv, to_csv(key, names, predictions, val_set.classes))
+        if arguments.json:
+            write_whole("--json", arguments.json, json.dumps(result, indent=2) + "\n")
+    finally:  # neither a full disk nor a closed pipe takes the other results along
+        say(report(result, arguments.per_class))
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """What can be said about the command line before anything is read."""
     source = Path(arguments.source)
     if not source.exists():
         raise UserError(f"{source}: no such run directory or checkpoint; check the path")
-    if arguments.batch_size is not None and arguments.batch_size < 1:
-        raise UserError(f"--batch-size: must be at least 1, not {arguments.batch_size}")
-    if arguments.json:
-        check_target(Path(arguments.json))
+    limits = {"batch_size": (1, 1 << 20), "workers": (0, 256), "image_size": (8, 4096), "resize": (8, 8192)}
+    for name, (low, high) in limits.items():
+        value, option = getattr(arguments, name), "--" + name.replace("_", "-")
+        if value is not None and value < low:
+            raise UserError(f"{option}: must be at least {low}, not {value}")
+        if value is not None and value > high:
+            raise UserError(f"{option}: must be at most {high}, not {value}")
+    others = {
+        "the checkpoint": source / "checkpoints" / "best.pt" if source.is_dir() else source,
+        "--classes": arguments.classes,
+        "--splits": arguments.splits,
+    }
+    for option, name in (("--json", arguments.json), ("--csv", arguments.csv)):
+        if not name:
+            continue
+        check_target(option, Path(name))
+        for other, used in others.items():
+            if used and Path(used).resolve() == Path(name).resolve():
+                raise UserError(f"{option} {name}: is {other} too; name another file for the result")
+        others[option] = name
+
+
+def check_target(option: str, path: Path) -> None:
+    """A UserError now rather than after the work when the result cannot be written."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        writable = os.access(path, os.W_OK)  # a pipe or device
+    else:
+        folder = path.resolve().parent
+        writable = folder.is_dir() and not path.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+        writable = writable and (not path.exists() or os.access(path, os.W_OK))
+    if not writable:
+        raise UserError(f"{option} {path}: cannot be written; name a file in a folder that exists")
+
+
+def adapt(config: Config, arguments: argparse.Namespace) -> Config:
+    """The run's configuration with what the options change."""
+    data, train = config.data, config.train
+    if data.pipeline == "memory":
+        for name in ("ten_crop", "image_size", "resize"):
+            if getattr(arguments, name):
+                raise UserError(
+                    f"--{name.replace('_', '-')}: works on files, and this set is in memory at "
+                    f"{data.image_size} pixels (data.pipeline); leave the option out"
+                )
+    size = arguments.image_size or data.image_size
+    resize = arguments.resize or size * data.resize // data.image_size
+    if arguments.image_size and config.model.stem == "imagenet" and size < 32:
+        raise UserError(f"--image-size: {size} is less than the network's stride; use 32 or more")
+    if resize < size:
+        raise UserError(f"--resize: {resize} is less than the crop of {size}; raise it")
+    return replace(
+        config,
+        train=replace(train, precision=arguments.precision or train.precision),
+        data=replace(
+            data,
+            image_size=size,
+            resize=resize,
+            dir=arguments.data or data.dir,
+            workers=data.workers if arguments.workers is None else arguments.workers,
+        ),
+    )
+
+
+def measure(
+    model: Any, config: Config, val_set: Any, columns: list[int] | None, device: Any, arguments: Any
+) -> tuple[Any, Any]:
+    """The evaluation itself: (Score, Predictions)."""
+    import torch
+    from tqdm import tqdm
 
     from data.loader import eval_batches
-    from data.sets import load_set
-    from resnext.checkpoint import find_checkpoint
-    from resnext.distributed import choose_device, set_numerics
-    from resnext.evaluation import evaluate
-    from resnext.state import autocast, load_evaluated, place
+    from resnext.evaluation import Recorder, evaluate
+    from resnext.state import autocast
 
-    path = find_checkpoint(source, "best.pt")
-    model, config, content = load_evaluated(path)
-    if arguments.precision:
-        config = replace(config, train=replace(config.train, precision=arguments.precision))
-    if arguments.data:
-        config = replace(config, data=replace(config.data, dir=arguments.data))
-    device = choose_device(arguments.device)
-    set_numerics(config.train.precision, config.run.deterministic)
-    val_set = load_set(config.data, "val")
-    if list(val_set.classes) != content["classes"]:
-        raise UserError(
-            f"--data {config.data.dir}: its classes ({len(val_set.classes)}) are not those that the network "
-            f"was trained on ({len(content['classes'])}); give the data of the run"
+    crops = 10 if arguments.ten_crop else 1
+    batch_size = arguments.batch_size or max(1, config.train.eval_batch_size // crops)
+    batches = eval_batches(val_set, config.data, batch_size, device, arguments.ten_crop)
+    recorder = Recorder()
+    try:
+        score = evaluate(
+            model,
+            tqdm(batches, "evaluating", -(-len(val_set) // batch_size), leave=False, disable=None),
+            lambda: autocast(device, config.train.precision),
+            crops=crops,
+            columns=torch.tensor(columns, device=device) if columns else None,
+            recorder=recorder,
         )
-    model = place(model, config, device)
-    batch_size = arguments.batch_size or config.train.eval_batch_size
-    batches = eval_batches(val_set, config.data, batch_size, device)
-    score = evaluate(model, batches, lambda: autocast(device, config.train.precision))
-    weights = "averaged weights" if content["ema"] is not None else "weights"
-    print(f"{path}: {weights} after {content['progress'].get('global_step')} steps")
-    print(
-        f"{score.images:,} images  top-1 error {score.top1_error:.3f} ({score.top1_errors}/{score.images})  "
-        f"top-{min(5, len(val_set.classes))} error {score.top5_error:.3f} "
-        f"({score.top5_errors}/{score.images})  loss {score.loss:.4f}"
-    )
-    if arguments.json:
-        result = {"checkpoint": str(path), "weights": weights, **score.as_row()}
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"--batch-size: the device has no memory for {batch_size} images, {crops} crops each; lower it"
+        ) from None
+    return score, recorder.predictions()
+
+
+def write_whole(option: str, name: str, text: str) -> None:
+    """Write a file under another name first: what stood there stays until the new one is whole."""
+    path, content = Path(name), text.encode("utf-8", "surrogateescape")
+    try:
+        if path.exists() and not path.is_file():  # a pipe or device
+            path.write_bytes(content)
+            return
+        path = path.resolve()
+        temporary = path.with_name(f".{os.getpid()}.partial")
         try:
-            Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--json {arguments.json}: cannot be written ({error.strerror})") from None
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{option} {name}: cannot be written ({error.strerror}); name another file") from None
 
 
-def check_target(path: Path) -> None:
-    """A UserError now rather than after the work when the result cannot be written."""
-    folder = path.resolve().parent
-    if path.is_dir() or not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
-        raise UserError(f"--json {path}: cannot be written; name a file in a folder that exists")
+def say(text: str) -> None:
+    """Print; a class may be called what a folder may, also what the terminal cannot show."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 if __name__ == "__main__":

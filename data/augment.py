@@ -86,7 +86,8 @@ def mirror_draws(seed: int, epoch: int, images: np.ndarray, augment: Augment) ->
 def mirror(images: Tensor, which: Tensor) -> None:
     """Flip those images (N, H, W, 3) left to right, in place."""
     planes = images.permute(0, 3, 1, 2)  # torch flips this layout with vector instructions
-    planes[which] = planes[which].flip(3)
+    for i in [which] if images.is_cuda else which.tolist():
+        planes[i] = planes[i].flip(-1)
 
 
 def jitter(images: Tensor, draws: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -96,16 +97,15 @@ def jitter(images: Tensor, draws: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     an image's colours, which needs no more of the pixels than their mean. `draws` as from colour_draws.
     Under train.precision tf32 the product has TF32's 10 bits.
     """
-    # A picture at a time stays in a CPU's cache; a GPU takes them all.
-    size = len(images) if images.is_cuda else 1
-    out = torch.empty(len(images), 3, *images.shape[1:3], device=images.device)
-    for part, part_draws, part_out in zip(
-        images.split(size), draws.split(size), out.split(size), strict=True
-    ):
-        pixels = part.permute(0, 3, 1, 2).flatten(2).float()
-        matrix, offset = colour_map(pixels.mean(2), part_draws, mean, std)
-        torch.baddbmm(offset[:, :, None], matrix, pixels, out=part_out.flatten(2))
-    return out
+    planes = images.permute(0, 3, 1, 2).flatten(2)
+    size = len(planes) if planes.is_cuda else 1  # a picture at a time stays in a CPU's cache
+    colours = torch.cat([part.float().mean(2) for part in planes.split(size)])
+    matrices, offsets = colour_map(colours, draws, mean, std)
+    out = torch.empty(planes.shape, device=planes.device)
+    parts = (tensor.split(size) for tensor in (planes, matrices, offsets[:, :, None], out))
+    for part, matrix, offset, result in zip(*parts, strict=True):
+        torch.baddbmm(offset, matrix, part.float(), out=result)
+    return out.unflatten(2, images.shape[1:3])
 
 
 def colour_map(colours: Tensor, draws: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:

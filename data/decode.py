@@ -21,6 +21,8 @@ try:
 except ImportError:  # Pillow alone is enough; see `check_decoder`
     simplejpeg = None
 
+MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 179 million; of larger ones Pillow makes an error
+
 Box = tuple[int, int, int, int]  # left, top, width, height
 Region = Callable[[int, int], Box]
 
@@ -57,7 +59,7 @@ def decode(
             left, top, w, h = region(width, height) if region else (0, 0, width, height)
             factor = _reduction(w, h, size)
             if factor > 1:
-                image.draft(None, (-(-width // factor), -(-height // factor)))  # JPEG alone knows it
+                image.draft(None, (width // factor, height // factor))  # JPEG alone knows it
             pixels = _rgb(image, path)
         return _cut(pixels, (left, top, w, h), width, height)
     except UserError:
@@ -82,14 +84,14 @@ def _rgb(image: Image.Image, path: Path | str) -> np.ndarray:
     if image.mode in ("RGBA", "LA"):  # drop alpha without blending
         image = image.convert("RGBA")
         return np.ascontiguousarray(np.asarray(image)[:, :, :3])
-    return np.asarray(image.convert("RGB"))
+    return np.array(image.convert("RGB"))
 
 
 def _simplejpeg(content: bytes, region: Region | None, size: int | None) -> np.ndarray | None:
     """The same of a plain JPEG file; None for others and where anything is wrong with it."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
-        if colours not in ("YCbCr", "Gray"):
+        if colours not in ("YCbCr", "Gray") or width * height > MAX_PIXELS:
             return None
         left, top, w, h = region(width, height) if region else (0, 0, width, height)
         factor = _reduction(w, h, size)
@@ -117,9 +119,9 @@ def _cut(pixels: np.ndarray, box: Box, width: int, height: int) -> np.ndarray:
     """A box in coordinates of the width x height picture, of its (perhaps reduced) pixels."""
     left, top, w, h = box
     x, y = pixels.shape[1] / width, pixels.shape[0] / height
-    rows = slice(round(top * y), max(round((top + h) * y), round(top * y) + 1))
-    columns = slice(round(left * x), max(round((left + w) * x), round(left * x) + 1))
-    return pixels[rows, columns]
+    first, last = int(top * y + 0.5), int((top + h) * y + 0.5)
+    start, end = int(left * x + 0.5), int((left + w) * x + 0.5)
+    return pixels[first : max(last, first + 1), start : max(end, start + 1)]
 
 
 def _upper_rows(content: bytes, rows: int, width: int) -> np.ndarray | None:

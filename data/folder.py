@@ -35,14 +35,15 @@ class FileSet:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def path(self, i: int) -> Path:
-        return self.folder / os.fsdecode(self.paths[i])
+    def path(self, i: int) -> str:
+        return os.path.join(self.folder, os.fsdecode(self.paths[i]))
 
     def read(self, i: int) -> bytes:
         """The bytes of a file."""
         path = self.path(i)
         try:
-            return path.read_bytes()
+            with open(path, "rb", buffering=0) as file:
+                return file.read()
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
@@ -84,9 +85,9 @@ def list_files(
         found_here = [(entry.name, entry.is_dir()) for entry in entries]
     strangers = {name for name, is_folder in found_here if is_folder} - set(classes)
     present = {name for name, is_folder in found_here if is_folder}
-    if not present and any(name.lower().endswith(EXTENSIONS) for name, _ in found_here):
+    if folder.name == "val" and any(name.lower().endswith(EXTENSIONS) for name, _ in found_here):
         raise UserError(
-            f"{folder}: holds pictures, but no class folders; for ImageNet's validation set: python "
+            f"{folder}: holds pictures outside class folders; for ImageNet's validation set: python "
             f"scripts/prepare_imagenet.py TARS {folder.parent} --flat-val {folder} (TARS has the devkit)"
         )
     if strangers:
@@ -113,7 +114,7 @@ def list_files(
         labels += [label] * len(found)
     if not paths:
         raise UserError(f"{folder}: holds no pictures of the known classes; check the path")
-    if not partial:
+    if present >= set(classes):
         remember(folder, classes, np.array(paths), np.array(labels), directories)
     return np.array(paths), np.array(labels)
 

@@ -51,9 +51,9 @@ def remember(
     """Keep a list; `directories` are all folders below, with their times from before they were listed."""
     if max(directories.values()) > time.time_ns() - TICK:
         return
-    place = _place(folder)
-    temporary = place.with_name(f".{place.name}.{os.getpid()}")
-    with contextlib.suppress(OSError):  # a cache that cannot be written is no harm
+    with contextlib.suppress(OSError, RuntimeError):  # a cache that cannot be written is no harm
+        place = _place(folder)
+        temporary = place.with_name(f".{place.name}.{os.getpid()}")
         place.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as file:

@@ -5,6 +5,8 @@ decode, crop and resize whole batches to uint8, which are pinned, copied on a si
 the device. What step k of an epoch sees is a function of (seed, epoch, k) alone, whatever the workers.
 """
 
+import atexit
+import mmap
 import os
 import shutil
 import signal
@@ -318,6 +320,8 @@ def make_loader(
     workers = len(os.sched_getaffinity(0)) if data.workers is None else data.workers
     if workers:
         check_shared_memory(workers, images * size * size * 3 * (1 if data.pipeline == "fast" else 4))
+    leaving = mmap.mmap(-1, 1)  # shared with the workers; set ahead of multiprocessing's own exit handler
+    atexit.register(leaving.write_byte, 1)
     return DataLoader(
         Batches(load),
         batch_size=None,
@@ -330,7 +334,7 @@ def make_loader(
         prefetch_factor=PREFETCH if workers else None,
         persistent_workers=persistent and workers > 0,
         timeout=TIMEOUT if workers else 0,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=partial(outlive_signals, leaving),
     )
 
 
@@ -338,10 +342,14 @@ def same(batch: HostBatch) -> HostBatch:
     return batch
 
 
-def ignore_signals(_: int) -> None:
-    """Whoever stops the run decides about its workers: signals go to the whole group of processes."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+def outlive_signals(leaving: mmap.mmap, _: int) -> None:
+    """Whoever stops the run decides about its workers: signals go to the whole group of processes.
+
+    SIGTERM is also how they are ended when the run exits, which then says so.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving[0] else None)
 
 
 def check_shared_memory(workers: int, batch_bytes: int) -> None:
@@ -366,7 +374,9 @@ def fetch(loader: DataLoader, device: torch.device) -> Iterator[HostBatch]:
         try:
             batch = next(batches, None)
         except RuntimeError as error:  # DataLoader: a worker was killed, or gave nothing in time
-            first = str(error).splitlines()[0]
+            first = str(error).partition("\n")[0]
+            if not first.startswith("DataLoader"):
+                raise
             raise UserError(f"data.workers: {first}; if memory is short, lower data.workers") from error
         if batch is None:
             return

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torchvision.transforms import v2
 
 from resnext.config import Data
+from resnext.errors import UserError
 
 from .augment import seeded
 from .decode import Box, decode
@@ -86,6 +87,7 @@ def train_image(
         return resize(decode(content, path, data.decoder, region, size), size, size, data.interpolation)
     crop = decode(content, path, data.decoder, region).astype(np.float32)
     if fallback:
+        check_shape(crop, size, path)
         return _crops(torch7_shorter_side(crop, size), size, ten=False)[0]
     return torch7_resize(crop, size, size)
 
@@ -93,6 +95,7 @@ def train_image(
 def eval_images(content: bytes, path: Path | str, data: Data, ten: bool) -> list[np.ndarray]:
     """The evaluation crop of an image file, or its ten; each (S, S, 3) as in `train_image`."""
     image = decode(content, path, data.decoder)
+    check_shape(image, data.resize, path)
     if data.pipeline == "torch7":
         image = torch7_shorter_side(image.astype(np.float32), data.resize)
     else:
@@ -100,6 +103,16 @@ def eval_images(content: bytes, path: Path | str, data: Data, ten: bool) -> list
         new_width, new_height = scaled_size(width, height, data.resize)
         image = resize(image, new_width, new_height, data.interpolation)
     return _crops(image, data.image_size, ten)
+
+
+def check_shape(image: np.ndarray, shorter: int, path: Path | str) -> None:
+    """A UserError for a picture so thin that scaling its shorter side would take gigabytes."""
+    height, width = image.shape[:2]
+    if max(scaled_size(width, height, shorter)) * max(width, height) > 2**28:
+        raise UserError(
+            f"{path}: {width}x{height} pixels are too thin to scale the shorter side to {shorter}; "
+            "replace or remove the file"
+        )
 
 
 def _crops(image: np.ndarray, size: int, ten: bool) -> list[np.ndarray]:
@@ -118,9 +131,10 @@ def resize(image: np.ndarray, width: int, height: int, interpolation: str) -> np
     """uint8 (H, W, 3) to another size, antialiased (torch; what torchvision's Resize does)."""
     if image.shape[:2] == (height, width):
         return image
-    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
+    # In this order, and contiguous: by the strides of a batch of 1 torch tells planes from pixels.
+    pixels = torch.from_numpy(np.ascontiguousarray(image))[None].permute(0, 3, 1, 2)
     pixels = F.interpolate(pixels, (height, width), mode=interpolation, antialias=True)
-    return pixels[0].permute(1, 2, 0).numpy()
+    return pixels.permute(0, 2, 3, 1)[0].numpy()
 
 
 def torch7_shorter_side(image: np.ndarray, shorter: int) -> np.ndarray:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,14 +34,62 @@ class Score:
         return asdict(self) | errors | {"loss": loss}
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """What became of each image, in the order of the batches; the first axis is the image."""
+
+    labels: np.ndarray  # int64 (N,)
+    top: np.ndarray  # int64 (N, min(5, classes)): the predicted classes, best first
+    confidence: np.ndarray  # float64 (N,): probability (softmax) of the first
+    losses: np.ndarray  # float64 (N,)
+
+    @property
+    def right(self) -> np.ndarray:
+        """Whether the first is the label, bool (N,)."""
+        return self.top[:, 0] == self.labels
+
+    def score(self, chosen: np.ndarray) -> Score:
+        """Score of some of the images, by their numbers."""
+        images, labels = len(chosen), self.labels[chosen, None]
+        top5 = int((self.top[chosen] == labels).sum())
+        loss = float(self.losses[chosen].sum()) / images
+        return Score(images, images - int(self.right[chosen].sum()), images - top5, loss)
+
+
+class Recorder:
+    """Collects what becomes of each image; the small tensors stay on the device until the end."""
+
+    def __init__(self):
+        self.parts: list[tuple[Tensor, ...]] = []
+
+    def add(self, output: Tensor, labels: Tensor, top: Tensor) -> None:
+        """A batch: scores (N, classes), labels (N,) and the first classes (N, k)."""
+        confidence = output.softmax(1).gather(1, top[:, :1])[:, 0]
+        losses = F.cross_entropy(output, labels, reduction="none")
+        self.parts.append((labels, top, confidence.double(), losses.double()))
+
+    def predictions(self) -> Predictions:
+        """All of it, on the host."""
+        return Predictions(*(torch.cat(part).cpu().numpy() for part in zip(*self.parts, strict=True)))
+
+
+def top_classes(output: Tensor) -> Tensor:
+    """The first min(5, classes) classes of raw scores (N, classes), best first: int64."""
+    return output.topk(min(5, output.shape[1]), dim=1).indices
+
+
+def count_hits(top: Tensor, labels: Tensor) -> Tensor:
+    """How many rows of `top` have their label first, and anywhere: int64 (2,)."""
+    right = top == labels[:, None]
+    return torch.stack([right[:, 0].sum(), right.sum()])
+
+
 def hits(output: Tensor, labels: Tensor) -> Tensor:
     """How many rows have their label first, and among the first min(5, classes): int64 (2,).
 
     `output` is (N, classes) raw scores, `labels` (N,) int64. Nothing is copied to the host.
     """
-    first = output.topk(min(5, output.shape[1]), dim=1).indices
-    right = first == labels[:, None]
-    return torch.stack([right[:, 0].sum(), right.sum()])
+    return count_hits(top_classes(output), labels)
 
 
 def sum_crops(output: Tensor, crops: int) -> Tensor:
@@ -49,12 +98,21 @@ def sum_crops(output: Tensor, crops: int) -> Tensor:
 
 
 def evaluate(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], autocast, should_stop=lambda: False
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    autocast,
+    should_stop=lambda: False,
+    *,
+    crops: int = 1,
+    columns: Tensor | None = None,
+    recorder: Recorder | None = None,
 ) -> Score | None:
     """Score of a model over batches of (images, labels); None when `should_stop` turned true.
 
     `autocast` is a function that makes the precision's context. The model is left in
-    evaluation mode.
+    evaluation mode. Of several `crops` of an image, which are adjacent, the raw scores are added up;
+    loss and confidence are those of their mean. With `columns`, int64 on the device, only these
+    outputs compete, and labels count among them. A `recorder` gets what becomes of each image.
     """
     model.eval()
     images, totals = 0, None
@@ -65,10 +123,17 @@ def evaluate(
             with autocast():
                 output = model(inputs)
             output = at_least_float32(output)
+            if columns is not None:
+                output = output.index_select(1, columns)
+            output = sum_crops(output, crops)
+            top = top_classes(output)
+            output = output / crops  # after the ranking: rounding could make ties
             loss = F.cross_entropy(output, labels, reduction="sum").double()
-            counts = torch.cat([loss[None], hits(output, labels).double()])
+            counts = torch.cat([loss[None], count_hits(top, labels).double()])
             totals = counts if totals is None else totals + counts
             images += len(labels)
+            if recorder is not None:
+                recorder.add(output, labels, top)
     loss, top1, top5 = totals.tolist()
     return Score(images, images - int(top1), images - int(top5), loss / images)
 

@@ -1,10 +1,14 @@
 """Measure speed: interleaved variants, medians, ratios to the first of each table.
 
-    python scripts/benchmark.py input        batches held on the device against a per-picture PIL loader
-    python scripts/benchmark.py batchnorm    a training step with BatchNorm groups of 16 against plain ones
-    python scripts/benchmark.py layout       a training step per precision and memory layout
+    python scripts/benchmark.py data --data DIR        training input on one core against torchvision's way
+    python scripts/benchmark.py end-to-end --data DIR  JPEG files to optimiser steps, and the wait for data
+    python scripts/benchmark.py train                  a training step against torchvision's and timm's
+    python scripts/benchmark.py eval                   the same of evaluation
+    python scripts/benchmark.py cifar                  CIFAR batches on the device against a PIL loader
+    python scripts/benchmark.py batchnorm              a CIFAR step with and without BatchNorm groups of 16
 
---json FILE writes the figures with hardware and versions. Nothing is asserted: machines are noisy.
+Keys change what is measured: model.depth=101 train.batch_size=64. --json FILE writes the figures with
+hardware and versions, --chart FILE.png draws them. Nothing is asserted: machines are noisy.
 """
 
 import argparse
@@ -12,32 +16,11 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import numpy as np
-import torch
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
-
-from data.images import ImageSet
-from data.loader import TrainBatches
-from resnext.config import Config, parse_config, to_yaml
-from resnext.distributed import choose_device, set_numerics
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 from resnext.errors import UserError, run_command
-from resnext.reporting import environment
-from resnext.state import prepare
-from resnext.trainer import train_step
-
-RECIPE = (
-    "model.stem=cifar",
-    "data.dataset=cifar10",
-    "data.dir=unused",
-    "augment.padding=4",
-    "train.batch_size=128",
-)
 
 
 def main() -> None:
@@ -45,134 +28,128 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["input", "batchnorm", "layout"])
+    kinds = ["data", "end-to-end", "train", "eval", "cifar", "batchnorm"]
+    parser.add_argument("what", choices=kinds)
+    parser.add_argument("--data", metavar="DIR", help="class folders below DIR/train/")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="default: 7")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="of the PIL loader; default: 2")
     parser.add_argument("--json", metavar="FILE")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="default: 11 layers, 4x16d, batch 128"
-    )
+    parser.add_argument("--chart", metavar="FILE", help=".png, .svg or .pdf")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change what is measured")
     arguments = parser.parse_intermixed_args()
-    if arguments.rounds < 1 or arguments.workers < 1:
-        raise UserError("--rounds and --workers: must be at least 1")
-    small = ("model.depth=11", "model.cardinality=4", "model.base_width=16")
-    config = parse_config("", "benchmark", [*RECIPE, *small, *arguments.overrides])
-    device = choose_device(config.run.device)
-    set_numerics(config.train.precision, config.run.deterministic)
-    if arguments.what == "input":
-        images, functions = input_variants(config, device, arguments.workers)
-    else:
-        images, functions = step_variants(arguments.what, config, device)
-    seconds = interleave(functions, arguments.rounds, device)
-    print_table(images, seconds)
+    if arguments.rounds < 1:
+        raise UserError("--rounds: must be at least 1")
+    if arguments.what in ("data", "end-to-end") and not arguments.data:
+        raise UserError(f"--data is missing: {arguments.what} reads pictures below DIR/train/CLASS/")
+    for option in (arguments.json, arguments.chart):
+        if option and not Path(option).resolve().parent.is_dir():
+            raise UserError(f"{option}: its folder does not exist; make it, or choose another")
+
+    import benchmark_data
+    import benchmark_steps
+
+    tables = {
+        "data": lambda: benchmark_data.pipelines(arguments.data, arguments.overrides),
+        "end-to-end": lambda: benchmark_data.end_to_end(arguments.data, arguments.overrides),
+        "train": lambda: benchmark_steps.networks(arguments.overrides, training=True),
+        "eval": lambda: benchmark_steps.networks(arguments.overrides, training=False),
+        "cifar": lambda: benchmark_data.cifar(arguments.overrides),
+        "batchnorm": lambda: benchmark_steps.batchnorm(arguments.overrides),
+    }
+    results = []
+    for title, variants in tables[arguments.what]():
+        seconds = interleave(variants, arguments.rounds)
+        results.append(table(title, variants, seconds))
     if arguments.json:
-        result = {"benchmark": arguments.what, "environment": environment(device), "images": images}
-        Path(arguments.json).write_text(json.dumps(result | {"seconds": seconds}, indent=2) + "\n")
+        write_json(Path(arguments.json), arguments.what, results)
+    if arguments.chart:
+        draw(results, Path(arguments.chart))
 
 
-def interleave(variants: dict[str, Callable], rounds: int, device: torch.device) -> dict[str, list[float]]:
+def interleave(variants: list, rounds: int) -> dict[str, list[float]]:
     """Seconds of each variant in each round, A B C A B C …, after one round to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    import torch
+
+    seconds: dict[str, list[float]] = {variant.name: [] for variant in variants}
     for number in range(rounds + 1):
-        for name, function in variants.items():
+        for variant in variants:
             start = time.perf_counter()
-            function()
-            if device.type == "cuda":
+            variant.run()
+            if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if number:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[variant.name].append(time.perf_counter() - start)
     return seconds
 
 
-def print_table(images: int, seconds: dict[str, list[float]]) -> None:
-    first = statistics.median(next(iter(seconds.values())))
-    print(f"| variant | images/s (median of {len(next(iter(seconds.values())))}) | time, relative |")
-    print("|---|---|---|")
-    for name, values in seconds.items():
-        median = statistics.median(values)
-        print(f"| {name} | {images / median:,.0f} | {median / first:.3f} |")
-
-
-class PerPicture(Dataset):
-    """The usual way: one PIL picture at a time through torchvision's transforms."""
-
-    def __init__(self, images: ImageSet, config: Config):
-        self.images = images
-        mean, std = (tuple(v / 255 for v in values) for values in (config.data.mean, config.data.std))
-        self.transform = transforms.Compose(
-            [
-                transforms.RandomCrop(32, padding=4),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize(mean, std),
-            ]
+def table(title: str, variants: list, seconds: dict[str, list[float]]) -> dict:
+    """Print one table; the same as plain values. Ratios are of images/s, to the first row."""
+    rows = []
+    for variant in variants:
+        median = statistics.median(seconds[variant.name])
+        rows.append(
+            {
+                "name": variant.name,
+                "images": variant.images,
+                "seconds": seconds[variant.name],
+                "images_per_second": variant.images / median,
+                "note": variant.note(median / variant.images),
+            }
         )
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int):
-        return self.transform(Image.fromarray(self.images.images[index])), self.images.labels[index]
-
-
-def input_variants(config: Config, device: torch.device, workers: int) -> tuple[int, dict[str, Callable]]:
-    """An epoch of 25,600 random 32x32 pictures, delivered to the device."""
-    count = 25_600
-    generator = np.random.default_rng(0)
-    pictures = generator.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-    images = ImageSet(pictures, generator.integers(0, 10, count), tuple("0123456789"))
-    ours = TrainBatches(images, config, device)
-
-    def loader(workers: int) -> Callable:
-        batches = DataLoader(
-            PerPicture(images, config),
-            config.train.batch_size,
-            shuffle=True,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=device.type == "cuda",
+    first = rows[0]["images_per_second"]
+    notes = any(row["note"] for row in rows)
+    print(f"\n{title}\n")
+    print(
+        f"| variant | images/s (median of {len(rows[0]['seconds'])}) | ms/image | speed |{' |' * notes}\n"
+        f"|---|---|---|---|{'---|' * notes}"
+    )
+    for row in rows:
+        speed = row["images_per_second"]
+        row["ratio"] = speed / first
+        note = f" {row['note']} |" if notes else ""
+        print(
+            f"| {row['name']} | {speed:,.0f} | {1000 / speed:.3f} | {row['ratio']:.2f}x |{note}", flush=True
         )
-
-        def run() -> None:
-            for x, y in batches:
-                x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-
-        return run
-
-    return count, {
-        "batches on the device": lambda: [None for _ in ours.epoch(1)],
-        "PIL loader in process": loader(0),
-        f"PIL loader, {workers} workers": loader(workers),
-    }
+    return {"title": title, "rows": rows}
 
 
-def step_variants(what: str, config: Config, device: torch.device) -> tuple[int, dict[str, Callable]]:
-    """Training steps on one batch of noise."""
-    size = config.train.batch_size
-    images = torch.randn(size, 3, config.data.image_size, config.data.image_size, device=device)
-    labels = torch.arange(size, device=device) % 10
-    if what == "batchnorm":
-        changes = {
-            f"{name}, {precision}": [f"train.precision={precision}", *groups]
-            for precision in ("fp32", "bf16")
-            for name, groups in (("plain BatchNorm", []), ("groups of 16", ["train.bn_group=16"]))
-        }
-    else:
-        changes = {
-            f"{precision}, {name}": [f"train.precision={precision}", f"train.channels_last={value}"]
-            for precision in ("fp32", "bf16")
-            for name, value in (("NCHW", "false"), ("channels_last", "true"))
-        }
+def write_json(path: Path, what: str, results: list[dict]) -> None:
+    from resnext.distributed import choose_device
+    from resnext.reporting import environment
 
-    def step(overrides: list[str]) -> Callable:
-        varied = parse_config(to_yaml(config), "benchmark", overrides)
-        training = prepare(varied, tuple("0123456789"), device, {})
-        training.model.train()
-        layout = torch.channels_last if "channels_last=true" in " ".join(overrides) else None
-        x = images.contiguous(memory_format=layout) if layout else images
-        return lambda: train_step(training, x, labels, 0.01)
+    content = {"benchmark": what, "environment": environment(choose_device("auto")), "tables": results}
+    try:
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--json {path}: cannot be written ({error.strerror})") from None
 
-    return size, {name: step(overrides) for name, overrides in changes.items()}
+
+def draw(results: list[dict], path: Path) -> None:
+    """Bars of images/s, one panel a table."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    heights = [len(result["rows"]) for result in results]
+    figure, panels = pyplot.subplots(
+        len(results),
+        figsize=(9, 1.2 * len(results) + 0.32 * sum(heights)),
+        height_ratios=heights,
+        layout="constrained",
+        squeeze=False,
+    )
+    for axes, result in zip(panels[:, 0], results, strict=True):
+        names = [row["name"] for row in result["rows"]]
+        bars = axes.barh(names, [row["images_per_second"] for row in result["rows"]], color="C0")
+        axes.bar_label(bars, [f"{row['ratio']:.2f}x" for row in result["rows"]], padding=3)
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.set(title=result["title"], xlabel="images/s")
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--chart {path}: cannot be drawn ({error}); name a .png, .svg or .pdf") from None
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from resnext.evaluation import Score, at_least_float32, evaluate, hits, sum_crops
+from resnext.evaluation import Recorder, Score, at_least_float32, evaluate, hits, sum_crops
 from resnext.model import ResNeXt
 from resnext.state import autocast
 
@@ -127,6 +127,75 @@ def test_ten_crops_are_summed(crops, size):
 def test_crops_count_raw_scores_not_votes():
     output = torch.tensor([[0.0, 1.0], [0.0, 1.0], [9.0, 0.0]])
     assert hits(sum_crops(output, 3), torch.tensor([0])).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("size", [1, 4, 13])
+@pytest.mark.parametrize("columns", [None, [3], [1, 4, 19], list(range(12))])
+@pytest.mark.parametrize("crops", [1, 10])
+def test_crops_and_columns(crops, columns, size):
+    """Sums are ranked; the loss is that of their mean; outputs left out are as good as minus infinity."""
+    generator = np.random.default_rng(3)
+    outputs = generator.normal(size=(13 * crops, 20))
+    labels = generator.integers(20 if columns is None else len(columns), size=13)
+    summed = outputs.reshape(13, crops, 20).sum(1)[:, columns if columns else slice(None)]
+    inputs = torch.from_numpy(outputs).split(size * crops)
+    parts = list(zip(inputs, torch.from_numpy(labels).split(size), strict=True))
+    recorder = Recorder()
+    score = evaluate(
+        Passing(),
+        parts,
+        contextlib.nullcontext,
+        crops=crops,
+        columns=columns and torch.tensor(columns),
+        recorder=recorder,
+    )
+    images, top1, top5, _ = reference(summed, labels)
+    loss = reference(summed / crops, labels)[3]
+    assert (score.images, score.top1_errors, score.top5_errors) == (images, top1, top5)
+    assert score.loss == pytest.approx(loss, rel=1e-12)
+    found = recorder.predictions()
+    order = np.argsort(-summed, axis=1, kind="stable")[:, :5]
+    np.testing.assert_array_equal(found.top, order)
+    np.testing.assert_array_equal(found.labels, labels)
+    shares = np.exp(summed / crops)
+    np.testing.assert_allclose(found.confidence, (shares.max(1) / shares.sum(1)), rtol=1e-12)
+    whole = found.score(np.arange(13))
+    assert (whole.top1_errors, whole.top5_errors) == (top1, top5)
+    assert whole.loss == pytest.approx(loss, rel=1e-12)
+    some = np.array([2, 3, 11])
+    images, top1, top5, _ = reference(summed[some], labels[some])
+    part = found.score(some)
+    assert (part.images, part.top1_errors, part.top5_errors) == (images, top1, top5)
+    assert all(type(n) is int for n in (part.images, part.top1_errors, part.top5_errors))
+
+
+def test_sums_are_ranked_and_not_their_rounded_means():
+    """Two sums may differ in the last bit though their tenths are equal."""
+    values = torch.arange(10.0 * 2**20, 10.0 * 2**20 + 64)
+    pairs = torch.stack([values, values + 1], 1)
+    assert (pairs[:, 0] / 10 == pairs[:, 1] / 10).any()
+    crops = torch.zeros(len(pairs), 10, 2)
+    crops[:, 4] = pairs
+    parts = [(crops.flatten(0, 1), torch.ones(len(pairs), dtype=torch.int64))]
+    assert evaluate(Passing(torch.float32), parts, contextlib.nullcontext, crops=10).top1_errors == 0
+
+
+def test_half_precision_crops_are_summed_in_float32():
+    crops = torch.full((10, 2), 2048.0)
+    crops[:, 1] += 2  # the sum, 20,500, has a neighbour 16 away in float16
+    recorder = Recorder()
+    parts = [(crops, torch.tensor([1]))]
+    score = evaluate(Passing(torch.float16), parts, contextlib.nullcontext, crops=10, recorder=recorder)
+    assert score.top1_errors == 0
+    assert score.loss == pytest.approx(np.log1p(np.exp(-2)), rel=1e-4)
+    assert recorder.predictions().confidence == pytest.approx(1 / (1 + np.exp(-2)), rel=1e-4)
+
+
+def test_a_recorder_changes_no_score():
+    outputs, labels = scores(101, 10)
+    parts = batches(outputs, labels, 16)
+    plain = evaluate(Passing(torch.float32), parts, contextlib.nullcontext)
+    assert evaluate(Passing(torch.float32), parts, contextlib.nullcontext, recorder=Recorder()) == plain
 
 
 # ---------------------------------------------------------------------------- the evaluation
