@@ -20,7 +20,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from resnext.config import Config, find_config, parse_config, read_config, to_yaml
+from resnext.config import Config, Data, find_config, parse_config, read_config, to_yaml
 from resnext.errors import UserError, run_command
 
 
@@ -240,7 +240,7 @@ def introduction(
     lines = [
         f"{name}: {parameters:,} parameters, {macs / 1e6:,.0f} M multiply-adds per image",
         f"{config.data.dataset}: {train_images:,} training and {val_images:,} validation images, "
-        f"{len(training.classes)} classes, {config.data.image_size} pixels",
+        f"{len(training.classes)} classes, {config.data.image_size} pixels{view(config.data)}",
         f"global batch {train.batch_size}, lr {config.optimizer.lr}, {train.epochs} epochs, "
         f"{train.precision} on {training.versions['device']}",
         f"run directory: {output}; top-1 and top-5 below are errors in percent",
@@ -250,6 +250,14 @@ def introduction(
     elif resumed:
         lines.append("nothing was saved in the run directory yet: starting from the beginning")
     return "\n".join(lines)
+
+
+def view(data: Data) -> str:
+    """How files become pictures, for the introduction; nothing for a set in memory."""
+    if data.pipeline == "memory":
+        return ""
+    size = f" ({data.train_size} in training)" if data.train_size != data.image_size else ""
+    return f"{size} from {data.resize}, {data.pipeline}, {data.decoder}"
 
 
 if __name__ == "__main__":

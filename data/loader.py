@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from resnext.config import Augment, Config, Data
 from resnext.errors import UserError
@@ -232,12 +232,10 @@ def load_train(
     files: FileSet, data: Data, augment: Augment, seed: int, epoch: int, ids: np.ndarray
 ) -> HostBatch:
     """A training batch, in a worker."""
-    size = data.train_size
-    images = np.empty((len(ids), size, size, 3), np.uint8 if data.pipeline == "fast" else np.float32)
     draws = uniforms(seed, epoch, ids, CROP_DRAWS, Stream.CROP)
     seeds = hashes(seed, epoch, ids, 1, Stream.POLICY)[:, 0]
-    kept, skipped = [], []
-    for id, draw, policy_seed in zip(ids, draws, seeds, strict=True):
+    images, kept, skipped = [], [], []
+    for id, draw, policy_seed in zip(ids.tolist(), draws.tolist(), seeds.tolist(), strict=True):
         index = id % len(files)
         try:
             image = train_image(files.read(index), files.path(index), draw, data, augment.min_area)
@@ -247,12 +245,12 @@ def load_train(
             skipped.append(str(error))
             continue
         if augment.policy:
-            image = apply_policy(image, augment.policy, int(policy_seed))
-        images[len(kept)] = image
+            image = apply_policy(image, augment.policy, policy_seed)
+        images.append(image)
         kept.append(id)
     ids = np.array(kept, np.int64)
     return HostBatch(
-        torch.from_numpy(images[: len(kept)]),
+        stack(images),
         torch.from_numpy(files.labels[ids % len(files)]),
         torch.from_numpy(mirror_draws(seed, epoch, ids, augment)),
         torch.from_numpy(colour_draws(seed, epoch, ids, augment)),
@@ -264,19 +262,22 @@ def load_train(
 
 def load_eval(files: FileSet, data: Data, ten_crop: bool, indices: np.ndarray) -> HostBatch:
     """An evaluation batch, in a worker; the crops of an image are adjacent."""
-    crops, size = 10 if ten_crop else 1, data.image_size
-    shape = (len(indices) * crops, size, size, 3)
-    images = np.empty(shape, np.uint8 if data.pipeline == "fast" else np.float32)
+    images = []
     try:
-        for i, index in enumerate(indices):
-            images[i * crops : (i + 1) * crops] = eval_images(
-                files.read(index), files.path(index), data, ten_crop
-            )
+        for index in indices.tolist():
+            images += eval_images(files.read(index), files.path(index), data, ten_crop)
     except UserError as error:
         return failed(error)
     nothing = torch.empty(0)
     labels = torch.from_numpy(files.labels[indices])
-    return HostBatch(torch.from_numpy(images), labels, nothing, nothing, nothing, (), None)
+    return HostBatch(stack(images), labels, nothing, nothing, nothing, (), None)
+
+
+def stack(images: list[np.ndarray]) -> Tensor:
+    """(N, S, S, 3) of N pictures; in a worker right in shared memory, which default_collate takes care of."""
+    if not images:
+        return torch.empty(0)
+    return default_collate([torch.from_numpy(np.ascontiguousarray(image)) for image in images])
 
 
 def failed(error: UserError) -> HostBatch:

@@ -7,6 +7,7 @@ resize of 8-bit pictures. How far they are apart is in docs/results.md.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ CROP_DRAWS = 3 * ATTEMPTS + 2
 # ---------------------------------------------------------------------------- geometry
 
 
-def random_sized_box(width: int, height: int, draws: np.ndarray, min_area: float) -> Box | None:
+def random_sized_box(width: int, height: int, draws: Sequence[float], min_area: float) -> Box | None:
     """RandomSizedCrop's box; None when ten attempts do not fit.
 
     `draws` are CROP_DRAWS uniforms: area, aspect (uniform in 3/4...4/3) and swap of each attempt,
@@ -69,7 +70,7 @@ def crop_places(width: int, height: int, size: int, ten: bool) -> list[tuple[int
 
 
 def train_image(
-    content: bytes, path: Path | str, draws: np.ndarray, data: Data, min_area: float
+    content: bytes, path: Path | str, draws: Sequence[float], data: Data, min_area: float
 ) -> np.ndarray:
     """One training crop of an image file: (S, S, 3), uint8 (fast) or float32 (torch7), in 0...255."""
     size, fallback = data.train_size, False

@@ -1,5 +1,6 @@
 """What a run says: console, progress bar, log.txt, metrics.jsonl, TensorBoard."""
 
+import contextlib
 import datetime
 import fcntl
 import importlib.metadata
@@ -21,8 +22,9 @@ from .errors import UserError
 def environment(device: torch.device) -> dict[str, str]:
     """Programs and hardware, to repeat a run: plain texts."""
     versions = {"python": platform.python_version()}
-    for package in ("torch", "torchvision", "numpy", "pillow"):
-        versions[package] = importlib.metadata.version(package)
+    for package in ("torch", "torchvision", "numpy", "pillow", "simplejpeg"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # simplejpeg may be missing
+            versions[package] = importlib.metadata.version(package)
     folder = Path(__file__).resolve().parent
     versions["commit"] = _git(folder, "describe", "--always", "--dirty", "--abbrev=12") or "unknown"
     if device.type == "cuda":

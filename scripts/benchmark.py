@@ -4,6 +4,7 @@
     python scripts/benchmark.py end-to-end --data DIR  JPEG files to optimiser steps, and the wait for data
     python scripts/benchmark.py train                  a training step against torchvision's and timm's
     python scripts/benchmark.py eval                   the same of evaluation
+    python scripts/benchmark.py memory                 of loader workers over 1.28 million file names
     python scripts/benchmark.py cifar                  CIFAR batches on the device against a PIL loader
     python scripts/benchmark.py batchnorm              a CIFAR step with and without BatchNorm groups of 16
 
@@ -28,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    kinds = ["data", "end-to-end", "train", "eval", "cifar", "batchnorm"]
+    kinds = ["data", "end-to-end", "train", "eval", "memory", "cifar", "batchnorm"]
     parser.add_argument("what", choices=kinds)
     parser.add_argument("--data", metavar="DIR", help="class folders below DIR/train/")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="default: 7")
@@ -47,6 +48,8 @@ def main() -> None:
     import benchmark_data
     import benchmark_steps
 
+    if arguments.what == "memory":
+        return benchmark_data.memory()
     tables = {
         "data": lambda: benchmark_data.pipelines(arguments.data, arguments.overrides),
         "end-to-end": lambda: benchmark_data.end_to_end(arguments.data, arguments.overrides),

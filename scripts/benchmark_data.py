@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from data.folder import list_set
+from data.folder import FileSet, list_set
 from data.images import ImageSet
 from data.loader import TrainBatches, TrainStream, train_batches
 from resnext.config import Config, parse_config
@@ -352,3 +352,62 @@ def cifar(overrides: list[str]) -> Iterator[Table]:
             Variant("batches on the device", count, lambda: [None for _ in batches.epoch(1)]),
         ],
     )
+
+
+# ---------------------------------------------------------------------------- memory of the file list
+
+
+def memory(images: int = 1_281_167, workers: int = 2) -> None:
+    """Memory of loader workers that have gone through a list of as many files as ImageNet's, no pictures."""
+    classes = tuple(f"n{number:08d}" for number in range(1000))
+    labels = np.arange(images) * len(classes) // images
+    names = [f"{classes[label]}/{classes[label]}_{i}.JPEG" for i, label in enumerate(labels.tolist())]
+    array = np.array([name.encode() for name in names])
+    files = FileSet(Path("datasets/imagenet/train"), array, labels, classes)
+    samples = [
+        (f"datasets/imagenet/train/{name}", int(label)) for name, label in zip(names, labels, strict=True)
+    ]
+    del names
+    print(f"{images:,} files, {workers} workers, after a pass over all of them\n")
+    print("| list | worker, private MiB | worker, resident MiB |\n|---|---|---|")
+    lists = {
+        "FileSet: one array": lambda i: (files.path(i), int(files.labels[i])),
+        "ImageFolder: list of (path, label)": lambda i: samples[i],
+    }
+    for name, get in lists.items():
+        loader = DataLoader(
+            Names(get, images),
+            8192,
+            shuffle=True,
+            num_workers=workers,
+            multiprocessing_context="fork",
+            collate_fn=last,
+        )
+        private, resident = max(loader)
+        print(f"| {name} | {private / 1024:.0f} | {resident / 1024:.0f} |", flush=True)
+
+
+class Names(Dataset):
+    """Path and label of each file; an item is (private, resident) KiB of the process that made it."""
+
+    def __init__(self, get: Callable[[int], tuple[str, int]], images: int):
+        self.get, self.images = get, images
+
+    def __len__(self) -> int:
+        return self.images
+
+    def __getitems__(self, indices: list[int]) -> tuple[int, int]:
+        for i in indices:
+            self.get(i)
+        return resident_memory()
+
+
+def last(item: tuple[int, int]) -> tuple[int, int]:
+    return item
+
+
+def resident_memory() -> tuple[int, int]:
+    """(private, resident) KiB of this process (Linux)."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
+    sizes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+    return sizes["Private_Clean"] + sizes["Private_Dirty"], sizes["Rss"]

@@ -91,13 +91,73 @@ def test_curves_need_a_run(tmp_path):
     assert str(tmp_path) in done.stderr and "train.py" in done.stderr
 
 
-def test_benchmark_prints_a_table_and_writes_json(tmp_path):
+def pictures(folder: Path) -> Path:
+    """Two classes of three JPEGs below train/."""
+    generator = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (folder / "train" / name).mkdir(parents=True)
+        for number in range(3):
+            noise = generator.integers(0, 256, (260, 300, 3), np.uint8)
+            Image.fromarray(noise).save(folder / "train" / name / f"{number}.jpg")
+    return folder
+
+
+SMALL_NETWORK = ["model.stages=[1,1,1,1]", "model.cardinality=1", "model.base_width=1", "train.batch_size=3"]
+
+
+def benchmark(tmp_path, *arguments: str) -> dict:
+    """The JSON of a benchmark of one round; its tables must be on the console too."""
     target = tmp_path / "result.json"
-    arguments = ["model.cardinality=2", "model.base_width=4", "data.dataset=glyphs", "data.image_size=8"]
-    done = script("benchmark.py", "batchnorm", "--rounds", "1", "--json", str(target), *arguments)
-    assert "| plain BatchNorm, fp32 |" in done.stdout
+    done = script("benchmark.py", *arguments, "--rounds", "1", "--json", str(target))
     result = json.loads(target.read_text())
-    assert set(result["seconds"]) == {
-        f"{n}, {p}" for n in ("plain BatchNorm", "groups of 16") for p in ("fp32", "bf16")
-    }
     assert "torch" in result["environment"]
+    for table in result["tables"]:
+        first = table["rows"][0]["images_per_second"]
+        for row in table["rows"]:
+            assert f"| {row['name']} | {row['images_per_second']:,.0f} |" in done.stdout
+            assert len(row["seconds"]) == 1
+            assert row["images_per_second"] == pytest.approx(row["images"] / row["seconds"][0])
+            assert row["ratio"] == pytest.approx(row["images_per_second"] / first)
+    return result
+
+
+def test_benchmark_of_batchnorm(tmp_path):
+    keys = ["model.cardinality=2", "model.base_width=4", "data.dataset=glyphs", "data.image_size=8"]
+    tables = benchmark(tmp_path, "batchnorm", *keys)["tables"]
+    assert [table["title"].split(", ")[-1] for table in tables] == ["fp32", "bf16"]
+    assert all([r["name"] for r in t["rows"]] == ["plain BatchNorm", "groups of 16"] for t in tables)
+
+
+def test_benchmark_of_input_and_its_chart(tmp_path):
+    folder, chart = pictures(tmp_path / "data"), tmp_path / "chart.png"
+    tables = benchmark(tmp_path, "data", "--data", str(folder), "--chart", str(chart))["tables"]
+    assert all(row["images"] == 6 for table in tables for row in table["rows"])
+    assert {"fast", "torch7"} <= {row["name"] for row in tables[0]["rows"]}
+    with Image.open(chart) as image:
+        assert image.format == "PNG" and min(image.size) > 300
+
+
+def test_benchmark_end_to_end_waits(tmp_path):
+    folder = pictures(tmp_path / "data")
+    (table,) = benchmark(
+        tmp_path, "end-to-end", "--data", str(folder), *SMALL_NETWORK, "data.image_size=64", "data.workers=1"
+    )["tables"]
+    assert len(table["rows"]) == 3 and all("waits" in row["note"] for row in table["rows"])
+
+
+@pytest.mark.parametrize("what", ["train", "eval"])
+def test_benchmark_of_networks(tmp_path, what):
+    keys = ["model.cardinality=2", "model.base_width=4", "data.image_size=32", "train.batch_size=2"]
+    tables = benchmark(tmp_path, what, *keys)["tables"]
+    names = {row["name"].split(",")[0] for table in tables for row in table["rows"]}
+    assert names - {"timm"} == {"torchvision", "ours"}
+    assert all("memory bandwidth" in row["note"] for table in tables for row in table["rows"])
+
+
+@pytest.mark.parametrize(
+    "arguments", [["data"], ["cifar", "--rounds", "0"], ["cifar", "--json", "no/such/x"]]
+)
+def test_benchmark_refuses(arguments):
+    command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith("error: ")

@@ -348,3 +348,21 @@ def test_a_directory_is_not_shared_by_two_processes(finished_run):
         fcntl.flock(log, fcntl.LOCK_EX)
         done = python("train.py", "--resume", str(folder), "train.epochs=3", status=2)
     assert str(folder) in done.stderr and "another process" in done.stderr
+
+
+def test_another_decay_on_batchnorm():
+    training = training_of("optimizer.norm_weight_decay=0", "optimizer.weight_decay=0.01")
+    groups = training.optimizer.param_groups
+    assert [group["weight_decay"] for group in groups] == [0.01, 0]
+    assert sum(len(group["params"]) for group in groups) == len(list(training.model.parameters()))
+    names = {id(p): name for name, p in training.model.named_parameters()}
+    theirs = {names[id(p)] for p in groups[1]["params"]}
+    assert theirs == {name for name in names.values() if "bn" in name or ".downsample.1." in name}
+    reference = copy.deepcopy(training.model)
+    images, labels = batch()
+    train_step(training, images, labels, 0.1)
+    F.cross_entropy(reference(images), labels).backward()
+    with torch.no_grad():
+        for name, p in reference.named_parameters():
+            p -= 0.1 * 1.9 * (p.grad + (0 if name in theirs else 0.01) * p)
+    assert_close(training.model, reference)
