@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import draw_folders
 
-from data.loader import EvalBatches, TrainBatches
+from data.loader import EvalBatches, TrainBatches, eval_batches, train_batches
 from data.sets import load_set
 from resnext.config import parse_config
 from resnext.distributed import set_numerics
@@ -128,3 +129,21 @@ def test_resume_is_bit_exact_in_deterministic_mode(tmp_path, precision):
         rows.append([{k: v for k, v in json.loads(line).items() if k != "time"} for line in lines])
     assert rows[0] == rows[1]
     assert all(torch.equal(states[0][k].cpu(), states[1][k].cpu()) for k in states[0])
+
+
+def test_files_make_the_same_batches_as_on_a_cpu(tmp_path):
+    """Copies on a side stream, mirror, colours and mixing: the pixels of the CPU to rounding."""
+    draw_folders(tmp_path, {"cat": 20, "dog": 20}, size=50)
+    keys = ["data.pipeline=fast", f"data.dir={tmp_path}", "data.image_size=32", "data.workers=2"]
+    more = ["train.batch_size=8", "augment.erasing=0.5", "augment.mixup=0.2", "augment.cutmix=1"]
+    config = parse_config("", "test", [*keys, *more])
+    files = load_set(config.data, "train")
+    host, device = (
+        list(train_batches(files, config, torch.device(kind), print).epoch(1)) for kind in ("cpu", "cuda")
+    )
+    for (images, labels), (images_there, labels_there) in zip(host, device, strict=True):
+        torch.testing.assert_close(images_there.cpu(), images, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(labels_there.cpu(), labels)
+    host, device = (list(eval_batches(files, config.data, 8, torch.device(kind))) for kind in ("cpu", "cuda"))
+    for (images, labels), (images_there, labels_there) in zip(host, device, strict=True):
+        assert torch.equal(images_there.cpu(), images) and torch.equal(labels_there.cpu(), labels)
