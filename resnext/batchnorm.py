@@ -68,7 +68,7 @@ def frozen_running_statistics(model: nn.Module) -> Iterator[None]:
     before = [(m.momentum, m.num_batches_tracked) for m in norms]
     for norm in norms:
         # Momentum 0 rather than no buffers at all: the same tensors must be saved for backward.
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+        norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
     try:
         yield
     finally:

@@ -293,7 +293,9 @@ def find_config(name: str) -> Path:
     if not path.is_file():
         known = sorted(p.name for p in CONFIG_FOLDER.glob("*.yaml"))
         close = difflib.get_close_matches(path.stem, [Path(k).stem for k in known], n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]}.yaml?" if close else "known: " + ", ".join(known)
+        hint = (
+            f"did you mean {close[0]}.yaml?" if close else f"{CONFIG_FOLDER} has {len(known)} to choose from"
+        )
         raise UserError(f"--config {name}: no such file; {hint}")
     return path
 

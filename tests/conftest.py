@@ -13,6 +13,12 @@ import train
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Lists of files are kept here, and not in the user's cache."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(autouse=True)
 def plain_surroundings(monkeypatch):
     """What a launcher or a proxy has left in the environment does not reach the tests."""

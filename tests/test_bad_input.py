@@ -176,7 +176,68 @@ CONFIGS = {
     "min_lr above lr": ("schedule: {name: cosine, min_lr: 1}", "schedule.min_lr", "optimizer.lr"),
     "long warm-up": ("schedule: {warmup_epochs: 100}", "schedule.warmup_epochs: 100", "train.epochs, 100"),
     "nesterov alone": ("optimizer: {momentum: 0}", "optimizer.nesterov", "optimizer.momentum above 0"),
-    "wide padding": ("augment: {padding: 224}", "augment.padding: 224", "data.image_size, 224"),
+    "wide padding": (
+        "data: {pipeline: memory}\naugment: {padding: 224}",
+        "augment.padding: 224",
+        "data.image_size, 224",
+    ),
+    "padding of files": ("augment: {padding: 4}", "augment.padding", "of fast are", "data.pipeline=memory"),
+    "padding with torch7": (
+        "data: {pipeline: torch7}\naugment: {padding: 4}",
+        "augment.padding: crops of torch7 are not padded",
+        "remove the key",
+    ),
+    "policy with torch7": (
+        "data: {pipeline: torch7}\naugment: {policy: randaugment}",
+        "augment.policy: needs 8-bit pictures",
+        "data.pipeline=fast",
+    ),
+    "unknown policy": ("augment: {policy: randaug}", "augment.policy", "did you mean randaugment?"),
+    "unknown pipeline": ("data: {pipeline: slow}", "data.pipeline", "memory, fast, torch7", "not 'slow'"),
+    "unknown decoder": ("data: {decoder: turbojpeg}", "data.decoder", "simplejpeg, pillow"),
+    "unknown interpolation": ("data: {interpolation: nearest}", "data.interpolation", "bilinear, bicubic"),
+    "files of glyphs": (
+        "data: {dataset: glyphs, pipeline: fast}",
+        "data.pipeline: glyphs is held in memory, not fast",
+        "remove the key",
+    ),
+    "files of CIFAR": ("data: {dataset: cifar10, pipeline: torch7}", "data.pipeline: cifar10 is held in"),
+    "resize below image_size": (
+        "data: {image_size: 288, resize: 256}",
+        "data.resize: 256",
+        "data.image_size, 288",
+        "raise it",
+    ),
+    "train_size in memory": (
+        "data: {pipeline: memory, train_size: 160}",
+        "data.train_size: a set in memory has one size",
+        "remove the key",
+    ),
+    "resize in memory": ("data: {dataset: glyphs, resize: 32}", "data.resize", "data.image_size"),
+    "jitter in memory": (
+        "data: {pipeline: memory}\naugment: {jitter: 0.4}",
+        "augment.jitter: works on files",
+    ),
+    "lighting of CIFAR": ("data: {dataset: cifar10}\naugment: {lighting: 0.1}", "augment.lighting", "memory"),
+    "min_area of glyphs": ("data: {dataset: glyphs}\naugment: {min_area: 0.5}", "augment.min_area", "memory"),
+    "repeats in memory": ("model: {stem: cifar}\naugment: {repeats: 3}", "augment.repeats", "remove the key"),
+    "policy in memory": (
+        "model: {stem: cifar}\naugment: {policy: trivialaugment}",
+        "augment.policy: works on files",
+        "data.pipeline=fast",
+    ),
+    "workers -1": ("data: {workers: -1}", "data.workers must be at least 0, not -1"),
+    "1000 workers": ("data: {workers: 1000}", "data.workers must be at most 256"),
+    "min_area 0": ("augment: {min_area: 0}", "augment.min_area must be above 0"),
+    "min_area in percent": ("augment: {min_area: 8}", "augment.min_area must be at most 1"),
+    "jitter 2": ("augment: {jitter: 2}", "augment.jitter must be at most 1, not 2"),
+    "negative lighting": ("augment: {lighting: -0.1}", "augment.lighting must be at least 0"),
+    "erasing in percent": ("augment: {erasing: 25}", "augment.erasing must be at most 1"),
+    "negative mixup": ("augment: {mixup: -0.2}", "augment.mixup must be at least 0"),
+    "negative cutmix": ("augment: {cutmix: -1}", "augment.cutmix must be at least 0"),
+    "repeats 0": ("augment: {repeats: 0}", "augment.repeats must be at least 1, not 0"),
+    "label_smoothing 1": ("train: {label_smoothing: 1}", "train.label_smoothing must be below 1"),
+    "negative decay of BN": ("optimizer: {norm_weight_decay: -1}", "optimizer.norm_weight_decay must be at"),
     "cifar of 64 pixels": ("data: {dataset: cifar10, image_size: 64}", "data.image_size", "32", "remove"),
     "mean of 2": ("data: {mean: [1, 2]}", "data.mean", "needs 3 numbers", "not 2"),
     "std of 4": ("data: {std: [1, 2, 3, 4]}", "data.std", "needs 3 numbers", "not 4"),
@@ -199,6 +260,7 @@ ORIGINAL_OPTIONS = {
     "cardinality": "model.cardinality",
     "shortcutType": "model.shortcut",
     "nClasses": "model.classes",
+    "nThreads": "data.workers",
     "shareGradInput": "train.activation_checkpointing",
     "optnet": "train.activation_checkpointing",
 }
@@ -213,6 +275,12 @@ OVERRIDES = {
     "unknown key": ("train.zebra=3", "unknown key train.zebra", "keys of train: epochs"),
     "misspelt key": ("train.epoch=3", "unknown key train.epoch", "did you mean train.epochs?"),
     "the original's": ("train.batchSize=3", "unknown key train.batchSize", "use train.batch_size"),
+    "another trainer's workers": ("data.num_workers=8", "data.num_workers", "use data.workers"),
+    "another trainer's sizes": ("data.train_crop_size=176", "data.train_crop_size", "use data.train_size"),
+    "another trainer's policy": ("augment.auto_augment=ra", "augment.auto_augment", "use augment.policy"),
+    "another trainer's mixing": ("train.mixup_alpha=0.2", "train.mixup_alpha", "use augment.mixup"),
+    "another trainer's smoothing": ("train.smoothing=0.1", "train.smoothing", "use train.label_smoothing"),
+    "files in memory": ("augment.jitter=0.4", "augment.jitter: works on files", "data.pipeline=fast"),
     "nothing after the sign": ("train.epochs=", "train.epochs must be an integer"),
     "no choice": ("schedule.name=", "schedule.name must be one of imagenet_step"),
     "text for a number": ("optimizer.lr=fast", "optimizer.lr must be a number", "not 'fast'"),
@@ -302,6 +370,10 @@ class Place:
 
     def on_pictures(self, **changes: str) -> list[object]:
         return self.train("--data", "data", **{"data__dataset": "folder", **changes})
+
+    def on_files(self, **changes: str) -> list[object]:
+        """The same, the pictures read by workers."""
+        return self.on_pictures(**{"data__pipeline": "fast", "augment__padding": None, **changes})
 
     def run(self) -> Path:
         """A run directory, run/."""
@@ -403,6 +475,43 @@ def no_train_folder(place):
 def no_val_folder(place):
     shutil.rmtree(place.pictures() / "val")
     return place.on_pictures()
+
+
+@line(
+    train.main,
+    "data/val: holds pictures",
+    "class folders",
+    "python scripts/prepare_imagenet.py TARS data --flat-val data/val",
+)
+def flat_val(place):
+    val = place.pictures() / "val"
+    for number, path in enumerate(sorted(val.rglob("*.png"))):
+        path.rename(val / f"ILSVRC2012_val_{number + 1:08}.JPEG")
+    for name in ("cat", "dog"):
+        (val / name).rmdir()
+    return place.on_files()
+
+
+@line(train.main, "data/train: holds no class folders", "put pictures into")
+def flat_train(place):
+    train = place.pictures() / "train"
+    for path in sorted(train.rglob("*.png")):
+        path.rename(train / f"{path.parent.name}{path.name}")
+    for name in ("cat", "dog"):
+        (train / name).rmdir()
+    return place.on_files()
+
+
+@line(train.main, "data/train/dog: holds no pictures", "add some")
+def empty_class_of_files(place):
+    place.pictures(dog=0)
+    return place.on_files()
+
+
+@line(train.main, "data/val: class folder 'zebra' is not in train/", "must be the same")
+def class_only_in_val_of_files(place):
+    (place.pictures() / "val" / "zebra").mkdir()
+    return place.on_files()
 
 
 @line(train.main, "data/train: holds no class folders", "put pictures into")
@@ -776,6 +885,49 @@ def test_name_too_long(arguments, tmp_path):
     result = call(train.main, *arguments, "long" * 2000)
     assert result.status == 2
     assert result.error.startswith("error: ")
+
+
+def test_simplejpeg_is_not_installed(place, monkeypatch):
+    monkeypatch.setattr("data.decode.simplejpeg", None)
+    place.pictures()
+    text = message(call(train.main, *place.on_files()))
+    expect(text, ("data.decoder: simplejpeg is not installed", "pip install simplejpeg", "pillow"))
+    result = call(train.main, *place.on_files(data__decoder="pillow", train__epochs="1"), "--resume")
+    assert result.status == 0, result.error
+
+
+def test_more_workers_than_shared_memory(place):
+    place.pictures()
+    large = {"data__workers": "256", "train__batch_size": "10000", "data__image_size": "1024"}
+    text = message(call(train.main, *place.on_files(**large)))
+    expect(text, ("data.workers: 256 workers need", "/dev/shm has", "lower data.workers", "--shm-size"))
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("skip", ["false", "true"])
+def test_broken_file_met_on_the_way(workers, split, skip, place):
+    """Named, with the remedy; where files may be skipped, those of training are, those of validation not."""
+    path = place.pictures() / split / "dog" / "1.png"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-60])
+    arguments = place.on_files(data__workers=workers, data__skip_broken=skip, train__epochs="1")
+    if (split, skip) == ("train", "true"):
+        result = call(train.main, *arguments)
+        assert result.status == 0, result.error
+        assert result.output.count("data/train/dog/1.png: cannot be decoded") == 1
+        return
+    text = message(call(train.main, *arguments))
+    expect(text, (f"data/{split}/dog/1.png: cannot be decoded", "replace or remove the file"))
+    path.write_bytes(whole)
+    result = call(train.main, *arguments, "--resume")
+    assert result.status == 0, result.error
+
+
+def test_picture_too_thin_to_be_scaled(place):
+    Image.new("RGB", (60_000, 1)).save(place.pictures() / "val" / "dog" / "9.png")
+    text = message(call(train.main, *place.on_files(data__workers="0")))
+    expect(text, ("data/val/dog/9.png: 60000x1 pixels are too thin", "replace or remove the file"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

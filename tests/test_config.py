@@ -50,7 +50,14 @@ def test_defaults_are_the_originals_imagenet_recipe():
         "data.dataset": "folder",
         "data.dir": None,
         "data.download": True,
+        "data.pipeline": "fast",
+        "data.decoder": "simplejpeg",
+        "data.interpolation": "bicubic",
         "data.image_size": 224,
+        "data.train_size": 224,
+        "data.resize": 256,
+        "data.workers": None,
+        "data.skip_broken": False,
         "data.train_images": None,
         "data.val_images": None,
         # mean {0.485, 0.456, 0.406} and std {0.229, 0.224, 0.225} of pixels in 0...1
@@ -58,12 +65,22 @@ def test_defaults_are_the_originals_imagenet_recipe():
         "data.std": (58.395, 57.12, 57.375),
         "augment.mirror": 0.5,
         "augment.padding": 0,
+        "augment.min_area": 0.08,
+        "augment.jitter": 0.4,
+        "augment.lighting": 0.1,
+        "augment.policy": None,
+        "augment.erasing": 0.0,
+        "augment.mixup": 0.0,
+        "augment.cutmix": 0.0,
+        "augment.repeats": 1,
         "train.epochs": 100,
         "train.batch_size": 256,
+        "train.weights": None,
         "train.eval_batch_size": 256,
         "train.accumulation_steps": 1,
         "train.bn_group": None,
         "train.sync_bn": False,
+        "train.label_smoothing": 0.0,
         "train.precision": "fp32",
         "train.channels_last": None,
         "train.compile": False,
@@ -74,6 +91,7 @@ def test_defaults_are_the_originals_imagenet_recipe():
         "optimizer.momentum": 0.9,
         "optimizer.nesterov": True,
         "optimizer.weight_decay": 1e-4,
+        "optimizer.norm_weight_decay": None,
         "schedule.name": "imagenet_step",
         "schedule.milestones": None,
         "schedule.gamma": 0.1,
@@ -108,6 +126,28 @@ def test_widths_and_depths_by_default():
     assert parse_config("data: {dataset: cifar10}", "t").data.mean == (125.3, 123.0, 113.9)
     assert parse_config("data: {dataset: cifar100}", "t").data.std == (68.2, 65.4, 70.4)
     assert parse_config("train: {batch_size: 48}", "t").train.eval_batch_size == 48
+
+
+def test_pipelines_by_default():
+    """Small sets are held in memory, without the augmentation of files; class folders are streamed."""
+    memory = [
+        parse_config(text, "t")
+        for text in (
+            "model: {stem: cifar}",
+            "model: {stem: cifar}\ndata: {dataset: cifar10}",
+            "data: {dataset: glyphs, image_size: 32}",
+            "data: {pipeline: memory, image_size: 32}",
+        )
+    ]
+    for config in memory:
+        assert (config.data.pipeline, config.data.train_size, config.data.resize) == ("memory", 32, 32)
+        assert (config.augment.min_area, config.augment.jitter, config.augment.lighting) == (1, 0, 0)
+    for name in ("fast", "torch7"):
+        config = parse_config(f"model: {{stem: cifar}}\ndata: {{pipeline: {name}, image_size: 64}}", "t")
+        assert (config.data.pipeline, config.data.train_size, config.data.resize) == (name, 64, 73)
+        assert (config.augment.min_area, config.augment.jitter, config.augment.lighting) == (0.08, 0.4, 0.1)
+    resized = parse_config("data: {image_size: 288, train_size: 176, resize: 288}", "t").data
+    assert (resized.image_size, resized.train_size, resized.resize) == (288, 176, 288)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -239,12 +279,36 @@ def random_config(random: random.Random) -> dict[str, dict[str, object]]:
     put("data.dir", None, *TEXTS)
     put("data.download", True, False)
     put("data.image_size", *((32,) if small in ("cifar10", "cifar100") else (20, 32, 224, 320)))
+    files = small in (None, "folder")
+    pipeline = put("data.pipeline", None, "memory", *(("fast", "torch7") if files else ()))
+    if pipeline is None:
+        pipeline = "fast" if files and not cifar else "memory"
+    put("data.decoder", "simplejpeg", "pillow")
+    put("data.interpolation", "bilinear", "bicubic")
+    if pipeline != "memory":
+        put("data.train_size", None, 8, 176)
+        put("data.resize", None, 320, 8192)
+    put("data.workers", None, 0, 256)
+    put("data.skip_broken", True, False)
     put("data.train_images", None, 1, 50000)
     put("data.val_images", None, 1, 10000)
     put("data.mean", None, [real(-300, 300) for _ in range(3)], [1, 2, 3])
     put("data.std", None, [real(0, 300) for _ in range(3)], [1e-5, 1e-10, 1e5])
     put("augment.mirror", 0, 1, 0.5, real(0, 1))
-    put("augment.padding", 0, 4, 7)
+    if pipeline == "memory":
+        put("augment.padding", 0, 4, 7)
+        put("augment.min_area", None, 1)
+        put("augment.jitter", None, 0)
+        put("augment.lighting", None, 0)
+    else:
+        put("augment.min_area", None, 1, 0.25, real(0, 1))
+        put("augment.jitter", None, 0, 1, real(0, 1))
+        put("augment.lighting", None, 0, 3, real(0, 1))
+        put("augment.policy", None, *(("randaugment", "trivialaugment") if pipeline == "fast" else ()))
+        put("augment.repeats", 1, 3)
+    put("augment.erasing", 0, 1, real(0, 1))
+    put("augment.mixup", 0, 0.2, real(0, 9))
+    put("augment.cutmix", 0, 1, real(0, 9))
     parts, groups, group = (random.choice([1, 2, 3, 5]) for _ in range(3))
     values["train"]["batch_size"] = parts * groups * group
     values["train"]["accumulation_steps"] = parts
@@ -253,6 +317,8 @@ def random_config(random: random.Random) -> dict[str, dict[str, object]]:
     else:
         put("train.sync_bn", True, False)
     put("train.epochs", 1, 7, 1000)
+    put("train.weights", None, *TEXTS)
+    put("train.label_smoothing", 0, 0.1, real(0, 1))
     put("train.eval_batch_size", None, 1, 100)
     put("train.precision", "fp32", "tf32", "bf16", "fp16")
     put("train.channels_last", None, True, False)
@@ -267,6 +333,7 @@ def random_config(random: random.Random) -> dict[str, dict[str, object]]:
     else:
         put("optimizer.nesterov", True, False)
     put("optimizer.weight_decay", 0, 1e-4, 5e-4, 1e-5, 1e-20)
+    put("optimizer.norm_weight_decay", None, 0, 1e-4, 1e-20)
     if put("schedule.name", "imagenet_step", "cifar_step", "multistep", "cosine") == "multistep":
         values["schedule"]["milestones"] = sorted(random.sample(range(1, 1000), random.randint(1, 5)))
     put("schedule.gamma", 0.1, 0.5, real(0, 1))

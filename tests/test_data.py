@@ -9,21 +9,30 @@ import shutil
 import socket
 import tarfile
 import threading
+import tracemalloc
+import types
+import warnings
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
+import simplejpeg
+import torch
 from commands import draw_folders, snapshot
 from PIL import Image
 from torchvision import datasets
 
 import data.cifar
+import data.decode
 import data.folder
 from data import glyphs, images
 from data.decode import decode
 from data.folder import fit, read_set
 from data.images import ImageSet, even_indices, take_evenly
+from data.loader import eval_batches, train_batches
 from data.sets import check_classes, load_set
 from resnext.config import Data, parse_config
 from resnext.errors import UserError
@@ -243,6 +252,281 @@ def test_picture_that_would_take_gigabytes(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(UserError, match=r"big\.png: cannot be decoded"):
         decode(encoded(Image.new("RGB", (50, 50)), "PNG"), "big.png")
+
+
+# ---------------------------------------------------------------------------- both decoders, parts
+
+
+def picture(width: int, height: int, channels: int = 3, seed: int = 0) -> np.ndarray:
+    """A picture with detail of several pixels' size, as photographs have."""
+    small = noise(max(2, height // 6), max(2, width // 6), channels, seed=seed)
+    layers = [Image.fromarray(small[..., c]).resize((width, height)) for c in range(channels)]
+    return np.stack([np.asarray(layer) for layer in layers], axis=-1)
+
+
+def segments(content: bytes) -> tuple[list[tuple[int, bytes]], bytes]:
+    """The (marker, segment) of a JPEG up to its first scan, and the scan's data."""
+    place, found = 2, []
+    while not found or found[-1][0] != 0xDA:
+        marker, length = content[place + 1], int.from_bytes(content[place + 2 : place + 4], "big")
+        found.append((marker, content[place : place + 2 + length]))
+        place += 2 + length
+    return found, content[place:-2]
+
+
+def separate_scans(image: Image.Image) -> bytes:
+    """A baseline JPEG with a scan of its own for each of Y, Cb, Cr, put together from three gray ones."""
+    planes = [segments(encoded(plane, "JPEG")) for plane in image.convert("YCbCr").split()]
+    content = b"\xff\xd8"
+    for marker, segment in planes[0][0][:-1]:
+        if marker == 0xC0:
+            components = b"".join(bytes([c, 0x11, 0]) for c in (1, 2, 3))
+            segment = segment[:2] + b"\0\x11" + segment[4:9] + b"\3" + components
+        content += segment
+    for number, (_, scan) in enumerate(planes, 1):
+        content += bytes([0xFF, 0xDA, 0, 8, 1, number, 0, 0, 63, 0]) + scan
+    return content + b"\xff\xd9"
+
+
+def as_ycck(image: Image.Image) -> bytes:
+    """A CMYK JPEG whose Adobe segment says that it is YCCK."""
+    content = bytearray(encoded(image, "JPEG"))
+    content[content.index(b"Adobe") + 11] = 2
+    return bytes(content)
+
+
+def rotated(image: Image.Image) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded(image, "JPEG", exif=exif)
+
+
+def jpeg(**options):
+    return lambda image: encoded(image, "JPEG", **options)
+
+
+def subsampled(name: str):
+    return lambda image: simplejpeg.encode_jpeg(np.array(image), 80, "RGB", name)
+
+
+JPEGS = {
+    "4:4:4": jpeg(subsampling="4:4:4"),
+    "4:2:2": jpeg(subsampling="4:2:2"),
+    "4:2:0": jpeg(subsampling="4:2:0"),
+    "4:4:0": subsampled("440"),
+    "4:1:1": subsampled("411"),
+    "gray": lambda image: encoded(image.convert("L"), "JPEG"),
+    "progressive": jpeg(progressive=True),
+    "optimised": jpeg(optimize=True),
+    "restarts": jpeg(restart_marker_blocks=3),
+    "restarts by rows": jpeg(restart_marker_rows=1, subsampling="4:2:0"),
+    "separate scans": separate_scans,
+    "EXIF rotation": rotated,
+    "Adobe RGB": jpeg(keep_rgb=True),
+    "CMYK": lambda image: encoded(image.convert("CMYK"), "JPEG"),
+    "YCCK": lambda image: as_ycck(image.convert("CMYK")),
+}
+OTHERS = {
+    "PNG": lambda image: encoded(image, "PNG"),
+    "palette": lambda image: encoded(image.quantize(9), "PNG"),
+    "RGBA": lambda image: encoded(Image.merge("RGBA", (*image.split(), image.convert("L"))), "PNG"),
+    "LA": lambda image: encoded(Image.merge("LA", [image.convert("L")] * 2), "PNG"),
+    "16-bit": lambda image: encoded(Image.fromarray(np.asarray(image)[..., 0] * np.uint16(257)), "PNG"),
+    "BMP": lambda image: encoded(image, "BMP"),
+    "PPM": lambda image: encoded(image, "PPM"),
+}
+DECODERS = ["simplejpeg", "pillow"]
+
+
+def drawn_boxes(width: int, height: int, count: int) -> list[tuple[int, int, int, int]]:
+    draw = np.random.default_rng(0)
+    found = []
+    for _ in range(count):
+        left, top = int(draw.integers(width)), int(draw.integers(height))
+        w, h = draw.integers(1, width - left + 1), draw.integers(1, height - top + 1)
+        found.append((left, top, int(w), int(h)))
+    return [*found, (0, 0, width, height), (width - 1, height - 1, 1, 1), (0, 0, 1, 1)]
+
+
+def cut(pixels: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
+    left, top, w, h = box
+    return pixels[top : top + h, left : left + w]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 5), (17, 33), (16, 16), (97, 131)])
+@pytest.mark.parametrize("kind", [*JPEGS, *OTHERS])
+def test_decoders_agree_on_every_part(kind, size):
+    """To the bit, whole or a box; a box is what the whole picture has there."""
+    content = (JPEGS | OTHERS)[kind](Image.fromarray(picture(*size)))
+    with Image.open(io.BytesIO(content)) as image:
+        whole = np.asarray(image.convert("RGB"))
+    if kind not in ("LA", "RGBA", "16-bit"):
+        assert np.array_equal(decode(content, "x"), whole)
+    whole = decode(content, "x")
+    assert whole.shape == (size[1], size[0], 3)
+    for decoder in DECODERS:
+        assert np.array_equal(decode(content, "x", decoder), whole)
+        for box in drawn_boxes(*size, 12):
+            asked = mock.Mock(return_value=box)
+            part = decode(content, "x", decoder, asked)
+            assert part.dtype == np.uint8 and np.array_equal(part, cut(whole, box)), box
+            asked.assert_called_with(*size)
+
+
+def test_simplejpeg_reads_what_it_is_meant_for(monkeypatch):
+    """Pillow is not asked, for a part near the top nor for a small one."""
+    monkeypatch.setattr(Image, "open", lambda *_: pytest.fail("Pillow was asked"))
+    for kind in ("4:4:4", "4:2:2", "4:2:0", "gray", "progressive", "restarts", "EXIF rotation"):
+        content = JPEGS[kind](Image.fromarray(picture(64, 96)))
+        assert decode(content, "x", "simplejpeg").shape == (96, 64, 3)
+        assert decode(content, "x", "simplejpeg", lambda *_: (3, 4, 20, 10)).shape == (10, 20, 3)
+        assert decode(content, "x", "simplejpeg", size=16).shape == (24, 16, 3)
+
+
+def test_rows_below_the_part_are_not_decoded(monkeypatch):
+    heights = []
+    real = simplejpeg.decode_jpeg
+
+    def decode_jpeg(content, buffer=None):
+        heights.append(640 if buffer is None else len(buffer))
+        return real(content, buffer=buffer)
+
+    stand_in = types.SimpleNamespace(
+        decode_jpeg=decode_jpeg, decode_jpeg_header=simplejpeg.decode_jpeg_header
+    )
+    monkeypatch.setattr(data.decode, "simplejpeg", stand_in)
+    content = JPEGS["4:2:0"](Image.fromarray(picture(64, 640)))
+    for bottom, rows in ((1, 16), (95, 96), (96, 112), (111, 112), (630, 640), (640, 640)):
+        decode(content, "x", "simplejpeg", lambda *_, bottom=bottom: (0, bottom - 1, 64, 1))
+        assert heights == [rows]
+        heights.clear()
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("kind", ["4:2:0", "4:4:4", "gray", "progressive", "restarts", "CMYK", "PNG"])
+@pytest.mark.parametrize("width, height", [(801, 603), (640, 480), (509, 1003)])
+def test_reduced_parts(kind, width, height, decoder):
+    """At least `size` pixels of the same place; both decoders reduce alike."""
+    small = picture(width // 16, height // 16, seed=1)
+    image = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+    content = (JPEGS | OTHERS)[kind](image)
+    whole = decode(content, "x")
+    for number, (left, top, w, h) in enumerate(drawn_boxes(width, height, 12)):
+        size = (16, 33, 64, 100)[number % 4]
+        part = decode(content, "x", decoder, lambda *_, box=(left, top, w, h): box, size)
+        assert np.array_equal(
+            part, decode(content, "x", "pillow", lambda *_, box=(left, top, w, h): box, size)
+        )
+        factor = max((f for f in (1, 2, 4, 8) if min(w, h) >= f * size), default=1)
+        if kind == "PNG" or factor == 1:
+            assert np.array_equal(part, cut(whole, (left, top, w, h)))
+            continue
+        assert min(part.shape[:2]) >= size
+        assert abs(part.shape[0] * factor - h) <= factor and abs(part.shape[1] * factor - w) <= factor
+        expected = np.asarray(
+            Image.fromarray(cut(whole, (left, top, w, h))).resize(part.shape[1::-1], Image.Resampling.BOX)
+        ).astype(int)
+        assert np.abs(part - expected).mean() < 8
+
+
+def test_a_reduced_part_keeps_its_size_at_every_offset():
+    """Rounding at both ends never takes a pixel off."""
+    content = JPEGS["4:4:4"](Image.fromarray(picture(320, 304)))
+    for decoder in DECODERS:
+        for offset in range(17):
+            part = decode(content, "x", decoder, lambda *_, o=offset: (o, o, 33 * 8, 33 * 8), 33)
+            assert part.shape == (33, 33, 3)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("kind", JPEGS)
+def test_truncated_anywhere_inside_or_below_the_part(kind, decoder):
+    """Refused by name, or right where the cut lies below the part; never filled up with gray."""
+    content = JPEGS[kind](Image.fromarray(picture(61, 97)))
+    whole = decode(content, "x")
+    boxes = drawn_boxes(61, 97, 20)
+    refused = 0
+    for number, length in enumerate(range(2, len(content) - 2, max(1, len(content) // 60))):
+        for box in (boxes[number % 20], (0, 0, 61, 8), (10, 80, 20, 17)):
+            for tail in (b"", b"\xff", b"\0" * 40):
+                try:
+                    part = decode(content[:length] + tail, "a/b.jpg", decoder, lambda *_, box=box: box)
+                except UserError as error:
+                    refused += 1
+                    assert str(error).startswith("a/b.jpg: cannot be decoded (")
+                else:
+                    assert np.array_equal(part, cut(whole, box)), (length, box)
+    assert refused > 400
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+def test_damage_is_seen_alike(kind):
+    """Bytes changed at random: both decoders refuse, or show the same pixels, and neither crashes."""
+    content = JPEGS[kind](Image.fromarray(picture(61, 97)))
+    draw = np.random.default_rng(5)
+    outcomes = set()
+    for number in range(120):
+        damaged = bytearray(content)
+        for place in draw.integers(len(content) if number % 2 else 700, size=draw.integers(1, 4)):
+            damaged[place] = draw.integers(256)
+        share, results = draw.random(), []
+
+        def region(w: int, h: int, share: float = share) -> tuple[int, int, int, int]:
+            return w // 4, int(share * h), w - w // 4, h - int(share * h)
+
+        for decoder in DECODERS:
+            try:
+                with warnings.catch_warnings():  # Pillow's, about EXIF
+                    warnings.simplefilter("ignore")
+                    results.append(decode(bytes(damaged), "a.jpg", decoder, region).tobytes())
+            except UserError as error:
+                assert "a.jpg" in str(error)
+                results.append(None)
+        assert results[0] == results[1]
+        outcomes.add(results[0] is None)
+    assert outcomes == {True, False}
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("region", [None, lambda *_: (0, 0, 30, 30), lambda *_: (100, 60_000, 3000, 3000)])
+def test_hostile_dimensions(decoder, region):
+    """A header of 65500x65500 would take 12 GB; it is refused before anything is allocated."""
+    content = bytearray(JPEGS["4:2:0"](Image.fromarray(picture(61, 97))))
+    frame = content.index(b"\xff\xc0")
+    content[frame + 5 : frame + 9] = (65500).to_bytes(2, "big") * 2
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"big\.jpg: cannot be decoded .*exceeds limit"):
+        decode(bytes(content), "big.jpg", decoder, region)
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+
+
+def test_hostile_png():
+    content = bytearray(encoded(Image.fromarray(picture(8, 8)), "PNG"))
+    content[16:24] = (60_000).to_bytes(4, "big") * 2
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    with pytest.raises(UserError, match=r"big\.png: cannot be decoded .*exceeds limit"):
+        decode(bytes(content), "big.png")
+
+
+def test_without_simplejpeg(monkeypatch, tmp_path):
+    monkeypatch.setattr(data.decode, "simplejpeg", None)
+    with pytest.raises(UserError, match=r"data\.decoder: simplejpeg .*pip install simplejpeg, or use pillow"):
+        data.decode.check_decoder("simplejpeg")
+    data.decode.check_decoder("pillow")
+    content = JPEGS["4:2:0"](Image.fromarray(picture(61, 97)))
+    assert decode(content, "x", "pillow").shape == (97, 61, 3)
+    root = draw_folders(tmp_path / "data", {"cat": 1, "dog": 1})
+    for decoder in DECODERS:
+        config = parse_config(f"data: {{pipeline: fast, decoder: {decoder}, dir: {root}, workers: 0}}", "t")
+        files = load_set(config.data, "train")
+        if decoder == "pillow":
+            assert train_batches(files, config, torch.device("cpu")).images == 2
+            continue
+        with pytest.raises(UserError, match=r"data\.decoder: simplejpeg is not installed"):
+            train_batches(files, config, torch.device("cpu"))
+        with pytest.raises(UserError, match=r"data\.decoder: simplejpeg is not installed"):
+            eval_batches(files, config.data, 2, torch.device("cpu"))
 
 
 # ---------------------------------------------------------------------------- class folders

@@ -4,7 +4,8 @@
 
 FOLDER holds the complete reference data. What a formula gives (parameters, inputs, running
 statistics before the first step, places of the samples) is checked and left out; of the ImageNet
-network, running statistics are kept as summaries.
+network, running statistics are kept as summaries; of its transforms, what came of pictures that a
+formula draws (photographs are not copied), and the random draws of all.
 """
 
 import io
@@ -22,6 +23,7 @@ from oracle import h, sample_places  # noqa: E402
 
 FULL = 1024  # gradients of at most so many elements are stored whole
 SUMMARY = ("norm", "sum", "proj")
+DRAWN = ("gradient_rgb.png", "small_rgba.png", "small_gray.png", "palette_png_named.JPEG")
 
 
 def arrays(path):
@@ -100,6 +102,27 @@ def cifar_transforms(folder):
     return meta["cifar"], kept
 
 
+def imagenet_transforms(folder):
+    """Of the ImageNet transforms, the sizes, the draws, and what came of pictures that a formula draws."""
+    meta = json.loads((folder / "meta.json").read_text())
+    facts = {"scale_sizes": meta["scale_sizes"]}
+    facts["train"] = [{**record, "stages": []} for record in meta["train"]]
+    kept = {}
+    for group in ("raw", "scale256", "scale", "val"):
+        values = arrays(folder / f"{group}.npz.xz")
+        records = [r for r in meta["images" if group == "raw" else group] if r["file"] in DRAWN]
+        facts["images" if group == "raw" else group] = records
+        kept |= {record["key"]: values[record["key"]] for record in records}
+    values = arrays(folder / "train.npz.xz")
+    sizes = {image["file"]: (image["width"], image["height"]) for image in meta["images"]}
+    for record, original in zip(facts["train"], meta["train"], strict=True):
+        record["width"], record["height"] = sizes[record["file"]]
+        if record["file"] in DRAWN:
+            record["stages"] = original["stages"]
+            kept |= {stage["key"]: values[stage["key"]] for stage in original["stages"]}
+    return facts, kept
+
+
 def compact(value):
     return json.dumps(value, separators=(",", ":")) + "\n"
 
@@ -113,6 +136,9 @@ def main(source, output):
     np.savez_compressed(output / "trajectory.npz", **kept)
     facts["cifar"], kept = cifar_transforms(source / "transforms")
     np.savez_compressed(output / "cifar_transforms.npz", **kept)
+    imagenet, kept = imagenet_transforms(source / "transforms")
+    (output / "imagenet_transforms.json").write_text(compact(imagenet))
+    np.savez_compressed(output / "imagenet_transforms.npz", **kept)
     (output / "oracle.json").write_text(compact(facts))
     for name in ("learning_rate.json", "compute_score.json"):
         (output / name).write_text(compact(json.loads((source / name).read_text())))
