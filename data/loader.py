@@ -12,6 +12,7 @@ import mmap
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -322,6 +323,8 @@ def make_loader(
     workers = len(os.sched_getaffinity(0)) if data.workers is None else data.workers
     if workers:
         check_shared_memory(workers, images * size * size * 3 * (1 if data.pipeline == "fast" else 4))
+    else:
+        keep_memory()
     leaving = mmap.mmap(-1, 1)  # shared with the workers; set ahead of multiprocessing's own exit handler
     atexit.register(leaving.write_byte, 1)
     return DataLoader(
@@ -409,6 +412,10 @@ def deaths_noticed() -> Iterator[None]:
     try:
         check()  # of those that died meanwhile
         yield
+    except (EOFError, OSError):  # of a batch that went with its worker, whose end is about to be known
+        time.sleep(1)
+        check()
+        raise
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 

@@ -149,8 +149,12 @@ def torch7_shorter_side(image: np.ndarray, shorter: int) -> np.ndarray:
 def torch7_resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
     """image.scale(…, 'bicubic') of float32 (H, W, 3): rows first, then columns; not clamped."""
     rows, columns = bicubic_matrix(image.shape[0], height), bicubic_matrix(image.shape[1], width)
-    narrow = np.matmul(columns, image)  # (H, width, 3)
-    return (rows @ narrow.reshape(len(narrow), -1)).reshape(height, width, 3)
+    # torch's product: NumPy's takes a thread for each core in every worker.
+    pixels = torch.from_numpy(image).permute(1, 0, 2)
+    narrow = torch.from_numpy(columns) @ pixels.reshape(len(pixels), -1)  # (width, H * 3)
+    narrow = narrow.reshape(width, -1, 3).permute(1, 0, 2)
+    resized = torch.from_numpy(rows) @ narrow.reshape(len(narrow), -1)  # (height, width * 3)
+    return resized.reshape(height, width, 3).numpy()
 
 
 def bicubic_matrix(source: int, target: int) -> np.ndarray:

@@ -45,21 +45,22 @@ Table = tuple[str, list[Variant]]
 
 
 def pipelines(folder: str, overrides: list[str]) -> Iterator[Table]:
-    """In process on one core; then in one loader worker on a core of its own."""
+    """In one loader worker on a core of its own; then in process on one core."""
     cores = sorted(os.sched_getaffinity(0))
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         small = reencode(Path(folder), Path(scratch))
         base = ["data.workers=0", "train.batch_size=32", *overrides]
         os.sched_setaffinity(0, cores[:1])
-        yield "in process, one core", in_process(folder, str(small), base)
-        yield "reading and decoding alone, one core", decoding(folder)
-        if len(cores) > 1:
+        if len(cores) > 1:  # ahead of what is done in process, whose settings workers would inherit
             variants = in_worker(folder, str(small), base)
             for variant in variants:  # forks the worker, which stays on this first core
                 variant.run()
             os.sched_setaffinity(0, cores[1:])
             yield "one loader worker on a core of its own", variants
+            os.sched_setaffinity(0, cores[:1])
+        yield "in process, one core", in_process(folder, str(small), base)
+        yield "reading and decoding alone, one core", decoding(folder)
         os.sched_setaffinity(0, cores)
 
 
