@@ -7,6 +7,7 @@
     python evaluate.py RUN --image-size 320 --resize 320            the paper's Table 5
     python evaluate.py RUN --data DIR --classes wnids.txt           among some of the classes only
     python evaluate.py RUN --per-class --csv predictions.csv        where the errors are
+    torchrun --nproc-per-node=8 evaluate.py RUN                     on 8 GPUs: the same integers
 
 The checkpoint knows its network, data set, preprocessing and precision; --data says where the data
 is now. Averaged weights (train.ema_decay) are evaluated where there are any. Files of results appear
@@ -50,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
         "--batch-size",
         type=int,
         metavar="N",
-        help="images per batch; default: the run's, a tenth for ten crops",
+        help="images per batch of a process; default: the run's, a tenth for ten crops",
     )
     add("--workers", type=int, metavar="N", help="loader processes (data.workers)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -68,22 +69,44 @@ def main() -> None:
     splits = subsets.read_splits(arguments.splits) if arguments.splits else []
 
     from resnext.checkpoint import find_checkpoint
-    from resnext.distributed import choose_device, set_numerics
-    from resnext.state import load_evaluated, place
-    from resnext.tables import class_rows, report, score_row, to_csv
+    from resnext.distributed import process_group
+    from resnext.state import load_evaluated
 
     path = find_checkpoint(Path(arguments.source), "best.pt")
     model, config, content = load_evaluated(path)
-    config, classes = adapt(config, arguments), tuple(content["classes"])
+    config = adapt(config, arguments)
+    with process_group(config.run.timeout):
+        run(model, config, content, path, wanted, splits, arguments)
+
+
+def run(
+    model: Any,
+    config: Config,
+    content: dict[str, Any],
+    path: Path,
+    wanted: dict[str, int] | None,
+    splits: list[tuple[int, str, str]],
+    arguments: argparse.Namespace,
+) -> None:
+    """Load the data, evaluate in each of the processes, and report in the first."""
+    from data import subsets
+    from resnext.distributed import choose_device, first_on_machine, rank, set_numerics
+    from resnext.state import place
+    from resnext.tables import class_rows, report, score_row, to_csv
+
+    classes = tuple(content["classes"])
     columns = subsets.find_columns(wanted, classes, arguments.classes) if wanted else None
     device = choose_device(arguments.device)
     set_numerics(config.train.precision, config.run.deterministic)
-    val_set = subsets.load_val(config.data, classes, partial=columns is not None)
+    with first_on_machine():  # which downloads what is missing
+        val_set = subsets.load_val(config.data, classes, partial=columns is not None)
     names = subsets.picture_names(config.data, val_set)
     if columns:
         val_set, names = subsets.restrict(val_set, names, columns, arguments.classes)
     members = subsets.find_members(splits, names, arguments.splits) if splits else {}
     score, predictions = measure(place(model, config, device), config, val_set, columns, device, arguments)
+    if rank() != 0:
+        return
     result = {
         "checkpoint": str(path),
         "weights": "averaged weights" if content["ema"] is not None else "weights",
@@ -192,17 +215,19 @@ def measure(
     from tqdm import tqdm
 
     from data.loader import eval_batches
+    from resnext.distributed import rank, world_size
     from resnext.evaluation import Recorder, evaluate
     from resnext.state import autocast
 
     crops = 10 if arguments.ten_crop else 1
     batch_size = arguments.batch_size or max(1, config.train.eval_batch_size // crops)
-    batches = eval_batches(val_set, config.data, batch_size, device, arguments.ten_crop)
+    batches = eval_batches(val_set, config.data, batch_size, device, arguments.ten_crop, rank(), world_size())
+    bar = tqdm(batches, "evaluating", batches.steps, leave=False, disable=None if rank() == 0 else True)
     recorder = Recorder()
     try:
         score = evaluate(
             model,
-            tqdm(batches, "evaluating", -(-len(val_set) // batch_size), leave=False, disable=None),
+            bar,
             lambda: autocast(device, config.train.precision),
             crops=crops,
             columns=torch.tensor(columns, device=device) if columns else None,

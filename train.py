@@ -6,6 +6,9 @@
     python train.py --config NAME.yaml --print-config               every key, explained
     python train.py --resume runs/NAME                              go on where a run stopped
     python train.py --config NAME.yaml --resume                     go on, or start (for requeued jobs)
+    torchrun --nproc-per-node=8 train.py --config NAME.yaml         the same run on 8 GPUs
+    torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
+        train.py --config NAME.yaml --resume                        on each of 2 machines
 
 A run goes to runs/<config name> (--output DIR): config.yaml, metrics.jsonl, log.txt, tensorboard/ and
 checkpoints/ (last.pt, best.pt). SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGHUP save and stop, exit status 0.
@@ -18,7 +21,9 @@ import os
 import re
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from resnext.config import Config, Data, find_config, parse_config, read_config, to_yaml
 from resnext.errors import UserError, run_command
@@ -52,14 +57,17 @@ def main() -> None:
     arguments = parse_arguments()
     config = configuration(arguments)
     if arguments.print_config:
-        print(to_yaml(config), end="")
+        if os.environ.get("RANK", "0") == "0":
+            print(to_yaml(config), end="")
         return
     if arguments.config is None and not arguments.resume:
         raise UserError("--config is missing: name a file of configs/, for example --config demo.yaml")
+    from resnext.distributed import from_first, process_group
+
     output = output_folder(arguments)
-    source = resume_source(arguments, output)
-    check_writable(output)
-    run(config, output, source, arguments.resume is not None)
+    with process_group(config.run.timeout):
+        source = from_first(lambda: resume_source(arguments, output))
+        run(config, output, source, arguments.resume is not None)
 
 
 def configuration(arguments: argparse.Namespace) -> Config:
@@ -100,7 +108,7 @@ def output_folder(arguments: argparse.Namespace) -> Path:
 
 
 def resume_source(arguments: argparse.Namespace, output: Path) -> Path | None:
-    """The checkpoint to start from, or None; refuses to touch a directory that is in use."""
+    """The checkpoint to start from, or None; refuses to touch a directory that is in use or not writable."""
     last = output / "checkpoints" / "last.pt"
     try:
         used = output.exists() and (not output.is_dir() or any(output.iterdir()))
@@ -124,6 +132,7 @@ def resume_source(arguments: argparse.Namespace, output: Path) -> Path | None:
             f"--output {output}: is in use already; continue that run with --resume, or choose another "
             "directory with --output"
         )
+    check_writable(output)
     return source
 
 
@@ -150,29 +159,35 @@ def check_writable(output: Path) -> None:
 
 
 def run(config: Config, output: Path, source: Path | None, resumed: bool) -> None:
-    """Load the data, prepare or restore the state, train."""
+    """Load the data, prepare or restore the state, train; in each of the processes."""
     from data.loader import eval_batches, train_batches
-    from data.sets import check_classes, load_set
     from resnext.checkpoint import check_resume, find_checkpoint, read_latest
-    from resnext.distributed import StopRequest, choose_device, set_numerics
-    from resnext.reporting import Reporter, environment
+    from resnext.distributed import (
+        StopRequest,
+        choose_device,
+        from_first,
+        rank,
+        set_numerics,
+        share_positions,
+        world_size,
+    )
+    from resnext.reporting import Reporter, Silence, environment
     from resnext.state import check_network, prepare, restore, start_from
     from resnext.trainer import save, summary, train
 
     device = choose_device(config.run.device)
     set_numerics(config.train.precision, config.run.deterministic)
     warnings: list[str] = []
-    content = read_latest(source, warnings.append) if source else None
+    content = from_first(lambda: (read_latest(source, warnings.append), warnings)) if source else None
     if content:
+        content, warnings = content
         before = parse_config(content["config"], str(source))
         warnings += check_resume(before, config, content["progress"]["step"])
         check_network(config, content, source)
     elif config.train.weights:
         weights = find_checkpoint(Path(config.train.weights).expanduser(), "best.pt")
-    train_set = load_set(config.data, "train")
-    check_classes(config.model.classes, train_set)
-    val_set = load_set(config.data, "val")
-    versions = environment(device) | {"data": f"{train_set.fingerprint()} {val_set.fingerprint()}"}
+    train_set, val_set, fingerprint = load_sets(config)
+    versions = environment(device) | {"data": fingerprint}
     training = prepare(config, train_set.classes, device, versions)
     if content:
         restore(training, content, source)
@@ -181,6 +196,7 @@ def run(config: Config, output: Path, source: Path | None, resumed: bool) -> Non
             for name, old in content["versions"].items()
             if name != "started" and old != versions.get(name)
         ]
+        warnings += other_statistics(config, content["versions"].get("processes", "1"))
     elif config.train.weights:
         warnings.append(start_from(training, weights))
     progress = training.progress
@@ -192,15 +208,22 @@ def run(config: Config, output: Path, source: Path | None, resumed: bool) -> Non
             f"train.epochs: {config.train.epochs}, but {progress.epoch - 1} are done already; raise it"
         )
     with StopRequest() as stop:
-        output.mkdir(parents=True, exist_ok=True)
-        reporter = Reporter(output, progress.rows, progress.global_step, config.run.tensorboard)
+        reporter = Silence()
+        if rank() == 0:
+            output.mkdir(parents=True, exist_ok=True)
+            reporter = Reporter(output, progress.rows, progress.global_step, config.run.tensorboard)
         try:
-            write_config(config, versions, output)
+            if rank() == 0:
+                write_config(config, versions, output)
             reporter.say("\n".join(f"{name}: {value}" for name, value in versions.items()), console=False)
             for line in warnings:
                 reporter.say(line)
-            training_batches = train_batches(train_set, config, device, reporter.say)
-            val_batches = eval_batches(val_set, config.data, config.train.eval_batch_size, device)
+            share = partial(share_positions, train=config.train)
+            training_batches = train_batches(train_set, config, device, reporter.warn, share)
+            batch_size = config.train.eval_batch_size
+            val_batches = eval_batches(
+                val_set, config.data, batch_size, device, rank=rank(), ranks=world_size()
+            )
             reporter.say(introduction(training, len(train_set), len(val_set), output, source, resumed))
             if branched:
                 save(training, output, reporter)
@@ -217,6 +240,39 @@ def run(config: Config, output: Path, source: Path | None, resumed: bool) -> Non
             ) from error
         finally:
             reporter.close()
+
+
+def load_sets(config: Config) -> tuple[Any, Any, str]:
+    """(training set, validation set, fingerprint of both), the same in all processes."""
+    from data.sets import check_classes, load_set
+    from resnext.distributed import first_on_machine, gather
+
+    with first_on_machine():  # which downloads what is missing
+        train_set = load_set(config.data, "train")
+        check_classes(config.model.classes, train_set)
+        val_set = load_set(config.data, "val")
+    fingerprint = f"{train_set.fingerprint()} {val_set.fingerprint()}"
+    for number, other in enumerate(gather(fingerprint)):
+        if other != fingerprint:
+            raise UserError(
+                f"data.dir: process {number} has other files in {config.data.dir} than this one; give all "
+                "machines the same data"
+            )
+    return train_set, val_set, fingerprint
+
+
+def other_statistics(config: Config, before: str) -> list[str]:
+    """What another number of processes does to BatchNorm."""
+    from resnext.distributed import world_size
+
+    train, now = config.train, world_size()
+    if before == str(now) or train.bn_group is not None or train.sync_bn or not before.isdigit():
+        return []
+    part = train.batch_size // train.accumulation_steps
+    return [
+        f"warning: BatchNorm's statistics were over {part // int(before)} images and are over {part // now} "
+        "now; train.bn_group keeps them the same on any number of processes"
+    ]
 
 
 def write_config(config: Config, versions: dict[str, str], output: Path) -> None:
@@ -241,8 +297,8 @@ def introduction(
         f"{name}: {parameters:,} parameters, {macs / 1e6:,.0f} M multiply-adds per image",
         f"{config.data.dataset}: {train_images:,} training and {val_images:,} validation images, "
         f"{len(training.classes)} classes, {config.data.image_size} pixels{view(config.data)}",
-        f"global batch {train.batch_size}, lr {config.optimizer.lr}, {train.epochs} epochs, "
-        f"{train.precision} on {training.versions['device']}",
+        f"global batch {train.batch_size}{processes(training)}, lr {config.optimizer.lr}, "
+        f"{train.epochs} epochs, {train.precision} on {training.versions['device']}",
         f"run directory: {output}; top-1 and top-5 below are errors in percent",
     ]
     if source:
@@ -250,6 +306,12 @@ def introduction(
     elif resumed:
         lines.append("nothing was saved in the run directory yet: starting from the beginning")
     return "\n".join(lines)
+
+
+def processes(training: Any) -> str:
+    """How many share a batch, for the introduction; nothing for one."""
+    number = training.versions["processes"]
+    return "" if number == "1" else f" of {number} processes"
 
 
 def view(data: Data) -> str:

@@ -23,7 +23,7 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """(N, H, W, 3) → float32 (N, 3, H, W) in channels_last: (x - mean) / std."""
     count, height, width, _ = images.shape
     # Rows of width·3 numbers: long enough for vector instructions, which rows of 3 are not.
-    pixels = images.reshape(count, height, -1).to(torch.float32, copy=True)
+    pixels = images.reshape(count, height, width * 3).to(torch.float32, copy=True)
     pixels.sub_(mean.repeat(width)).div_(std.repeat(width))
     return pixels.view(count, height, width, 3).permute(0, 3, 1, 2)
 

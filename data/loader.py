@@ -2,7 +2,8 @@
 
 Small sets live on the device as one uint8 tensor: no workers, no copies. Of large ones, workers read,
 decode, crop and resize whole batches to uint8, which are pinned, copied on a side stream and finished on
-the device. What step k of an epoch sees is a function of (seed, epoch, k) alone, whatever the workers.
+the device. What step k of an epoch sees is a function of (seed, epoch, k) alone, whatever the workers; of
+several processes each makes only its `share` of it.
 """
 
 import atexit
@@ -42,28 +43,49 @@ from .folder import FileSet
 from .images import ImageSet
 from .transforms import CROP_DRAWS, apply_policy, eval_images, train_image
 
-TIMEOUT = 900  # seconds without a batch from the workers
+TIMEOUT = 300  # seconds without a batch from the workers
 PREFETCH = 2  # batches that each worker makes ahead
+MAX_SKIPPED = 100  # broken files in a row
+
+
+Share = Callable[[int], np.ndarray]  # where in a global batch of so many images are this process's
 
 
 def train_batches(
-    image_set: ImageSet | FileSet, config: Config, device: torch.device, warn: Callable[[str], None] = print
+    image_set: ImageSet | FileSet,
+    config: Config,
+    device: torch.device,
+    warn: Callable[[str], None] = print,
+    share: Share = np.arange,
 ) -> "TrainBatches | TrainStream":
     """Training batches of a set in memory or of files; `warn` hears of files left out."""
     if isinstance(image_set, FileSet):
-        return TrainStream(image_set, config, device, warn)
-    return TrainBatches(image_set, config, device)
+        return TrainStream(image_set, config, device, warn, share)
+    return TrainBatches(image_set, config, device, share)
 
 
 def eval_batches(
-    image_set: ImageSet | FileSet, data: Data, batch_size: int, device: torch.device, ten_crop: bool = False
+    image_set: ImageSet | FileSet,
+    data: Data,
+    batch_size: int,
+    device: torch.device,
+    ten_crop: bool = False,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> "EvalBatches | EvalStream":
-    """Every image once, in the set's order; with `ten_crop` the ten crops of an image are adjacent."""
+    """Every image once, in the set's order; with `ten_crop` the ten crops of an image are adjacent.
+
+    Of several processes each has the images rank, rank + ranks, …, and as many batches as the others: the
+    last may be empty.
+    """
+    own = np.arange(rank, len(image_set), ranks)
+    steps = -(-len(image_set) // (ranks * batch_size))
+    parts = [own[step * batch_size : (step + 1) * batch_size] for step in range(steps)]
     if isinstance(image_set, FileSet):
-        return EvalStream(image_set, data, batch_size, device, ten_crop)
+        return EvalStream(image_set, data, parts, device, ten_crop)
     if ten_crop:
         raise UserError("--ten-crop: a set in memory has no more than the crop; leave the option out")
-    return EvalBatches(image_set, data, batch_size, device)
+    return EvalBatches(image_set, data, parts, device)
 
 
 class Normalisation:
@@ -74,10 +96,36 @@ class Normalisation:
         self.std = torch.tensor(data.std, dtype=torch.float32, device=device)
 
 
+class Part(NamedTuple):
+    """What a process makes of a global batch."""
+
+    ids: np.ndarray  # int64: the pictures
+    kept: np.ndarray | None  # bool: those of its share; None: all
+
+
+def epoch_parts(order: np.ndarray, batch_size: int, share: Share, augment: Augment) -> list[Part]:
+    """This process's part of each step of an epoch's order.
+
+    Mixing pairs a picture with the one ahead of it in the global batch, which another process may have:
+    then it is made here too, and left out at the end.
+    """
+    found = []
+    for start in range(0, len(order), batch_size):
+        ids = order[start : start + batch_size]
+        own = share(len(ids))
+        kept = None
+        if len(own) < len(ids) and (augment.mixup or augment.cutmix):
+            starts = np.flatnonzero(np.diff(own, prepend=-2) != 1)
+            kept = np.insert(np.ones(len(own), bool), starts, False)
+            own = np.insert(own, starts, (own[starts] - 1) % len(ids))
+        found.append(Part(ids[own], kept))
+    return found
+
+
 def finish(
     images: Tensor,
     labels: Tensor,
-    ids: np.ndarray,
+    part: Part,
     augment: Augment,
     classes: int,
     seed: int,
@@ -86,9 +134,12 @@ def finish(
 ) -> tuple[Tensor, Tensor]:
     """What comes after normalisation: erasing and mixing."""
     if augment.erasing:
-        erase(images, seed, epoch, ids, augment.erasing)
-    if augment.mixup or augment.cutmix:
-        return mix(images, labels, augment, classes, seed, epoch, step)
+        erase(images, seed, epoch, part.ids, augment.erasing)
+    if len(images) and (augment.mixup or augment.cutmix):
+        images, labels = mix(images, labels, augment, classes, seed, epoch, step)
+    if part.kept is not None:
+        kept = torch.from_numpy(part.kept).to(images.device)
+        images, labels = images[kept], labels[kept]
     return images, labels
 
 
@@ -98,11 +149,11 @@ def finish(
 class TrainBatches:
     """Training batches: a fresh permutation each epoch, CIFAR augmentation, the last one smaller."""
 
-    def __init__(self, image_set: ImageSet, config: Config, device: torch.device):
+    def __init__(self, image_set: ImageSet, config: Config, device: torch.device, share: Share = np.arange):
         self.pixels = torch.from_numpy(image_set.images).to(device)
         self.labels = torch.from_numpy(image_set.labels).to(device)
         self.normalisation = Normalisation(config.data, device)
-        self.augment, self.seed = config.augment, config.run.seed
+        self.augment, self.seed, self.share = config.augment, config.run.seed, share
         self.batch_size, self.classes = config.train.batch_size, len(image_set.classes)
         self.images = len(image_set)
         self.steps = -(-self.images // self.batch_size)
@@ -110,12 +161,15 @@ class TrainBatches:
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The steps from `first_step`, on the device: float32 (N, 3, S, S), labels (N,) or (N, classes)."""
         augment, device = self.augment, self.pixels.device
-        ids = epoch_order(self.seed, epoch, self.images)
+        order = epoch_order(self.seed, epoch, self.images)
+        steps = epoch_parts(order, self.batch_size, self.share, augment)
+        ids = np.concatenate([part.ids for part in steps])
         draws = cifar_draws(self.seed, epoch, ids, augment.mirror, augment.padding)
         # One copy an epoch: the steps then touch the host for nothing.
         order, mirrored, x, y = (torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in (ids, *draws))
+        ends = np.cumsum([len(part.ids) for part in steps])
         for step in range(first_step, self.steps):
-            part = slice(step * self.batch_size, (step + 1) * self.batch_size)
+            part = slice(ends[step] - len(steps[step].ids), ends[step])
             picked = order[part]
             images = cifar_crop(
                 self.pixels[picked],
@@ -127,27 +181,24 @@ class TrainBatches:
                 self.normalisation.std,
             )
             labels = self.labels[picked]
-            yield finish(images, labels, ids[part], augment, self.classes, self.seed, epoch, step)
+            yield finish(images, labels, steps[step], augment, self.classes, self.seed, epoch, step)
 
 
 class EvalBatches:
-    """Every image once, in the set's order, normalised only."""
+    """The images of each part, normalised only."""
 
     crops = 1
 
-    def __init__(self, image_set: ImageSet, data: Data, batch_size: int, device: torch.device):
-        self.pixels = torch.from_numpy(image_set.images).to(device)
-        self.labels = torch.from_numpy(image_set.labels).to(device)
+    def __init__(self, image_set: ImageSet, data: Data, parts: list[np.ndarray], device: torch.device):
+        own = np.concatenate(parts) if parts else np.empty(0, np.int64)
+        self.pixels = torch.from_numpy(image_set.images[own]).to(device)
+        self.labels = torch.from_numpy(image_set.labels[own]).to(device)
         self.normalisation = Normalisation(data, device)
-        self.batch_size, self.images = batch_size, len(image_set)
+        self.sizes, self.images, self.steps = [len(part) for part in parts], len(image_set), len(parts)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(0, self.images, self.batch_size):
-            part = slice(start, start + self.batch_size)
-            yield (
-                normalise(self.pixels[part], self.normalisation.mean, self.normalisation.std),
-                self.labels[part],
-            )
+        for pixels, labels in zip(self.pixels.split(self.sizes), self.labels.split(self.sizes), strict=True):
+            yield normalise(pixels, self.normalisation.mean, self.normalisation.std), labels
 
 
 # ---------------------------------------------------------------------------- files, through workers
@@ -160,7 +211,6 @@ class HostBatch(NamedTuple):
     labels: np.ndarray  # int64 (N,)
     mirrored: np.ndarray  # int64: which images to flip
     colours: np.ndarray  # float64 (N, 9), see augment.colour_draws
-    ids: np.ndarray  # int64 (N,), what the draws were made for
     skipped: tuple[str, ...]  # why files were left out
     error: str | None  # of a UserError; an exception would lose its form on the way
 
@@ -168,10 +218,17 @@ class HostBatch(NamedTuple):
 class TrainStream:
     """Training batches of files, with the original's ImageNet augmentation and what is added to it."""
 
-    def __init__(self, files: FileSet, config: Config, device: torch.device, warn: Callable[[str], None]):
+    def __init__(
+        self,
+        files: FileSet,
+        config: Config,
+        device: torch.device,
+        warn: Callable[[str], None],
+        share: Share = np.arange,
+    ):
         data, train = config.data, config.train
         check_decoder(data.decoder)
-        self.device, self.warn = device, warn
+        self.device, self.warn, self.share = device, warn, share
         self.augment, self.seed = config.augment, config.run.seed
         self.batch_size, self.classes = train.batch_size, len(files.classes)
         self.normalisation = Normalisation(data, device)
@@ -180,15 +237,14 @@ class TrainStream:
         self.skipped: set[str] = set()
         self.tasks = Tasks()
         load = partial(load_train, files, data, config.augment, self.seed)
-        self.loader = make_loader(load, self.tasks, data, self.batch_size, data.train_size, device, True)
+        images = len(share(self.batch_size))
+        self.loader = make_loader(load, self.tasks, data, images, data.train_size, device, True)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """As TrainBatches.epoch; a batch with broken files left out is smaller."""
+        """As TrainBatches.epoch."""
         order = epoch_order(self.seed, epoch, self.images, self.augment.repeats)
-        self.tasks.tasks = [
-            (epoch, order[step * self.batch_size : (step + 1) * self.batch_size])
-            for step in range(first_step, self.steps)
-        ]
+        steps = epoch_parts(order, self.batch_size, self.share, self.augment)
+        self.tasks.tasks = [(epoch, part.ids) for part in steps[first_step:]]
         mean, std = self.normalisation.mean, self.normalisation.std
         for step, batch in enumerate(fetch(self.loader, self.device), first_step):
             self.report(batch)
@@ -197,7 +253,9 @@ class TrainStream:
                 images = jitter(batch.images, batch.colours, mean, std)
             else:
                 images = normalise(batch.images, mean, std)
-            yield finish(images, batch.labels, batch.ids, self.augment, self.classes, self.seed, epoch, step)
+            yield finish(
+                images, batch.labels, steps[step], self.augment, self.classes, self.seed, epoch, step
+            )
 
     def report(self, batch: HostBatch) -> None:
         """Log each broken file once; they are skipped again in every epoch."""
@@ -205,25 +263,22 @@ class TrainStream:
             if line not in self.skipped:
                 self.skipped.add(line)
                 self.warn(f"warning: {len(self.skipped)} broken files skipped so far: {line}")
-        if not len(batch.labels):
-            raise UserError("data.skip_broken: a whole batch cannot be decoded; see the log, mend the files")
 
 
 class EvalStream:
-    """Every file once, in the set's order, cropped and normalised only."""
+    """The files of each part, cropped and normalised only."""
 
-    def __init__(self, files: FileSet, data: Data, batch_size: int, device: torch.device, ten_crop: bool):
+    def __init__(
+        self, files: FileSet, data: Data, parts: list[np.ndarray], device: torch.device, ten_crop: bool
+    ):
         check_decoder(data.decoder)
-        self.device, self.images, self.batch_size = device, len(files), batch_size
+        self.device, self.images, self.steps = device, len(files), len(parts)
         self.crops = 10 if ten_crop else 1
         self.normalisation = Normalisation(data, device)
         tasks = Tasks()
-        tasks.tasks = [
-            (np.arange(start, min(start + batch_size, len(files))),)
-            for start in range(0, len(files), batch_size)
-        ]
+        tasks.tasks = [(part,) for part in parts]
         load = partial(load_eval, files, data, ten_crop)
-        images = batch_size * self.crops
+        images = max(map(len, parts), default=0) * self.crops
         self.loader = make_loader(load, tasks, data, images, data.image_size, device, False)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -237,34 +292,45 @@ def load_train(
     """A training batch, in a worker."""
     draws = uniforms(seed, epoch, ids, CROP_DRAWS, Stream.CROP)
     seeds = hashes(seed, epoch, ids, 1, Stream.POLICY)[:, 0]
-    images, kept, skipped = [], [], []
-    for id, draw, policy_seed in zip(ids.tolist(), draws.tolist(), seeds.tolist(), strict=True):
-        index = id % len(files)
-        try:
-            image = train_image(files.read(index), files.path(index), draw, data, augment.min_area)
-        except UserError as error:
-            if not data.skip_broken:
-                return failed(error)
-            skipped.append(str(error))
-            continue
-        if augment.policy:
-            image = apply_policy(image, augment.policy, policy_seed)
-        images.append(image)
-        kept.append(id)
-    ids = np.array(kept, np.int64)
+    images, shown, skipped = [], [], []
+    try:
+        for id, draw, policy_seed in zip(ids.tolist(), draws.tolist(), seeds.tolist(), strict=True):
+            image, index = readable_image(files, id % len(files), draw, data, augment, skipped)
+            if augment.policy:
+                image = apply_policy(image, augment.policy, policy_seed)
+            images.append(image)
+            shown.append(index)
+    except UserError as error:
+        return failed(error)
     return HostBatch(
-        stack(images),
-        files.labels[ids % len(files)],
+        stack(images, data.train_size),
+        files.labels[shown],
         mirror_draws(seed, epoch, ids, augment),
         colour_draws(seed, epoch, ids, augment),
-        ids,
         tuple(skipped),
         None,
     )
 
 
+def readable_image(
+    files: FileSet, index: int, draw: list[float], data: Data, augment: Augment, skipped: list[str]
+) -> tuple[np.ndarray, int]:
+    """(crop, number) of a picture; with data.skip_broken of the next one in the list that can be decoded."""
+    for _ in range(MAX_SKIPPED):
+        try:
+            return train_image(files.read(index), files.path(index), draw, data, augment.min_area), index
+        except UserError as error:
+            if not data.skip_broken:
+                raise
+            skipped.append(str(error))
+            index = (index + 1) % len(files)
+    raise UserError(
+        f"data.skip_broken: {MAX_SKIPPED} files in a row cannot be decoded, the last: {skipped[-1]}"
+    )
+
+
 def load_eval(files: FileSet, data: Data, ten_crop: bool, indices: np.ndarray) -> HostBatch:
-    """An evaluation batch, in a worker; the crops of an image are adjacent."""
+    """An evaluation batch, in a worker; ten crops of an image follow each other."""
     images = []
     try:
         for index in indices.tolist():
@@ -272,19 +338,19 @@ def load_eval(files: FileSet, data: Data, ten_crop: bool, indices: np.ndarray) -
     except UserError as error:
         return failed(error)
     nothing = np.empty(0)
-    return HostBatch(stack(images), files.labels[indices], nothing, nothing, indices, (), None)
+    return HostBatch(stack(images, data.image_size), files.labels[indices], nothing, nothing, (), None)
 
 
-def stack(images: list[np.ndarray]) -> Tensor:
+def stack(images: list[np.ndarray], size: int) -> Tensor:
     """(N, S, S, 3) of N pictures; in a worker right in shared memory, which default_collate takes care of."""
     if not images:
-        return torch.empty(0)
+        return torch.empty(0, size, size, 3)
     return default_collate([torch.from_numpy(np.ascontiguousarray(image)) for image in images])
 
 
 def failed(error: UserError) -> HostBatch:
     nothing = np.empty(0)
-    return HostBatch(torch.empty(0), nothing, nothing, nothing, nothing, (), str(error))
+    return HostBatch(torch.empty(0), nothing, nothing, nothing, (), str(error))
 
 
 class Tasks(Sampler):
@@ -320,9 +386,14 @@ def make_loader(
     persistent: bool,
 ) -> DataLoader:
     """torch's DataLoader over whole batches of `images` pictures, in order."""
-    workers = len(os.sched_getaffinity(0)) if data.workers is None else data.workers
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of torchrun, on this machine
+    workers = data.workers
+    if workers is None:
+        workers = max(1, len(os.sched_getaffinity(0)) // processes)
     if workers:
-        check_shared_memory(workers, images * size * size * 3 * (1 if data.pipeline == "fast" else 4))
+        check_shared_memory(
+            workers * processes, images * size * size * 3 * (1 if data.pipeline == "fast" else 4)
+        )
     else:
         keep_memory()
     leaving = mmap.mmap(-1, 1)  # shared with the workers; set ahead of multiprocessing's own exit handler
@@ -421,7 +492,7 @@ def deaths_noticed() -> Iterator[None]:
 
 
 def to_device(batch: HostBatch, device: torch.device, stream: Any) -> HostBatch:
-    """The same as tensors on the device, ready for its current stream; `ids` stay."""
+    """The same as tensors on the device, ready for its current stream."""
     names = ("labels", "mirrored", "colours")
     tensors = {"images": batch.images} | {name: torch.from_numpy(getattr(batch, name)) for name in names}
     if stream is not None:

@@ -91,10 +91,13 @@ class Data:
         at_most=8192,
     )
     workers: int | None = _key(
-        None, "fast, torch7: loader processes; 0: none; null: one a core", at_least=0, at_most=256
+        None,
+        "fast, torch7: loader workers of each process; 0: none; null: one a core",
+        at_least=0,
+        at_most=256,
     )
     skip_broken: bool = _key(
-        False, "fast, torch7: leave out training files that cannot be decoded, and log them"
+        False, "fast, torch7: in place of a training file that cannot be decoded take the next, and log it"
     )
     train_images: int | None = _key(
         None, "use this many training images, evenly spaced (glyphs: draw this many); null: all", at_least=1
@@ -145,7 +148,9 @@ class Train:
         None, "start from this run's or checkpoint's weights; other classes get a new last layer"
     )
     eval_batch_size: int | None = _key(
-        None, "images per evaluation batch; changes speed only; null: batch_size", at_least=1
+        None,
+        "images per evaluation batch of a process; changes speed only; null: batch_size",
+        at_least=1,
     )
     accumulation_steps: int = _key(
         1, "cut the batch into this many parts to save memory; BN sees one part", at_least=1
@@ -208,6 +213,9 @@ class Run:
     )
     keep_every: int | None = _key(None, "keep epoch_NNN.pt every so many epochs; null: none", at_least=1)
     tensorboard: bool = _key(True, "write TensorBoard scalars")
+    timeout: int = _key(
+        600, "seconds that a process of torchrun waits for another, then stops", at_least=1, at_most=86400
+    )
 
 
 @dataclass(frozen=True)

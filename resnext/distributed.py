@@ -1,26 +1,242 @@
-"""The process and its surroundings: the device, and the request to stop.
+"""The processes of torchrun and their devices: who has which images, sums, and the request to stop.
 
-One process for now; SIGTERM, SIGINT, SIGUSR1 and SIGHUP only set a flag, which the trainer reads between
-steps, so that a checkpoint is never torn and no step is half done.
+One process a GPU, or several on CPUs. What the processes tell each other (sums, the stop, who failed) goes
+over gloo and never waits for a device; gradients go over a group of their own, see `gradient_group`.
+Without torchrun all of this is done for the one process alone.
 """
 
+import contextlib
+import ctypes
+import datetime
 import os
 import signal
+import sys
 import types
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
-from .errors import UserError
+from .batchnorm import slice_sizes
+from .config import Train
+from .errors import UserError, report_error
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
+# ---------------------------------------------------------------------------- the group
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def local_rank() -> int:
+    """The number of this process on its machine."""
+    return int(os.environ["LOCAL_RANK"]) if dist.is_initialized() else 0
+
+
+@contextlib.contextmanager
+def process_group(timeout: int) -> Iterator[None]:
+    """Inside, the processes that torchrun started are one group; no wait for another exceeds `timeout` s.
+
+    A failure is reported once, by the process that failed first.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise UserError(
+                f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set, but not {', '.join(missing)}; start several "
+                "processes with torchrun, or unset WORLD_SIZE for one"
+            )
+        yield
+        return
+    _end_with_parent()
+    store = _join(timeout)
+    try:
+        try:
+            yield
+        except RuntimeError as error:
+            raise _explained(error, timeout) from error
+    except UserError as error:
+        with contextlib.suppress(RuntimeError):  # the store may have gone with the first machine
+            if store.add("failures", 1) > 1:  # what follows from another's end need not be told
+                sys.exit(2)
+        report_error(error)
+        sys.exit(2)
+    dist.destroy_process_group()
+
+
+def _join(timeout: int) -> Any:
+    """Form the group; returns its store."""
+    seconds = datetime.timedelta(seconds=timeout)
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    try:
+        store, number, size = next(dist.rendezvous("env://", timeout=seconds))
+        dist.init_process_group("gloo", store=store, rank=number, world_size=size, timeout=seconds)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{place}: the processes did not find each other ({_first_line(error)}); start all of them with "
+            "torchrun, and several machines with the same --rdzv-endpoint"
+        ) from error
+    return store
+
+
+def _end_with_parent() -> None:
+    """Linux sends SIGTERM when torchrun itself is killed: the run is saved and no process stays behind."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def _explained(error: RuntimeError, timeout: int) -> Exception:
+    """A UserError where another process was lost, else the error itself."""
+    text = str(error)
+    if "imed out" in text or "imeout" in text:
+        what = f"another process did not answer within {timeout} s (run.timeout)"
+    elif any(words in text for words in ("gloo", "Connection", "NCCL", "Broken pipe")):
+        what = "another process is gone"
+    else:
+        return error
+    return UserError(
+        f"process {rank()} of {world_size()}: {what}; see what the others say, then start again, train.py "
+        f"with --resume ({_first_line(error)})"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def gradient_group(device: torch.device) -> Any:
+    """The group over which gradients and buffers on the device are exchanged; None where alone."""
+    if not dist.is_initialized() or device.type != "cuda":
+        return dist.group.WORLD if dist.is_initialized() else None
+    return dist.new_group(backend="nccl")
+
+
+# ---------------------------------------------------------------------------- telling each other
+
+
+def from_first(function: Callable[[], Any]) -> Any:
+    """What `function` returns, or the UserError that it raises, in the first process: in all of them."""
+    if world_size() == 1:
+        return function()
+    box: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            box[0] = function()
+        except UserError as error:
+            box[1] = str(error)
+    dist.broadcast_object_list(box, device=torch.device("cpu"))
+    if box[1] is not None:
+        raise UserError(box[1])
+    return box[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all processes, in order, in each of them; on the host."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """float64 values on the host added up over the processes, in their order: the same bits every time."""
+    if world_size() == 1:
+        return values
+    parts = [torch.empty_like(values) for _ in range(world_size())]
+    dist.all_gather(parts, values)
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+@contextlib.contextmanager
+def first_on_machine() -> Iterator[None]:
+    """The first process of each machine does what is inside before the others: they find it done."""
+    if local_rank() != 0:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and local_rank() == 0:
+        dist.barrier()
+
+
+# ---------------------------------------------------------------------------- images
+
+
+def shares(images: int, train: Train, ranks: int) -> list[list[int]]:
+    """How many images of a global batch each process has: [accumulation part][rank].
+
+    Contiguous near-equal slices of the batch, a part after the other, in the order of the ranks; they end
+    where BatchNorm's groups do.
+    """
+    parts = train.accumulation_steps
+    groups = _groups(train, ranks)
+    sizes = slice_sizes(images, parts * groups)
+    each = groups // ranks
+    starts = range(0, parts * groups, each)
+    flat = [sum(sizes[start : start + each]) for start in starts]
+    return [flat[part * ranks : (part + 1) * ranks] for part in range(parts)]
+
+
+def share_positions(images: int, train: Train) -> np.ndarray:
+    """int64: where in a global batch the images of this process are."""
+    sizes = np.array(shares(images, train, world_size()))
+    ends = np.cumsum(sizes).reshape(sizes.shape)[:, rank()]
+    own = sizes[:, rank()]
+    return np.concatenate([np.arange(end - size, end) for end, size in zip(ends, own, strict=True)])
+
+
+def check_ranks(train: Train, ranks: int) -> None:
+    """A UserError where a global batch cannot be shared by so many processes."""
+    part = train.batch_size // train.accumulation_steps
+    groups = part if train.bn_group is None else part // train.bn_group
+    if train.bn_group is not None and groups % ranks:
+        valid = ", ".join(str(n) for n in range(1, groups + 1) if groups % n == 0)
+        raise UserError(
+            f"train.bn_group: {train.bn_group} makes {groups} groups of {part} images, which {ranks} "
+            f"processes cannot share; start {valid} (--nproc-per-node), or choose another bn_group"
+        )
+    if ranks > groups:
+        raise UserError(
+            f"train.batch_size: {part} images at a time are too few for {ranks} processes; raise it, or "
+            "start fewer (--nproc-per-node)"
+        )
+
+
+def _groups(train: Train, ranks: int) -> int:
+    """Into how many slices with statistics of their own BatchNorm cuts an accumulation part."""
+    if train.bn_group is None:
+        return ranks
+    return train.batch_size // train.accumulation_steps // train.bn_group
+
+
+# ---------------------------------------------------------------------------- stopping
+
+
 class StopRequest:
-    """Context manager that notes a stop signal. A second Ctrl-C interrupts at once."""
+    """Context manager that notes a stop signal; signals only set a flag.
+
+    The trainer asks between steps, so that a checkpoint is never torn and no step is half done. A second
+    Ctrl-C interrupts a single process at once.
+    """
 
     def __init__(self):
-        self.signal: signal.Signals | None = None
-        self._before: dict[int, object] = {}
+        self.signal: signal.Signals | None = None  # agreed by all processes
+        self._noted: signal.Signals | None = None
+        self._vote: tuple[Tensor, Any] | None = None
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
         for number in STOP_SIGNALS:
@@ -28,31 +244,64 @@ class StopRequest:
                 self._before[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is None:
+            self._count()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _handle(self, number: int, _: types.FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
+        if self._noted is not None and number == signal.SIGINT and not dist.is_initialized():
             raise KeyboardInterrupt
-        self.signal = signal.Signals(number)
+        self._noted = signal.Signals(number)
 
     def requested(self) -> bool:
+        """Whether to stop. All processes must ask equally often, and get the same answer.
+
+        They vote each time and count the votes of the time before, which have arrived meanwhile.
+        """
+        if world_size() == 1:
+            self.signal = self._noted
+        elif self.signal is None:
+            self._count()
+            if self.signal is None:
+                highest = torch.tensor(int(self._noted or 0))
+                self._vote = highest, dist.all_reduce(highest, dist.ReduceOp.MAX, async_op=True)
         return self.signal is not None
+
+    def _count(self) -> None:
+        if self._vote:
+            highest, work = self._vote
+            work.wait()
+            self.signal = signal.Signals(int(highest)) if highest else None
+            self._vote = None
+
+
+# ---------------------------------------------------------------------------- the device
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of run.device."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: training in several processes is not "
-            "supported yet; start one process"
-        )
-    if name == "cuda" and not torch.cuda.is_available():
+    """The device of run.device; of several processes on a machine each has its own GPU."""
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
         raise UserError("run.device: cuda is asked for, but there is none; use auto or cpu")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    if name == "cpu" or not available:
+        share_cores()
+        return torch.device("cpu")
+    if local_rank() >= torch.cuda.device_count():
+        raise UserError(
+            f"process {local_rank()} of this machine has no GPU, there are {torch.cuda.device_count()}; "
+            "start fewer with --nproc-per-node, or use run.device=cpu"
+        )
+    torch.cuda.set_device(local_rank())
+    return torch.device("cuda", local_rank()) if dist.is_initialized() else torch.device("cuda")
+
+
+def share_cores() -> None:
+    """Threads of the CPU: torchrun's default is one for each of several processes, which wastes cores."""
+    if dist.is_initialized() and os.environ.get("OMP_NUM_THREADS") == "1":
+        several = int(os.environ["LOCAL_WORLD_SIZE"])
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // several))
 
 
 def set_numerics(precision: str, deterministic: bool) -> None:

@@ -9,12 +9,18 @@ class UserError(Exception):
     """Something the user can mend; the message names the key or file and the remedy."""
 
 
+def report_error(error: UserError) -> None:
+    """The one message."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+
+
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command line: a UserError or a file's OSError becomes one `error:` message, status 2."""
     try:
         sys.exit(main() or 0)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # the others on this machine would say the same
+            report_error(error)
         sys.exit(2)
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

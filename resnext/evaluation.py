@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .distributed import gather, sum_over_ranks
+
 
 @dataclass(frozen=True)
 class Score:
@@ -69,8 +71,16 @@ class Recorder:
         self.parts.append((labels, top, confidence.double(), losses.double()))
 
     def predictions(self) -> Predictions:
-        """All of it, on the host."""
-        return Predictions(*(torch.cat(part).cpu().numpy() for part in zip(*self.parts, strict=True)))
+        """Those of all processes, on the host, in the order of the images: see `evaluate`."""
+        own = [torch.cat(part).cpu().numpy() for part in zip(*self.parts, strict=True)]
+        shares = [arrays for arrays in gather(own) if arrays]
+        together = []
+        for parts in zip(*shares, strict=True):
+            array = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
+            for number, part in enumerate(parts):
+                array[number :: len(parts)] = part
+            together.append(array)
+        return Predictions(*together)
 
 
 def top_classes(output: Tensor) -> Tensor:
@@ -109,17 +119,21 @@ def evaluate(
 ) -> Score | None:
     """Score of a model over batches of (images, labels); None when `should_stop` turned true.
 
+    Of several processes each has every so-many-th image, and as many batches as the others, though the
+    last may be empty; their integers are added up.
     `autocast` is a function that makes the precision's context. The model is left in
     evaluation mode. Of several `crops` of an image, which are adjacent, the raw scores are added up;
     loss and confidence are those of their mean. With `columns`, int64 on the device, only these
     outputs compete, and labels count among them. A `recorder` gets what becomes of each image.
     """
     model.eval()
-    images, totals = 0, None
+    images, totals = 0, []
     with torch.inference_mode():
         for inputs, labels in batches:
             if should_stop():
                 return None
+            if not len(labels):
+                continue
             with autocast():
                 output = model(inputs)
             output = at_least_float32(output)
@@ -129,13 +143,13 @@ def evaluate(
             top = top_classes(output)
             output = output / crops  # after the ranking: rounding could make ties
             loss = F.cross_entropy(output, labels, reduction="sum").double()
-            counts = torch.cat([loss[None], count_hits(top, labels).double()])
-            totals = counts if totals is None else totals + counts
+            totals.append(torch.cat([loss[None], count_hits(top, labels).double()]))
             images += len(labels)
             if recorder is not None:
                 recorder.add(output, labels, top)
-    loss, top1, top5 = totals.tolist()
-    return Score(images, images - int(top1), images - int(top5), loss / images)
+    own = torch.stack(totals).sum(0).tolist() if totals else [0.0, 0.0, 0.0]
+    loss, top1, top5, images = sum_over_ranks(torch.tensor([*own, images], dtype=torch.float64)).tolist()
+    return Score(int(images), int(images - top1), int(images - top5), loss / images)
 
 
 def at_least_float32(output: Tensor) -> Tensor:

@@ -10,12 +10,14 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from .distributed import rank, world_size
 from .errors import UserError
 
 
@@ -32,6 +34,7 @@ def environment(device: torch.device) -> dict[str, str]:
         versions["cudnn"] = str(torch.backends.cudnn.version())
     else:
         versions["device"] = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    versions["processes"] = str(world_size())
     versions["started"] = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     return versions
 
@@ -85,6 +88,10 @@ class Reporter:
 
             purge = global_step + 1 if global_step else None
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+
+    def warn(self, text: str) -> None:
+        """A warning that any of several processes may have."""
+        self.say(text)
 
     def say(self, text: str, console: bool = True) -> None:
         """A line for the console and log.txt."""
@@ -152,6 +159,19 @@ class Reporter:
             self.board.close()
         self.metrics.close()
         self.log_file.close()
+
+
+class Silence:
+    """The reporter of all processes but the first: what they would say it says."""
+
+    rows = 0
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments, **options: None
+
+    def warn(self, text: str) -> None:
+        """A warning is theirs alone, and log.txt is out of reach."""
+        print(f"process {rank()}: {text}", flush=True)
 
 
 def _keep_rows(path: Path, rows: int) -> int:

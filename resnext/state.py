@@ -1,18 +1,22 @@
 """The state of a run: network, optimiser, scaler, average and progress, made and restored."""
 
 import contextlib
+import inspect
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .batchnorm import use_group_batchnorm
 from .checkpoint import check_state, read_checkpoint
 from .config import Config, Optimizer, parse_config, to_yaml
+from .distributed import check_ranks, gradient_group, world_size
 from .errors import UserError
 from .model import build_model
 
@@ -65,7 +69,11 @@ class Progress:
 
 @dataclass
 class Training:
-    """The live objects of a run. `forward` is the model, compiled where that is asked for."""
+    """The live objects of a run.
+
+    `forward` is the model, compiled where that is asked for, and in DistributedDataParallel where
+    processes exchange gradients.
+    """
 
     config: Config
     classes: tuple[str, ...]
@@ -80,6 +88,21 @@ class Training:
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return autocast(self.device, self.config.train.precision)
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether gradients are averaged over processes."""
+        return isinstance(self.forward, DistributedDataParallel)
+
+    def exchange(self, last: bool) -> contextlib.AbstractContextManager:
+        """The context of an accumulation part: gradients are exchanged once, in the last."""
+        return contextlib.nullcontext() if last or not self.exchanges else self.forward.no_sync()
+
+    def settle_buffers(self) -> None:
+        """Running statistics, which differ in training, become those of the first process everywhere."""
+        if self.exchanges:
+            for buffer in self.evaluated_model.buffers():
+                dist.broadcast(buffer, 0, group=self.forward.process_group)
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -113,12 +136,15 @@ def prepare(
     torch.manual_seed(config.run.seed)
     model = build_model(config.model, len(classes))
     model.activation_checkpointing = train.activation_checkpointing
+    group = gradient_group(device)
+    check_ranks(train, world_size())
     if train.bn_group is not None:
-        use_group_batchnorm(model, train.batch_size // train.accumulation_steps // train.bn_group)
+        part = train.batch_size // train.accumulation_steps
+        use_group_batchnorm(model, part // train.bn_group // world_size())
     if train.sync_bn:
         if device.type != "cuda":
             raise UserError("train.sync_bn: needs GPUs; remove the key on a CPU")
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model, group)
     model = place(model, config, device)
     optimizer = torch.optim.SGD(
         parameter_groups(model, config.optimizer),
@@ -137,11 +163,28 @@ def prepare(
         versions=versions,
         device=device,
         model=model,
-        forward=torch.compile(model) if train.compile else model,
+        forward=distribute(torch.compile(model) if train.compile else model, device, group),
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(device.type, enabled=train.precision == "fp16"),
         ema=ema,
         progress=Progress(),
+    )
+
+
+def distribute(model: nn.Module, device: torch.device, group: Any) -> nn.Module:
+    """The model in DistributedDataParallel where there is a group."""
+    if group is None:
+        return model
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = (
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    )  # older torch
+    return DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        process_group=group,
+        **{buffers: False},  # see Training.settle_buffers
     )
 
 

@@ -1,8 +1,8 @@
 """The training loop: SGD as the original's train.lua, stoppable and resumable at any step.
 
-`train` reads as the recipe. Batches come from anything with `images`, `steps` and
-`epoch(number, first_step)`, which yields (images, labels) on the device; labels are classes, or shares of
-all classes where pictures were mixed.
+`train` reads as the recipe. Batches come from anything with `images` (of all processes), `steps` and
+`epoch(number, first_step)`, which yields this process's (images, labels) of each global batch, on the
+device; labels are classes, or shares of all classes where pictures were mixed.
 """
 
 import contextlib
@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .batchnorm import frozen_running_statistics, slice_sizes
+from .batchnorm import frozen_running_statistics
 from .checkpoint import write_checkpoint
-from .config import Train
+from .distributed import rank, shares, sum_over_ranks, world_size
 from .errors import UserError
 from .evaluation import Score, at_least_float32, evaluate, hits
 from .reporting import Reporter, duration
@@ -49,6 +49,7 @@ def train(
     Returns whether the end was reached.
     """
     progress, config = training.progress, training.config
+    rehearse(training)
     clock = Clock(progress.seconds, progress.epoch - 1 + progress.step / train_batches.steps)
     while progress.epoch <= config.train.epochs:
         done = train_epoch(training, train_batches, folder, reporter, should_stop, clock)
@@ -91,7 +92,7 @@ def train_epoch(
 ) -> bool:
     """The rest of an epoch; False when told to stop before its end."""
     progress, config = training.progress, training.config
-    steps, epochs = batches.steps, config.train.epochs
+    steps, epochs, size = batches.steps, config.train.epochs, config.train.batch_size
     training.model.train()
     meter = StepMeter(training)
     reporter.open_bar(f"epoch {progress.epoch}/{epochs}", steps, progress.step)
@@ -100,7 +101,8 @@ def train_epoch(
             rate = learning_rate(
                 config.schedule, config.optimizer.lr, epochs, progress.epoch, progress.step, steps
             )
-            meter.add(train_step(training, images, labels, rate), len(labels))
+            total = min(size, batches.images - progress.step * size)
+            meter.add(train_step(training, images, labels, rate, total), total)
             progress.step += 1
             progress.global_step += 1
             reporter.advance()
@@ -121,36 +123,39 @@ def train_epoch(
     return True
 
 
-def train_step(training: Training, images: Tensor, labels: Tensor, rate: float) -> Tensor:
+def train_step(
+    training: Training, images: Tensor, labels: Tensor, rate: float, total: int | None = None
+) -> Tensor:
     """One optimiser step on a global batch; [mean loss, top-1 hits, top-5 hits], float64 (3,).
 
-    The batch is cut into accumulation parts whose gradients add up to that of the mean loss
-    over the whole batch; running statistics follow the first part, as on the original's first
-    GPU. Nothing here waits for the device.
+    `images` and `labels` are this process's share of the `total` (None: they are all), and the result is
+    its share of the sums. The batch is cut into accumulation parts whose gradients, over all parts and
+    processes, add up to that of the mean loss over the whole batch; running statistics follow the first
+    part, as on the original's first GPU. Nothing here waits for the device.
     """
-    train = training.config.train
-    total = None
+    train, ranks = training.config.train, world_size()
+    total = len(labels) if total is None else total
     for group in training.optimizer.param_groups:
         group["lr"] = rate
     training.optimizer.zero_grad(set_to_none=True)
-    start = 0
-    for size in part_sizes(len(labels), train):
-        part, targets = images[start : start + size], labels[start : start + size]
-        statistics = contextlib.nullcontext()
-        if start:
-            statistics = frozen_running_statistics(training.model)
-        with statistics:
-            with training.autocast():
-                output = training.forward(part)
-            output = at_least_float32(output)
-            loss = F.cross_entropy(output, targets, label_smoothing=train.label_smoothing)
-            loss = loss * (size / len(labels))
-            training.scaler.scale(loss).backward()
-        if targets.ndim == 2:  # mixed: a hit is the label with the larger share
-            targets = targets.argmax(1)
-        counts = torch.cat([loss.detach().double()[None], hits(output, targets).double()])
-        total = counts if total is None else total + counts
-        start += size
+    sizes = [part[rank()] for part in shares(total, train, ranks) if any(part)]
+    results = []
+    for number, (part, targets) in enumerate(zip(images.split(sizes), labels.split(sizes), strict=True), 1):
+        statistics = frozen_running_statistics(training.model) if number > 1 else contextlib.nullcontext()
+        with statistics, training.exchange(last=number == len(sizes)):
+            if len(part):
+                with training.autocast():
+                    output = training.forward(part)
+                output = at_least_float32(output)
+                loss = F.cross_entropy(output, targets, label_smoothing=train.label_smoothing)
+                loss = loss * (len(part) / total)
+                if targets.ndim == 2:  # mixed: a hit is the label with the larger share
+                    targets = targets.argmax(1)
+                results.append(torch.cat([loss.detach().double()[None], hits(output, targets).double()]))
+            else:
+                loss = nothing(training, part)
+            # DDP takes the mean over the processes, and the sum is wanted.
+            training.scaler.scale(loss * ranks).backward()
     if train.clip_grad_norm is not None:
         training.scaler.unscale_(training.optimizer)
         nn.utils.clip_grad_norm_(training.model.parameters(), train.clip_grad_norm)
@@ -158,20 +163,38 @@ def train_step(training: Training, images: Tensor, labels: Tensor, rate: float) 
     training.scaler.update()
     if training.ema:
         training.ema.update_parameters(training.model)
-    return total
+    return sum(results) if results else torch.zeros(3, dtype=torch.float64, device=images.device)
 
 
-def part_sizes(images: int, train: Train) -> list[int]:
-    """Images of each accumulation part; parts end where BatchNorm's groups do."""
-    parts = train.accumulation_steps
-    groups = 1 if train.bn_group is None else train.batch_size // parts // train.bn_group
-    sizes = slice_sizes(images, parts * groups)
-    joined = [sum(sizes[i * groups : (i + 1) * groups]) for i in range(parts)]
-    return [size for size in joined if size]
+def nothing(training: Training, images: Tensor) -> Tensor:
+    """The loss of a process without an image in the last batch: 0, with gradients of 0 for the exchange."""
+    with training.autocast():
+        return training.forward(images.new_zeros(2, *images.shape[1:])).sum() * 0.0
+
+
+def rehearse(training: Training) -> None:
+    """Of several processes, one step whose gradient is thrown away.
+
+    After its first step DDP sorts gradients into other buckets, and sums are rounded otherwise. Now the
+    first steps of a run, and the first after a resume, find the final ones.
+    """
+    if not training.exchanges:
+        return
+    config = training.config
+    images = max(2, shares(config.train.batch_size, config.train, world_size())[0][rank()])
+    size = config.data.train_size
+    training.model.train()
+    with frozen_running_statistics(training.model), training.autocast():
+        output = training.forward(torch.zeros(images, 3, size, size, device=training.device))
+    output.float().sum().backward()
+    training.optimizer.zero_grad(set_to_none=True)
 
 
 class StepMeter:
-    """Losses and counts of steps, left on the device until a row or a checkpoint needs them."""
+    """Losses and counts of steps, left on the device until a row or a checkpoint needs them.
+
+    Then the processes add up their shares.
+    """
 
     def __init__(self, training: Training):
         self.training = training
@@ -199,7 +222,8 @@ class StepMeter:
         if not self.pending:
             return
         progress = self.training.progress
-        results = torch.stack([result for result, _ in self.pending]).tolist()
+        shared = torch.stack([result for result, _ in self.pending]).cpu()
+        results = sum_over_ranks(shared).tolist()
         first = progress.step - len(results) + 1
         for step, ((loss, top1, top5), (_, images)) in enumerate(
             zip(results, self.pending, strict=True), first
@@ -269,8 +293,12 @@ def error_text(row: dict[str, Any], classes: int) -> str:
 def validate(
     training: Training, batches: Any, reporter: Reporter, should_stop: Callable[[], bool]
 ) -> Score | None:
-    """Exact validation errors of the weights that the run is about; None when told to stop."""
-    reporter.open_bar("validation", -(-batches.images // training.config.train.eval_batch_size))
+    """Exact validation errors of the weights that the run is about; None when told to stop.
+
+    What is evaluated is what is saved: the running statistics of the first process.
+    """
+    training.settle_buffers()
+    reporter.open_bar("validation", batches.steps)
 
     def advancing() -> Iterator:
         for batch in batches:
@@ -329,9 +357,10 @@ def checkpoint_names(training: Training) -> tuple[str, ...]:
 
 def save(training: Training, folder: Path, reporter: Reporter, names: tuple[str, ...] = ("last.pt",)) -> None:
     """Write the state under checkpoints/, last.pt and others."""
-    training.progress.rows = reporter.rows
-    reporter.sync()
-    write_checkpoint(checkpoint_content(training), folder / "checkpoints", list(names))
+    if rank() == 0:
+        training.progress.rows = reporter.rows
+        reporter.sync()
+        write_checkpoint(checkpoint_content(training), folder / "checkpoints", list(names))
 
 
 def summary(training: Training, folder: Path, signal: Any) -> str:

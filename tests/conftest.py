@@ -22,7 +22,7 @@ def own_cache(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def plain_surroundings(monkeypatch):
     """What a launcher or a proxy has left in the environment does not reach the tests."""
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("no_proxy", "*")
 

@@ -943,7 +943,7 @@ def test_no_gpu(script, place):
 def test_several_processes(place, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     text = refused(place.folder, train.main, *place.train())
-    expect(text, ("WORLD_SIZE=2", "start one process"))
+    expect(text, ("WORLD_SIZE=2 is set", "not RANK", "torchrun"))
 
 
 def test_used_directory_stays_as_it_is(place):

@@ -14,9 +14,10 @@ from torch import nn
 
 from resnext.batchnorm import GroupBatchNorm2d, frozen_running_statistics, slice_sizes, use_group_batchnorm
 from resnext.config import parse_config
+from resnext.distributed import shares
 from resnext.model import ResNeXt
 from resnext.state import prepare
-from resnext.trainer import part_sizes, train_step
+from resnext.trainer import train_step
 
 CPU = torch.device("cpu")
 
@@ -56,7 +57,7 @@ def test_accumulation_parts_end_where_groups_do():
             text = f"train: {{batch_size: {4 * groups}, bn_group: 4, accumulation_steps: {steps}}}"
             train = parse_config(text, "test").train
             for images in range(1, 4 * groups + 1):
-                parts = part_sizes(images, train)
+                parts = [n for [n] in shares(images, train, 1) if n]
                 found = [size for part in parts for size in slice_sizes(part, groups // steps) if size]
                 assert found == [size for size in slice_sizes(images, groups) if size]
 
@@ -64,7 +65,7 @@ def test_accumulation_parts_end_where_groups_do():
 @pytest.mark.parametrize("images, expected", [(64, [16] * 4), (50, [13, 13, 12, 12]), (2, [1, 1])])
 def test_accumulation_parts_without_groups(images, expected):
     train = parse_config("train: {batch_size: 64, accumulation_steps: 4}", "test").train
-    assert part_sizes(images, train) == expected
+    assert [n for [n] in shares(images, train, 1) if n] == expected
 
 
 # ---------------------------------------------------------------------------- the layer

@@ -14,7 +14,7 @@ import torch
 from data.augment import cifar_draws
 from data.draws import Stream, epoch_order, hashes, uniforms
 from data.images import ImageSet
-from data.loader import EvalBatches, TrainBatches
+from data.loader import TrainBatches, eval_batches
 from resnext.config import Augment, Config, Data, Run, Train
 
 IMAGES = np.arange(1000)
@@ -301,7 +301,7 @@ def test_a_picture_is_met_in_all_mirrors_and_offsets():
 
 @pytest.mark.parametrize("batch_size", [1, 16, 50, 64])
 def test_evaluation_batches_keep_the_order_of_the_set(batch_size):
-    batches = EvalBatches(numbered(), DATA, batch_size, torch.device("cpu"))
+    batches = eval_batches(numbered(), DATA, batch_size, torch.device("cpu"))
     for _ in range(2):
         images, labels = (torch.cat(part) for part in zip(*batches, strict=True))
         assert batches.images == 50 and labels.tolist() == list(range(50))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from commands import draw_folders
 
-from data.loader import EvalBatches, TrainBatches, eval_batches, train_batches
+from data.loader import TrainBatches, eval_batches, train_batches
 from data.sets import load_set
 from resnext.config import parse_config
 from resnext.distributed import set_numerics
@@ -49,7 +49,7 @@ def batches_for(training, split: str = "train"):
     config = training.config
     images = load_set(config.data, split)
     if split == "val":
-        return EvalBatches(images, config.data, config.train.eval_batch_size, training.device)
+        return eval_batches(images, config.data, config.train.eval_batch_size, training.device)
     return TrainBatches(images, config, training.device)
 
 

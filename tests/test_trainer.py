@@ -19,9 +19,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 from resnext.config import parse_config
-from resnext.distributed import StopRequest
+from resnext.distributed import StopRequest, shares
 from resnext.state import checkpoint_content, load_evaluated, prepare, restore
-from resnext.trainer import part_sizes, train_step
+from resnext.trainer import train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = tuple("0123456789")
@@ -128,9 +128,9 @@ def test_the_average_is_the_written_out_one():
 
 def test_parts_of_an_accumulated_batch_end_where_groups_do():
     config = parse_config("", "t", ["train.batch_size=64", "train.accumulation_steps=4", "train.bn_group=8"])
-    assert part_sizes(64, config.train) == [16, 16, 16, 16]
-    assert part_sizes(51, config.train) == [14, 13, 12, 12]  # slices 7 7 7 6 6 6 6 6
-    assert part_sizes(3, config.train) == [2, 1]
+    assert [n for [n] in shares(64, config.train, 1) if n] == [16, 16, 16, 16]
+    assert [n for [n] in shares(51, config.train, 1) if n] == [14, 13, 12, 12]  # slices 7 7 7 6 6 6 6 6
+    assert [n for [n] in shares(3, config.train, 1) if n] == [2, 1]
 
 
 def test_a_step_reports_the_mean_loss_and_the_hits():
