@@ -6,6 +6,7 @@
     python train.py --config NAME.yaml --print-config               every key, explained
     python train.py --resume runs/NAME                              go on where a run stopped
     python train.py --config NAME.yaml --resume                     go on, or start (for requeued jobs)
+    python train.py --config NAME.yaml --check                      try data, disk, memory and speed first
     torchrun --nproc-per-node=8 train.py --config NAME.yaml         the same run on 8 GPUs
     torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
         train.py --config NAME.yaml --resume                        on each of 2 machines
@@ -44,6 +45,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="DIR|FILE",
         help="go on from a run directory or checkpoint; alone: from --output, or start there",
     )
+    parser.add_argument("--check", action="store_true", help="try all that a training needs, without one")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single keys")
     words = sys.argv[1:]
@@ -53,21 +55,25 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args(words)
 
 
-def main() -> None:
+def main() -> int | None:
     arguments = parse_arguments()
     config = configuration(arguments)
     if arguments.print_config:
         if os.environ.get("RANK", "0") == "0":
             print(to_yaml(config), end="")
-        return
+        return None
     if arguments.config is None and not arguments.resume:
         raise UserError("--config is missing: name a file of configs/, for example --config demo.yaml")
+    output, source = output_folder(arguments), None
+    if not arguments.check and os.environ.get("RANK", "0") == "0":  # ahead of torch, which takes seconds
+        source = resume_source(arguments, output)
     from resnext.distributed import from_first, process_group
 
-    output = output_folder(arguments)
     with process_group(config.run.timeout):
-        source = from_first(lambda: resume_source(arguments, output))
-        run(config, output, source, arguments.resume is not None)
+        if arguments.check:
+            return check(config, output, arguments)
+        run(config, output, from_first(lambda: source), arguments.resume is not None)
+    return None
 
 
 def configuration(arguments: argparse.Namespace) -> Config:
@@ -153,60 +159,33 @@ def is_run(folder: Path) -> bool:
 
 def check_writable(output: Path) -> None:
     """A UserError now rather than after loading the data where the run directory cannot be made."""
-    existing = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    existing = existing_part(output)
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"--output {output}: cannot be made below {existing}; choose another directory")
 
 
+def existing_part(output: Path) -> Path:
+    """The folder itself, or the nearest above it that is there."""
+    return next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+
+
 def run(config: Config, output: Path, source: Path | None, resumed: bool) -> None:
     """Load the data, prepare or restore the state, train; in each of the processes."""
-    from data.loader import eval_batches, train_batches
-    from resnext.checkpoint import check_resume, find_checkpoint, read_latest
-    from resnext.distributed import (
-        StopRequest,
-        choose_device,
-        from_first,
-        rank,
-        set_numerics,
-        share_positions,
-        world_size,
-    )
+    from resnext.distributed import StopRequest, choose_device, rank, set_numerics
     from resnext.reporting import Reporter, Silence, environment
-    from resnext.state import check_network, prepare, restore, start_from
     from resnext.trainer import save, summary, train
 
     device = choose_device(config.run.device)
     set_numerics(config.train.precision, config.run.deterministic)
-    warnings: list[str] = []
-    content = from_first(lambda: (read_latest(source, warnings.append), warnings)) if source else None
-    if content:
-        content, warnings = content
-        before = parse_config(content["config"], str(source))
-        warnings += check_resume(before, config, content["progress"]["step"])
-        check_network(config, content, source)
-    elif config.train.weights:
-        weights = find_checkpoint(Path(config.train.weights).expanduser(), "best.pt")
+    start, warnings = read_start(config, source)
     train_set, val_set, fingerprint = load_sets(config)
     versions = environment(device) | {"data": fingerprint}
-    training = prepare(config, train_set.classes, device, versions)
-    if content:
-        restore(training, content, source)
-        warnings += [
-            f"warning: {name} was {old} and is {versions.get(name)}; the bits may differ from here on"
-            for name, old in content["versions"].items()
-            if name != "started" and old != versions.get(name)
-        ]
-        warnings += other_statistics(config, content["versions"].get("processes", "1"))
-    elif config.train.weights:
-        warnings.append(start_from(training, weights))
+    training, changes = make_training(config, train_set.classes, device, versions, source, start)
+    warnings += changes
     progress = training.progress
     branched = source is not None and source.resolve().parent != (output / "checkpoints").resolve()
     if branched:  # another run: its rows and its best checkpoint start here
         progress.rows, progress.best = 0, None
-    if progress.epoch > config.train.epochs + 1:
-        raise UserError(
-            f"train.epochs: {config.train.epochs}, but {progress.epoch - 1} are done already; raise it"
-        )
     with StopRequest() as stop:
         reporter = Silence()
         if rank() == 0:
@@ -218,12 +197,7 @@ def run(config: Config, output: Path, source: Path | None, resumed: bool) -> Non
             reporter.say("\n".join(f"{name}: {value}" for name, value in versions.items()), console=False)
             for line in warnings:
                 reporter.say(line)
-            share = partial(share_positions, train=config.train)
-            training_batches = train_batches(train_set, config, device, reporter.warn, share)
-            batch_size = config.train.eval_batch_size
-            val_batches = eval_batches(
-                val_set, config.data, batch_size, device, rank=rank(), ranks=world_size()
-            )
+            training_batches, val_batches = make_batches(config, train_set, val_set, device, reporter.warn)
             reporter.say(introduction(training, len(train_set), len(val_set), output, source, resumed))
             if branched:
                 save(training, output, reporter)
@@ -242,17 +216,81 @@ def run(config: Config, output: Path, source: Path | None, resumed: bool) -> Non
             reporter.close()
 
 
+def read_start(config: Config, source: Path | None) -> tuple[Any, list[str]]:
+    """(what a training starts from, lines for the log): a checkpoint's content, or the path of weights."""
+    from resnext.checkpoint import check_resume, find_checkpoint, read_latest
+    from resnext.distributed import from_first
+    from resnext.state import check_network
+
+    warnings: list[str] = []
+    if source is None:
+        weights = config.train.weights
+        return find_checkpoint(Path(weights).expanduser(), "best.pt") if weights else None, warnings
+    content, warnings = from_first(lambda: (read_latest(source, warnings.append), warnings))
+    before = parse_config(content["config"], str(source))
+    warnings += check_resume(before, config, content["progress"]["step"])
+    check_network(config, content, source)
+    return content, warnings
+
+
+def make_training(
+    config: Config,
+    classes: tuple[str, ...],
+    device: Any,
+    versions: dict[str, str],
+    source: Path | None,
+    start: Any,
+) -> tuple[Any, list[str]]:
+    """(the state of the training at its start, lines for the log); `start` as from read_start."""
+    from resnext.state import prepare, restore, start_from
+
+    training = prepare(config, classes, device, versions)
+    if isinstance(start, Path):
+        return training, [start_from(training, start)]
+    if start is None:
+        return training, []
+    restore(training, start, source)
+    warnings = [
+        f"warning: {name} was {old} and is {versions.get(name)}; the bits may differ from here on"
+        for name, old in start["versions"].items()
+        if name != "started" and old != versions.get(name)
+    ]
+    warnings += other_statistics(config, start["versions"].get("processes", "1"))
+    done = training.progress.epoch - 1
+    if done > config.train.epochs:
+        raise UserError(f"train.epochs: {config.train.epochs}, but {done} are done already; raise it")
+    return training, warnings
+
+
+def make_batches(config: Config, train_set: Any, val_set: Any, device: Any, warn: Any) -> tuple[Any, Any]:
+    """(training batches, validation batches) of this process."""
+    from data.loader import eval_batches, train_batches
+    from resnext.distributed import rank, share_positions, world_size
+
+    train = config.train
+    return (
+        train_batches(train_set, config, device, warn, partial(share_positions, train=train)),
+        eval_batches(val_set, config.data, train.eval_batch_size, device, rank=rank(), ranks=world_size()),
+    )
+
+
 def load_sets(config: Config) -> tuple[Any, Any, str]:
-    """(training set, validation set, fingerprint of both), the same in all processes."""
+    """(training set, validation set, fingerprint of both), the same in all processes, as is an error."""
     from data.sets import check_classes, load_set
     from resnext.distributed import first_on_machine, gather
 
+    fingerprint, problem = None, None
     with first_on_machine():  # which downloads what is missing
-        train_set = load_set(config.data, "train")
-        check_classes(config.model.classes, train_set)
-        val_set = load_set(config.data, "val")
-    fingerprint = f"{train_set.fingerprint()} {val_set.fingerprint()}"
-    for number, other in enumerate(gather(fingerprint)):
+        try:
+            train_set = load_set(config.data, "train")
+            check_classes(config.model.classes, train_set)
+            val_set = load_set(config.data, "val")
+            fingerprint = f"{train_set.fingerprint()} {val_set.fingerprint()}"
+        except UserError as error:  # the others wait for this process
+            problem = str(error)
+    for number, (other, error) in enumerate(gather((fingerprint, problem))):
+        if error is not None:
+            raise UserError(error)
         if other != fingerprint:
             raise UserError(
                 f"data.dir: process {number} has other files in {config.data.dir} than this one; give all "
@@ -281,6 +319,44 @@ def write_config(config: Config, versions: dict[str, str], output: Path) -> None
     temporary = output / ".config.yaml"
     temporary.write_text(f"{header}\n{to_yaml(config)}", encoding="utf-8")
     os.replace(temporary, output / "config.yaml")
+
+
+def check(config: Config, output: Path, arguments: argparse.Namespace) -> int:
+    """Try all that a training needs, and begin none; returns the exit status (see resnext/preflight.py)."""
+    from resnext import preflight
+    from resnext.distributed import choose_device, from_first, set_numerics
+    from resnext.reporting import environment
+
+    device = choose_device(config.run.device)
+    set_numerics(config.train.precision, config.run.deterministic)
+    report = preflight.Report()
+    sets = report.attempt(lambda: preflight.load_present(report, config, load_sets))
+    data = preflight.check_data(report, config, sets, make_batches, device)
+
+    def beginning() -> tuple[Path | None, Any, list[str]]:
+        source = from_first(lambda: resume_source(arguments, output))
+        return source, *read_start(config, source)
+
+    found = report.attempt(beginning)
+    source, start, notes = found or (None, None, [])
+    classes = sets[0].classes if sets else preflight.likely_classes(config, start)
+    if found:
+        report.add(preflight.output_finding(output, source))
+    place = existing_part(output)
+    report.attempt(
+        lambda: report.add(from_first(lambda: preflight.space(config, len(classes), output, place)))
+    )
+    report.add(preflight.shared_memory_finding(config, data))
+    versions = environment(device) | {"data": sets[2] if sets else "unknown"}
+
+    def made() -> tuple[Any, list[str]]:
+        with preflight.memory_explained(config, device, exchanging=True):
+            return make_training(config, classes, device, versions, source, start)
+
+    training, changes = report.attempt(made) or (None, [])
+    preflight.report_notes(report, notes + changes)
+    preflight.check_training(report, config, training, data, device)
+    return report.finish(preflight.start_command(sys.argv[1:]))
 
 
 def introduction(

@@ -46,6 +46,7 @@ from .transforms import CROP_DRAWS, apply_policy, eval_images, train_image
 TIMEOUT = 300  # seconds without a batch from the workers
 PREFETCH = 2  # batches that each worker makes ahead
 MAX_SKIPPED = 100  # broken files in a row
+STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP}
 
 
 Share = Callable[[int], np.ndarray]  # where in a global batch of so many images are this process's
@@ -431,9 +432,20 @@ def begin_worker(leaving: mmap.mmap, _: int) -> None:
     SIGTERM is also how they are ended when the run exits, which then says so.
     """
     keep_memory()
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+    for number in STOP_SIGNALS - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving[0] else None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Stop signals come later: a worker that is started here has none before it can handle them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def check_shared_memory(workers: int, batch_bytes: int) -> None:
@@ -457,7 +469,9 @@ def fetch(loader: DataLoader, device: torch.device) -> Iterator[HostBatch]:
     while True:
         try:
             with deaths_noticed():
-                batches = iter(loader) if batches is None else batches
+                if batches is None:
+                    with signals_held():
+                        batches = iter(loader)
                 batch = next(batches, None)
         except RuntimeError as error:  # DataLoader: a worker was killed, or gave nothing in time
             first = str(error).partition("\n")[0].rstrip(" .")

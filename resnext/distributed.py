@@ -9,8 +9,10 @@ import contextlib
 import ctypes
 import datetime
 import os
+import re
 import signal
 import sys
+import time
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -72,6 +74,8 @@ def process_group(timeout: int) -> Iterator[None]:
                 sys.exit(2)
         report_error(error)
         sys.exit(2)
+    dist.barrier()  # nobody leaves while another still reads what it sent
+    time.sleep(0.1)  # gloo's threads drop their last tensors, for which they need the interpreter
     dist.destroy_process_group()
 
 
@@ -112,7 +116,8 @@ def _explained(error: RuntimeError, timeout: int) -> Exception:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    """Without the place in gloo's sources."""
+    return re.sub(r"^\[\S+\] ", "", (str(error).splitlines() or [type(error).__name__])[0])[:100]
 
 
 def gradient_group(device: torch.device) -> Any:
@@ -299,8 +304,8 @@ def choose_device(name: str) -> torch.device:
 
 def share_cores() -> None:
     """Threads of the CPU: torchrun's default is one for each of several processes, which wastes cores."""
-    if dist.is_initialized() and os.environ.get("OMP_NUM_THREADS") == "1":
-        several = int(os.environ["LOCAL_WORLD_SIZE"])
+    several = int(os.environ["LOCAL_WORLD_SIZE"]) if dist.is_initialized() else 1
+    if several > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // several))
 
 

@@ -10,7 +10,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +82,13 @@ class Reporter:
             raise UserError(f"{folder}: another process is training there; stop it first") from None
         except OSError as error:
             raise UserError(f"{error.filename}: cannot be written ({error.strerror})") from None
-        self.board = None
+        self.board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             purge = global_step + 1 if global_step else None
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+            with self.board_may_fail():
+                self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
 
     def warn(self, text: str) -> None:
         """A warning that any of several processes may have."""
@@ -113,9 +114,18 @@ class Reporter:
 
     def scalars(self, prefix: str, values: dict[str, float], global_step: int) -> None:
         """Scalars for TensorBoard."""
-        if self.board:
-            for name, value in values.items():
+        with self.board_may_fail():
+            for name, value in values.items() if self.board else ():
                 self.board.add_scalar(f"{prefix}/{name}", value, global_step)
+
+    @contextlib.contextmanager
+    def board_may_fail(self) -> Iterator[None]:
+        """TensorBoard's files are a convenience: the run goes on without them."""
+        try:
+            yield
+        except Exception as error:  # of its file system's own kinds
+            self.board = None
+            self.say(f"warning: TensorBoard's files cannot be written ({error}); going on without them")
 
     def open_bar(self, title: str, total: int, done: int = 0) -> None:
         """A progress bar, on a terminal only."""
@@ -150,13 +160,15 @@ class Reporter:
     def sync(self) -> None:
         """Rows onto the disk, ahead of the checkpoint that counts them."""
         os.fsync(self.metrics.fileno())
-        if self.board:
-            self.board.flush()
+        with self.board_may_fail():
+            if self.board:
+                self.board.flush()
 
     def close(self) -> None:
         self.close_bar()
-        if self.board:
-            self.board.close()
+        with self.board_may_fail():
+            if self.board:
+                self.board.close()
         self.metrics.close()
         self.log_file.close()
 

@@ -104,6 +104,7 @@ def test_defaults_are_the_originals_imagenet_recipe():
         "run.save_interval": None,
         "run.keep_every": None,
         "run.tensorboard": True,
+        "run.timeout": 600,
     }
 
 
@@ -348,6 +349,7 @@ def random_config(random: random.Random) -> dict[str, dict[str, object]]:
     put("run.save_interval", None, 1, 500)
     put("run.keep_every", None, 1, 10)
     put("run.tensorboard", True, False)
+    put("run.timeout", 1, 600, 86400)
     return values
 
 
