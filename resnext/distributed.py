@@ -85,6 +85,8 @@ def _join(timeout: int) -> Any:
     place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
         store, number, size = next(dist.rendezvous("env://", timeout=seconds))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it has what the last attempt left there
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group("gloo", store=store, rank=number, world_size=size, timeout=seconds)
     except (RuntimeError, ValueError) as error:
         raise UserError(
@@ -240,6 +242,7 @@ class StopRequest:
     def __init__(self):
         self.signal: signal.Signals | None = None  # agreed by all processes
         self._noted: signal.Signals | None = None
+        self._asked = 0
         self._vote: tuple[Tensor, Any] | None = None
         self._before: dict[int, Any] = {}
 
@@ -263,11 +266,13 @@ class StopRequest:
     def requested(self) -> bool:
         """Whether to stop. All processes must ask equally often, and get the same answer.
 
-        They vote each time and count the votes of the time before, which have arrived meanwhile.
+        They vote, and the next time count the votes, which have arrived meanwhile. Votes go round a ring:
+        of many processes each 64 add a question to those that pass without a vote.
         """
+        self._asked += 1
         if world_size() == 1:
             self.signal = self._noted
-        elif self.signal is None:
+        elif self.signal is None and self._asked % (1 + world_size() // 64) == 0:
             self._count()
             if self.signal is None:
                 highest = torch.tensor(int(self._noted or 0))
