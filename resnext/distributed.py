@@ -85,7 +85,7 @@ def _join(timeout: int) -> Any:
     place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
         store, number, size = next(dist.rendezvous("env://", timeout=seconds))
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it has what the last attempt left there
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # where the last attempt left its own
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group("gloo", store=store, rank=number, world_size=size, timeout=seconds)
     except (RuntimeError, ValueError) as error:
