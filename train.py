@@ -172,6 +172,7 @@ def existing_part(output: Path) -> Path:
 def run(config: Config, output: Path, source: Path | None, resumed: bool) -> None:
     """Load the data, prepare or restore the state, train; in each of the processes."""
     from resnext.distributed import StopRequest, choose_device, rank, set_numerics
+    from resnext.preflight import memory_explained
     from resnext.reporting import Reporter, Silence, environment
     from resnext.trainer import save, summary, train
 
@@ -201,7 +202,8 @@ def run(config: Config, output: Path, source: Path | None, resumed: bool) -> Non
             reporter.say(introduction(training, len(train_set), len(val_set), output, source, resumed))
             if branched:
                 save(training, output, reporter)
-            train(training, training_batches, val_batches, output, reporter, stop.requested)
+            with memory_explained(config, device):
+                train(training, training_batches, val_batches, output, reporter, stop.requested)
             reporter.say(summary(training, output, stop.signal))
         except UserError as error:
             with contextlib.suppress(OSError):

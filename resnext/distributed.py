@@ -122,11 +122,14 @@ def _first_line(error: Exception) -> str:
     return re.sub(r"^\[\S+\] ", "", (str(error).splitlines() or [type(error).__name__])[0])[:100]
 
 
-def gradient_group(device: torch.device) -> Any:
+def gradient_group(device: torch.device, timeout: int) -> Any:
     """The group over which gradients and buffers on the device are exchanged; None where alone."""
-    if not dist.is_initialized() or device.type != "cuda":
-        return dist.group.WORLD if dist.is_initialized() else None
-    return dist.new_group(backend="nccl")
+    if not dist.is_initialized():
+        return None
+    if device.type != "cuda":
+        return dist.group.WORLD
+    # NCCL ends a process without a word: the votes over gloo are to notice a hang before it does.
+    return dist.new_group(backend="nccl", timeout=datetime.timedelta(seconds=timeout + 60))
 
 
 # ---------------------------------------------------------------------------- telling each other
@@ -219,6 +222,16 @@ def check_ranks(train: Train, ranks: int) -> None:
         raise UserError(
             f"train.batch_size: {part} images at a time are too few for {ranks} processes; raise it, or "
             "start fewer (--nproc-per-node)"
+        )
+
+
+def check_last_batch(train: Train, images: int, ranks: int) -> None:
+    """A UserError where SyncBN would have a process without an image in an epoch's last batch."""
+    last = (images - 1) % train.batch_size + 1
+    if train.sync_bn and any(0 in part for part in shares(last, train, ranks) if any(part)):
+        raise UserError(
+            f"train.sync_bn: the last batch of an epoch has {last} images, too few for {ranks} processes; "
+            "choose another train.batch_size"
         )
 
 

@@ -136,7 +136,7 @@ def prepare(
     torch.manual_seed(config.run.seed)
     model = build_model(config.model, len(classes))
     model.activation_checkpointing = train.activation_checkpointing
-    group = gradient_group(device)
+    group = gradient_group(device, config.run.timeout)
     check_ranks(train, world_size())
     if train.bn_group is not None:
         part = train.batch_size // train.accumulation_steps

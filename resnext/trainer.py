@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .batchnorm import frozen_running_statistics
 from .checkpoint import write_checkpoint
-from .distributed import rank, shares, sum_over_ranks, world_size
+from .distributed import check_last_batch, rank, shares, sum_over_ranks, world_size
 from .errors import UserError
 from .evaluation import Score, at_least_float32, evaluate, hits
 from .reporting import Reporter, duration
@@ -49,6 +49,7 @@ def train(
     Returns whether the end was reached.
     """
     progress, config = training.progress, training.config
+    check_last_batch(config.train, train_batches.images, world_size())
     rehearse(training)
     clock = Clock(progress.seconds, progress.epoch - 1 + progress.step / train_batches.steps)
     while progress.epoch <= config.train.epochs:
@@ -185,7 +186,8 @@ def rehearse(training: Training) -> None:
     size = config.data.train_size
     training.model.train()
     with frozen_running_statistics(training.model), training.autocast():
-        output = training.forward(torch.zeros(images, 3, size, size, device=training.device))
+        pixels = torch.zeros(images, 3, size, size, device=training.device)
+        output = training.forward(pixels.contiguous(memory_format=torch.channels_last))  # as from a loader
     output.float().sum().backward()
     training.optimizer.zero_grad(set_to_none=True)
 

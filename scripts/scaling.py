@@ -660,11 +660,10 @@ def time_steps(model: Any, images: Any, repeats: int) -> Steps:
     import torch
     import torch.distributed as dist
 
-    from resnext.distributed import gradient_group
     from resnext.state import distribute
 
     device = torch.device("cpu")
-    model = distribute(model, device, gradient_group(device))
+    model = distribute(model, device, dist.group.WORLD)
     seconds: dict[str, list[float]] = {"exchanged": [], "alone": [], "forward": []}
     for _ in range(2 + repeats):  # the buckets are cut in the second
         for kind, context in (("exchanged", contextlib.nullcontext), ("alone", model.no_sync)):

@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from commands import call
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import resnext.trainer
 import train
 from resnext.config import parse_config
 from resnext.distributed import StopRequest, shares
@@ -366,3 +368,14 @@ def test_another_decay_on_batchnorm():
         for name, p in reference.named_parameters():
             p -= 0.1 * 1.9 * (p.grad + (0 if name in theirs else 0.01) * p)
     assert_close(training.model, reference)
+
+
+def test_too_little_memory_names_the_keys_that_save_some(tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(resnext.trainer, "train_step", full)
+    (tmp_path / "tiny.yaml").touch()
+    result = call(train.main, "--config", tmp_path / "tiny.yaml", "--output", tmp_path / "run", *RUN)
+    assert result.status == 2
+    assert "train.accumulation_steps" in result.error and "train.activation_checkpointing" in result.error
