@@ -7,7 +7,9 @@ import json
 import os
 import random
 import shutil
+import signal
 import struct
+import time
 import tracemalloc
 import zipfile
 from collections import namedtuple
@@ -330,6 +332,29 @@ def killed_while_writing(folder: Path, function: str, call_number: int, links: b
         os.link = refuse
     write_checkpoint(content_number(3), folder, ["last.pt", "best.pt"])
     os._exit(0)
+
+
+def test_killed_a_hundred_times_while_saving(tmp_path):
+    """kill -9 at a random instant of a process that does nothing but save, each time one number on."""
+    moments, seen = random.Random(0), [0]
+    ballast = {"weights": torch.arange(2**18, dtype=torch.float32)}  # a megabyte takes a moment to write
+    for _ in range(100):
+        child = os.fork()
+        if child == 0:
+            for n in itertools.count(seen[-1] + 1):
+                write_checkpoint(content_number(n) | {"ballast": ballast}, tmp_path, ["last.pt", "best.pt"])
+        time.sleep(moments.uniform(0.002, 0.06))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if (tmp_path / "last.pt").exists():
+            lines = []
+            content = read_latest(tmp_path / "last.pt", lines.append)
+            assert lines == [] and torch.equal(content["ballast"]["weights"], ballast["weights"])
+            seen.append(number(tmp_path / "last.pt"))
+            assert number(tmp_path / "best.pt") - seen[-1] in (0, 1)  # it is renamed first
+            if (tmp_path / "previous.pt").exists():
+                assert seen[-1] - number(tmp_path / "previous.pt") in (1, 2)
+    assert seen == sorted(seen) and seen[-1] > 50
 
 
 # ---------------------------------------------------------------------------- reading damaged files
