@@ -163,6 +163,10 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         for other, used in others.items():
             if used and Path(used).resolve() == Path(name).resolve():
                 raise UserError(f"{option} {name}: is {other} too; name another file for the result")
+        if Path(name).suffix == ".pt" or Path(name).name in ("config.yaml", "metrics.jsonl", "log.txt"):
+            raise UserError(
+                f"{option} {name}: is called as a file of a run; name another file for the result"
+            )
         others[option] = name
 
 

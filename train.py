@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from resnext.config import Config, Data, find_config, parse_config, read_config, to_yaml
-from resnext.errors import UserError, run_command
+from resnext.errors import UserError, launched_as, run_command
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -59,13 +59,13 @@ def main() -> int | None:
     arguments = parse_arguments()
     config = configuration(arguments)
     if arguments.print_config:
-        if os.environ.get("RANK", "0") == "0":
+        if launched_as("RANK") == 0:
             print(to_yaml(config), end="")
         return None
     if arguments.config is None and not arguments.resume:
         raise UserError("--config is missing: name a file of configs/, for example --config demo.yaml")
     output, source = output_folder(arguments), None
-    if not arguments.check and os.environ.get("RANK", "0") == "0":  # ahead of torch, which takes seconds
+    if not arguments.check and launched_as("RANK") == 0:  # ahead of torch, which takes seconds
         source = resume_source(arguments, output)
     from resnext.distributed import from_first, process_group
 
@@ -154,7 +154,11 @@ def latest(folder: Path) -> Path | None:
 
 
 def is_run(folder: Path) -> bool:
-    return (folder / "config.yaml").is_file() and (folder / "log.txt").is_file()
+    """Whether train.py wrote a folder, even if it was killed ahead of writing config.yaml."""
+    first = {"log.txt", "metrics.jsonl", "tensorboard"}
+    if not (folder / "log.txt").is_file():
+        return False
+    return (folder / "config.yaml").is_file() or {path.name for path in folder.iterdir()} <= first
 
 
 def check_writable(output: Path) -> None:
@@ -182,6 +186,7 @@ def run(config: Config, output: Path, source: Path | None, resumed: bool) -> Non
     train_set, val_set, fingerprint = load_sets(config)
     versions = environment(device) | {"data": fingerprint}
     training, changes = make_training(config, train_set.classes, device, versions, source, start)
+    del start  # as large as the training
     warnings += changes
     progress = training.progress
     branched = source is not None and source.resolve().parent != (output / "checkpoints").resolve()
@@ -205,7 +210,7 @@ def run(config: Config, output: Path, source: Path | None, resumed: bool) -> Non
             with memory_explained(config, device):
                 train(training, training_batches, val_batches, output, reporter, stop.requested)
             reporter.say(summary(training, output, stop.signal))
-        except UserError as error:
+        except (UserError, RuntimeError) as error:
             with contextlib.suppress(OSError):
                 reporter.say(f"error: {error}", console=False)
             raise

@@ -4,6 +4,7 @@ Pixels are in 0...255, uint8 or float32, (N, H, W, 3); what comes out is normali
 """
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Iterator
 
@@ -108,6 +109,13 @@ def jitter(images: Tensor, draws: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return out.unflatten(2, images.shape[1:3])
 
 
+@functools.cache
+def colour_constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Gray (3,), scaled axes of lighting (3, 3) and identity, float64; copied to a device only once."""
+    gray, vectors, values = (torch.tensor(v, dtype=torch.double) for v in (GRAY, EIGENVECTORS, EIGENVALUES))
+    return gray.to(device), (vectors * values).to(device), torch.eye(3, dtype=torch.double, device=device)
+
+
 def colour_map(colours: Tensor, draws: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
     """(matrix (N, 3, 3), offset (N, 3)) that take a pixel to its normalised, jittered self.
 
@@ -115,8 +123,7 @@ def colour_map(colours: Tensor, draws: Tensor, mean: Tensor, std: Tensor) -> tup
     """
     draws, colours = draws.double(), colours.double()
     order, alphas, lights = draws[:, :3].long(), draws[:, 3:6], draws[:, 6:9]
-    gray = draws.new_tensor(GRAY)
-    identity = torch.eye(3, dtype=draws.dtype, device=draws.device)
+    gray, axes, identity = colour_constants(draws.device)
     matrix, offset = identity.expand(len(draws), 3, 3), torch.zeros_like(colours)
     for operation in order.unbind(1):
         alpha = alphas.gather(1, operation[:, None])
@@ -127,7 +134,6 @@ def colour_map(colours: Tensor, draws: Tensor, mean: Tensor, std: Tensor) -> tup
         constant = torch.where((operation == 1)[:, None], (1 - alpha) * average[:, None], 0.0)
         matrix = blend @ matrix
         offset = (blend @ offset[:, :, None])[:, :, 0] + constant
-    axes = draws.new_tensor(EIGENVECTORS) * draws.new_tensor(EIGENVALUES)
     offset = offset + 255 * lights @ axes.T
     return (matrix / std[:, None]).float(), ((offset - mean) / std).float()
 

@@ -101,7 +101,7 @@ class Part(NamedTuple):
     """What a process makes of a global batch."""
 
     ids: np.ndarray  # int64: the pictures
-    kept: np.ndarray | None  # bool: those of its share; None: all
+    kept: np.ndarray | None  # int64: those of its share; None: all
 
 
 def epoch_parts(order: np.ndarray, batch_size: int, share: Share, augment: Augment) -> list[Part]:
@@ -117,7 +117,7 @@ def epoch_parts(order: np.ndarray, batch_size: int, share: Share, augment: Augme
         kept = None
         if len(own) < len(ids) and (augment.mixup or augment.cutmix):
             starts = np.flatnonzero(np.diff(own, prepend=-2) != 1)
-            kept = np.insert(np.ones(len(own), bool), starts, False)
+            kept = np.flatnonzero(np.insert(np.ones(len(own), bool), starts, False))
             own = np.insert(own, starts, (own[starts] - 1) % len(ids))
         found.append(Part(ids[own], kept))
     return found
@@ -139,7 +139,7 @@ def finish(
     if len(images) and (augment.mixup or augment.cutmix):
         images, labels = mix(images, labels, augment, classes, seed, epoch, step)
     if part.kept is not None:
-        kept = torch.from_numpy(part.kept).to(images.device)
+        kept = torch.from_numpy(part.kept).to(images.device, non_blocking=True)
         images, labels = images[kept], labels[kept]
     return images, labels
 

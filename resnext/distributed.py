@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .batchnorm import slice_sizes
 from .config import Train
-from .errors import UserError, report_error
+from .errors import TORCHRUN, UserError, report_error
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
@@ -51,8 +51,7 @@ def process_group(timeout: int) -> Iterator[None]:
 
     A failure is reported once, by the process that failed first.
     """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in names if name not in os.environ]
+    missing = [name for name in TORCHRUN if name not in os.environ]
     if missing:
         if os.environ.get("WORLD_SIZE", "1") != "1":
             raise UserError(
@@ -66,6 +65,7 @@ def process_group(timeout: int) -> Iterator[None]:
     try:
         try:
             yield
+            dist.barrier()  # nobody leaves while another still reads what it sent
         except RuntimeError as error:
             raise _explained(error, timeout) from error
     except UserError as error:
@@ -74,7 +74,6 @@ def process_group(timeout: int) -> Iterator[None]:
                 sys.exit(2)
         report_error(error)
         sys.exit(2)
-    dist.barrier()  # nobody leaves while another still reads what it sent
     time.sleep(0.1)  # gloo's threads drop their last tensors, for which they need the interpreter
     dist.destroy_process_group()
 
@@ -107,7 +106,9 @@ def _explained(error: RuntimeError, timeout: int) -> Exception:
     text = str(error)
     if "imed out" in text or "imeout" in text:
         what = f"another process did not answer within {timeout} s (run.timeout)"
-    elif any(words in text for words in ("gloo", "Connection", "NCCL", "Broken pipe")):
+    elif "NCCL" in text:
+        what = f"NCCL failed, or another process is gone ({text.strip().splitlines()[-1][:200]})"
+    elif any(words in text for words in ("gloo", "Connection", "Broken pipe")):
         what = "another process is gone"
     else:
         return error

@@ -4,9 +4,16 @@ import os
 import sys
 from collections.abc import Callable
 
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 
 class UserError(Exception):
     """Something the user can mend; the message names the key or file and the remedy."""
+
+
+def launched_as(name: str) -> int:
+    """RANK or LOCAL_RANK of a process that torchrun started, else 0; costs no import of torch."""
+    return int(os.environ[name]) if all(variable in os.environ for variable in TORCHRUN) else 0
 
 
 def report_error(error: UserError) -> None:
@@ -19,7 +26,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     try:
         sys.exit(main() or 0)
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # the others on this machine would say the same
+        if launched_as("LOCAL_RANK") == 0:  # the others on this machine would say the same
             report_error(error)
         sys.exit(2)
     except BrokenPipeError:  # the reader of our output has gone

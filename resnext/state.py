@@ -141,11 +141,15 @@ def prepare(
     if train.bn_group is not None:
         part = train.batch_size // train.accumulation_steps
         use_group_batchnorm(model, part // train.bn_group // world_size())
+    model = place(model, config, device)
+    ema = None
+    if train.ema_decay is not None:  # a copy, which SyncBN with its group would not allow
+        average = get_ema_multi_avg_fn(train.ema_decay)
+        ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
     if train.sync_bn:
         if device.type != "cuda":
             raise UserError("train.sync_bn: needs GPUs; remove the key on a CPU")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model, group)
-    model = place(model, config, device)
     optimizer = torch.optim.SGD(
         parameter_groups(model, config.optimizer),
         lr=config.optimizer.lr,
@@ -153,10 +157,6 @@ def prepare(
         nesterov=config.optimizer.nesterov,
         fused=True if device.type == "cuda" else None,
     )
-    ema = None
-    if train.ema_decay is not None:
-        average = get_ema_multi_avg_fn(train.ema_decay)
-        ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
     return Training(
         config=config,
         classes=classes,
@@ -239,6 +239,7 @@ def restore(training: Training, content: dict[str, Any], path: Path) -> None:
         training.ema.load_state_dict(content["ema"])
     try:
         training.progress = Progress.from_dict(content["progress"])
+        fused = training.optimizer.defaults["fused"]
         training.optimizer.load_state_dict(content["optimizer"])
         for parameter, state in training.optimizer.state.items():
             if state["momentum_buffer"] is not None and state["momentum_buffer"].shape != parameter.shape:
@@ -255,6 +256,7 @@ def restore(training: Training, content: dict[str, Any], path: Path) -> None:
     for group, decay in zip(training.optimizer.param_groups, decays, strict=True):
         group["momentum"], group["nesterov"] = config.momentum, config.nesterov
         group["weight_decay"] = decay  # the configuration wins, as it was logged
+        group["fused"] = fused  # this device's
 
 
 def checkpoint_content(training: Training) -> dict[str, Any]:

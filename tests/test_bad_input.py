@@ -946,6 +946,38 @@ def test_several_processes(place, monkeypatch):
     expect(text, ("WORLD_SIZE=2 is set", "not RANK", "torchrun"))
 
 
+def test_a_stray_rank_does_not_make_a_run_of_several(place, monkeypatch):
+    """The guard of a used directory stands, and messages are said."""
+    place.run()
+    arguments = [*place.train(), "--output", "run"]
+    before = snapshot(place.folder)
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")
+    expect(refused(place.folder, train.main, *arguments), ("is in use already",))
+    assert snapshot(place.folder) == before
+    assert call(train.main, "--config", "demo.yaml", "--print-config").output.startswith("model:")
+
+
+def test_killed_ahead_of_its_configuration(place):
+    """A requeued job starts there; another folder with a log.txt is none of ours."""
+    for name, status in (("log.txt", 0), ("thesis.tex", 2)):
+        (place.folder / "begun").mkdir(exist_ok=True)
+        (place.folder / "begun" / name).touch()
+        arguments = place.train()
+        result = call(train.main, *arguments, "--output", place.folder / "begun", "--resume", "--check")
+        assert result.status == status, result.output
+
+
+@pytest.mark.parametrize("name", ["checkpoints/last.pt", "metrics.jsonl", "config.yaml"])
+def test_results_do_not_replace_a_run(name, place):
+    place.run()
+    before = snapshot(place.folder)
+    for option in ("--json", "--csv"):
+        text = message(call(evaluate.main, place.folder / "run", option, place.folder / "run" / name))
+        expect(text, (option, "called as a file of a run"))
+    assert snapshot(place.folder) == before
+
+
 def test_used_directory_stays_as_it_is(place):
     """Not even a second, slower look at it changes anything, whatever is asked of it."""
     place.run()

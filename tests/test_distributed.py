@@ -706,14 +706,21 @@ def test_a_batch_that_cannot_be_shared(processes, tmp_path):
 
 def test_torchrun_shows_one_message(tmp_path):
     """torchrun adds its own, and ends with 1."""
-    overrides = settings(train__bn_group=12)
-    with Torchrun(tmp_path, 3, ROOT / "train.py", *start(tmp_path / "run", *overrides)) as job:
+    overrides = settings(train__bn_group=8)
+    with Torchrun(tmp_path, 2, ROOT / "train.py", *start(tmp_path / "run", *overrides)) as job:
         assert job.wait() == 1
         assert set(job.statuses()) <= {2, 128 + signal.SIGTERM} and 2 in job.statuses()
         messages = error_lines(job.error)
-        assert len(messages) == 1 and messages[0].startswith("train.bn_group: 12 makes 2 groups")
+        assert len(messages) == 1 and messages[0].startswith("train.bn_group: 8 makes 3 groups")
         assert f'File "{ROOT}' not in job.error.replace(f"{ROOT}/.venv", ""), "no traceback of ours"
     assert not (tmp_path / "run").exists()
+
+
+def test_a_result_that_cannot_be_written(processes, whole):
+    """The first process fails when the others have done their work; they say nothing."""
+    ended = failed(processes.run(2, "evaluate", whole(3, settings()), "--csv", "/dev/full"))
+    assert len(ended.messages) == 1 and "--csv /dev/full: cannot be written" in ended.messages[0]
+    assert "Traceback" not in "".join(ended.errors)
 
 
 def test_a_directory_in_use(processes, whole, tmp_path):

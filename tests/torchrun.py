@@ -268,7 +268,7 @@ class Processes:
 def serve() -> None:
     """In the process that others are forked from: no threads here, and nothing computed."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    for name in ("data.loader", "data.sets", "data.subsets", "resnext.trainer", "resnext.tables", "tqdm"):
+    for name in ("train", "evaluate", "data.loader", "data.sets", "resnext.tables", "resnext.trainer"):
         importlib.import_module(name)
     for line in sys.stdin:
         job = json.loads(line)
@@ -292,15 +292,23 @@ def ends(pids: list[int], seconds: float) -> list[int | None]:
             if (found := os.waitpid(pid, os.WNOHANG))[0]:
                 statuses[pid] = os.waitstatus_to_exitcode(found[1])
             elif time.monotonic() > end:
-                os.killpg(pid, signal.SIGKILL)
+                send_to_group(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
                 statuses[pid] = None
         if any(statuses.values()) and not told:
             told = True
             for pid in [pid for pid in pids if pid not in statuses]:
-                os.killpg(pid, signal.SIGTERM)
+                send_to_group(pid, signal.SIGTERM)
         time.sleep(0.1)  # as torchrun
     return [statuses[pid] for pid in pids]
+
+
+def send_to_group(pid: int, number: signal.Signals) -> None:
+    """To a child and its workers; to the child alone where it has no group of its own yet."""
+    try:
+        os.killpg(pid, number)
+    except ProcessLookupError:
+        os.kill(pid, number)
 
 
 def run_rank(job: dict[str, Any], rank: int) -> NoReturn:
