@@ -22,6 +22,7 @@ _MODULES = {
     "resnext152_32x4d": "model",
     "resnext29_8x64d": "model",
     "resnext29_16x64d": "model",
+    "load_weights": "weights",
     "UserError": "errors",
 }
 __all__ = list(_MODULES)

@@ -165,16 +165,15 @@ class ResNeXt(nn.Module):
         imagenet = stem == "imagenet"
         self.cardinality, self.form = cardinality, form
         self.activation_checkpointing = False
-        if imagenet:
-            self.conv1 = _convolution(3, 64, 7, 2)
-            self.maxpool = nn.MaxPool2d(3, 2, 1)
-        else:
-            self.conv1 = _convolution(3, 64, 3)
-            self.maxpool = nn.Identity()
+        self.conv1 = _convolution(3, 64, 7, 2) if imagenet else _convolution(3, 64, 3)
         # In the pre-activation CIFAR network the first block's bn0 does the stem's work.
-        self.activate_stem = imagenet or not preactivation
-        if self.activate_stem:
+        if imagenet or not preactivation:
             self.bn1 = nn.BatchNorm2d(64)
+            self.relu = nn.ReLU(inplace=True)
+        if imagenet:
+            self.maxpool = nn.MaxPool2d(3, 2, 1)
+        # The children stand in the order they run, for torchvision's IntermediateLayerGetter.
+        self.stem = [name for name, _ in self.named_children()]
         channels = 64
         for number, blocks in enumerate(stages, 1):
             features = 64 * 2 ** (number - 1)
@@ -210,10 +209,8 @@ class ResNeXt(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The activated output of the last stage: (N, channels, h, w)."""
-        x = self.conv1(x)
-        if self.activate_stem:
-            x = _relu(self.bn1(x))
-        x = self.maxpool(x)
+        for name in self.stem:
+            x = getattr(self, name)(x)
         for number in range(1, self.stages + 1):
             for block in getattr(self, f"layer{number}"):
                 x = self._run(block, x)

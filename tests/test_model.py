@@ -546,7 +546,7 @@ def test_named_networks(name):
 
 
 def test_every_exported_name_can_be_imported():
-    expected = {"ResNeXt", "build_model", "convert_form", "UserError", *NAMED}
+    expected = {"ResNeXt", "build_model", "convert_form", "load_weights", "UserError", *NAMED}
     assert set(resnext.__all__) == expected
     for name in resnext.__all__:
         namespace = {}
