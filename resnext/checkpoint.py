@@ -14,6 +14,7 @@ A checkpoint is a plain dict that `torch.load(path, weights_only=True)` reads:
 """
 
 import contextlib
+import itertools
 import os
 import pickletools
 import re
@@ -162,7 +163,8 @@ def read_latest(path: Path, warn: Callable[[str], None]) -> dict[str, Any]:
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Load and verify one of our checkpoints onto the CPU; nothing in the file is executed."""
-    _verify_archive(path)
+    verify_archive(path)
+    _verify_pickle(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises many kinds on foreign and hostile files
@@ -192,19 +194,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def _verify_archive(path: Path) -> None:
-    """Refuse anything but a whole, uncompressed zip whose checksums are right."""
+def verify_archive(path: Path) -> None:
+    """A UserError for anything but a whole, uncompressed zip whose checksums are right."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             size = path.stat().st_size
             if any(e.compress_type != zipfile.ZIP_STORED or e.file_size > size for e in entries):
-                raise UserError(f"{path}: a compressed archive, not a checkpoint of this program")
+                raise UserError(f"{path}: a compressed archive, which torch.save does not write; use another file")
             if any(e.external_attr & 0x10 for e in entries):  # marked as a folder: torch would read zeros
                 raise UserError(f"{path}: damaged (an entry is marked as a folder); use another checkpoint")
             broken = archive.testzip()
-            if not broken:
-                _verify_pickle(archive, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UserError:
@@ -218,18 +218,20 @@ def _verify_archive(path: Path) -> None:
         raise UserError(f"{path}: damaged (checksum of {broken}); use another checkpoint")
 
 
-def _verify_pickle(archive: zipfile.ZipFile, path: Path) -> None:
+def _verify_pickle(path: Path) -> None:
     """Refuse a pickle that names anything but tensors, before it is read."""
-    for name in archive.namelist():
-        if not name.endswith("data.pkl"):
-            continue
-        for code, argument, _ in pickletools.genops(archive.read(name)):
+    with zipfile.ZipFile(path) as archive:
+        pickles = [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]
+    try:
+        for code, argument, _ in itertools.chain.from_iterable(map(pickletools.genops, pickles)):
             named = "GLOBAL" in code.name or code.name in ("INST", "EXT1", "EXT2", "EXT4")
             if named and not ALLOWED_GLOBALS.fullmatch(str(argument)):
                 raise UserError(
                     f"{path}: not a checkpoint of this program: it holds more than "
                     f"tensors and plain values ({argument})"
                 )
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({_first_line(error)}); use another checkpoint") from None
 
 
 def check_state(module: torch.nn.Module, state: dict[str, Any], path: Path | str) -> None:

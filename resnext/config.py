@@ -334,7 +334,7 @@ def parse_config(text: str, source: str, overrides: list[str] | tuple[str, ...] 
         section, key, value = _read_override(override)
         given[section][key] = value
     config = Config(**{name: make(**given[name]) for name, make in SECTIONS.items()})
-    return _complete(config)
+    return complete(config)
 
 
 def _read_sections(root: yaml.Node | None, source: str) -> Iterator[tuple[str, str, Any]]:
@@ -403,7 +403,7 @@ def _hint(key: str, section: str | None) -> str:
 # ---------------------------------------------------------------------------- completing
 
 
-def _complete(config: Config) -> Config:
+def complete(config: Config) -> Config:
     """Fill in what follows from other keys, and refuse combinations that cannot work."""
     data = _complete_data(config.data, config.model.stem)
     _check_train(config)

@@ -2,18 +2,29 @@
 
 Read are checkpoints of this program, state_dicts of torchvision, timm, mmpretrain, pycls and the CIFAR
 models of bearpaw and prlz77 (.pt, .pth, .safetensors), and Torch7's .t7. Nothing in a file is executed,
-and none takes more memory than its own size asks for. The network is inferred from the tensors.
+and none takes more memory than a few times its size. The network is inferred from the tensors.
 """
 
-from dataclasses import dataclass
+import contextlib
+import json
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..checkpoint import check_state, find_checkpoint, read_checkpoint
-from ..config import Config, parse_config
+from ..checkpoint import FORMAT, check_state, find_checkpoint, read_checkpoint, verify_archive
+from ..config import Config, complete, parse_config
+from ..errors import UserError
 from ..model import ResNeXt, build_model
+from . import lua, names, pickles, torch7
+
+TORCHVISION = "torchvision:"
+EXPORTED = "resnext weights"  # metadata "format" of scripts/export.py's .safetensors
 
 
 @dataclass(frozen=True)
@@ -31,23 +42,66 @@ class Info:
     classes: tuple[str, ...] | None
 
 
-def load_weights(path: Path | str) -> tuple[ResNeXt, Info]:
-    """The network in a file or run directory, in evaluation mode on the CPU, and what is known of it.
+def load_weights(source: Path | str) -> tuple[ResNeXt, Info]:
+    """The network in a file, run directory or Lua checkpoint directory, and what is known of it.
 
-    Raises UserError for whatever cannot be read.
+    "torchvision:NAME", NAME such as resnext50_32x4d or resnext50_32x4d:IMAGENET1K_V1, is downloaded once.
+    The network is in evaluation mode, on the CPU, in float32; in float64 if the file is. Raises
+    UserError for whatever cannot be read.
     """
-    path = find_checkpoint(Path(path).expanduser(), "best.pt")
+    if str(source).startswith(TORCHVISION):
+        return _torchvision(str(source))
+    path = find_weights(Path(source).expanduser())
+    with _readable(path):
+        if _is_own(path):
+            return _own(path)
+        with open(path, "rb") as file:
+            head = file.read(64)
+        if head.startswith(b"PK") or head.startswith(pickles.LEGACY_START):
+            return _pickled(path, head)
+        if head[8:9] == b"{":
+            return _safetensors(path)
+        if torch7.is_t7(head):
+            return _build(lua.read_network(path).state, path, "Torch7", "weights")
+    raise UserError(f"{path}: none of the files read: .pt, .pth, .safetensors or .t7; give another file")
+
+
+def find_weights(path: Path) -> Path:
+    """The file that a run directory (best.pt) or a Lua checkpoint directory (its latest) stands for."""
+    if (path / "latest.t7").is_file():
+        with _readable(path):
+            return lua.model_file(path)
+    return find_checkpoint(path, "best.pt")
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What a damaged or foreign file raises becomes one UserError that names it."""
+    try:
+        yield
+    except torch7.Unreadable as error:
+        raise UserError(f"{path}: {error}; use another file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+# ---------------------------------------------------------------------------- one kind of file each
+
+
+def _is_own(path: Path) -> bool:
+    """Whether it is a checkpoint of this program, as far as a glance tells."""
+    with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
+        content = [archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl")]
+        return any(FORMAT.encode() in part for part in content)
+    return False
+
+
+def _own(path: Path) -> tuple[ResNeXt, Info]:
     content = read_checkpoint(path)
     config = parse_config(content["config"], str(path))
-    steps = content["progress"]["global_step"]
     averaged = "averaged weights" if content["ema"] is not None else "weights"
-    state = evaluated_state(content)
-    with torch.device("meta"):  # no memory before the shapes are known to be the file's
-        model = build_model(config.model, len(content["classes"]))
-    check_state(model, state, path)
-    model.load_state_dict(state, assign=True)
-    info = Info("this program", f"{averaged} after {steps} steps", config, tuple(content["classes"]))
-    return model.eval(), info
+    which = f"{averaged} after {content['progress']['global_step']} steps"
+    return _load(evaluated_state(content), path, Info("this program", which, config, tuple(content["classes"])))
 
 
 def evaluated_state(content: dict[str, Any]) -> dict[str, Any]:
@@ -56,3 +110,115 @@ def evaluated_state(content: dict[str, Any]) -> dict[str, Any]:
         return dict(content["model"])
     prefix = "module."
     return {k.removeprefix(prefix): v for k, v in content["ema"].items() if k.startswith(prefix)}
+
+
+def _pickled(path: Path, head: bytes) -> tuple[ResNeXt, Info]:
+    if head.startswith(b"PK"):
+        verify_archive(path)
+        content = pickles.read_archive(path)
+    else:
+        content = pickles.read_legacy(path.read_bytes())
+    state, which, others = names.find_state(content)
+    origin, state = names.translate(state, others)
+    return _build(state, path, origin, which, names.class_names(others))
+
+
+def _safetensors(path: Path) -> tuple[ResNeXt, Info]:
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise UserError(f"{path}: needs the package safetensors; pip install safetensors") from None
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}
+    except SafetensorError as error:
+        raise torch7.Unreadable(f"damaged ({str(error)[:100]})") from None
+    if not state:
+        raise torch7.Unreadable("holds no tensors")
+    if metadata.get("format") == EXPORTED:
+        return _exported(state, path, metadata)
+    state = {names.unwrapped(key): value for key, value in state.items()}
+    origin, state = names.translate(state, {})
+    return _build(state, path, origin, "weights")
+
+
+def _exported(state: dict[str, Tensor], path: Path, metadata: Mapping[str, str]) -> tuple[ResNeXt, Info]:
+    """scripts/export.py's own."""
+    try:
+        config = parse_config(metadata["config"], str(path))
+        classes = json.loads(metadata.get("classes", "null"))
+    except (KeyError, ValueError):
+        raise torch7.Unreadable("its metadata is not scripts/export.py's") from None
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
+        raise torch7.Unreadable("its metadata's classes are no names")
+    info = Info(metadata.get("origin", "this program"), "exported weights", config, classes and tuple(classes))
+    return _load(state, path, info)
+
+
+def _torchvision(source: str) -> tuple[ResNeXt, Info]:
+    """Weights that torchvision publishes, with the preprocessing that it states for them."""
+    import torchvision
+
+    name, _, version = source.removeprefix(TORCHVISION).partition(":")
+    try:
+        known = torchvision.models.get_model_weights(name)
+        weights = known[version] if version else known.DEFAULT
+    except (ValueError, KeyError):
+        raise UserError(
+            f"{source}: torchvision has no such weights; give torchvision:resnext50_32x4d, "
+            "torchvision:resnext50_32x4d:IMAGENET1K_V1 or the like"
+        ) from None
+    try:
+        state = weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True, map_location="cpu")
+    except Exception as error:  # of network, disk and hash
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(
+            f"{source}: {weights.url} cannot be had ({reason}); fetch it yourself and give the file"
+        ) from None
+    with _readable(Path(source)):
+        model, info = _build(state, source, "torchvision", f"{weights}")
+    view = weights.transforms()
+    data = replace(
+        info.config.data,
+        image_size=view.crop_size[0],
+        train_size=view.crop_size[0],
+        resize=view.resize_size[0],
+        interpolation=view.interpolation.value,
+        mean=tuple(255 * value for value in view.mean),
+        std=tuple(255 * value for value in view.std),
+    )
+    return model, replace(info, config=complete(replace(info.config, data=data)))
+
+
+# ---------------------------------------------------------------------------- the network
+
+
+def _build(
+    state: dict[str, Tensor], path: Path | str, origin: str, which: str, classes: tuple[str, ...] | None = None
+) -> tuple[ResNeXt, Info]:
+    """The network inferred from tensors under our names; those of another number type become ours."""
+    double = state.get("conv1.weight", torch.empty(0)).dtype == torch.float64
+    kind = torch.float64 if double else torch.float32
+    network = names.architecture(state)
+    if isinstance(path, Path) and sum(value.numel() for value in state.values()) > path.stat().st_size:
+        raise torch7.Unreadable("its tensors are larger than the file")
+    config = names.configuration(network, origin)
+    for key in [key for key in state if key.endswith("running_mean")]:  # Torch7 and old files count no batches
+        state.setdefault(key.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
+    state = {
+        key: value.to(kind) if value.is_floating_point() else value.to(torch.int64)
+        for key, value in state.items()
+    }
+    classes = classes if classes and len(classes) == network.classes else None
+    return _load(state, path, Info(origin, which, config, classes), kind)
+
+
+def _load(
+    state: dict[str, Tensor], path: Path | str, info: Info, kind: torch.dtype = torch.float32
+) -> tuple[ResNeXt, Info]:
+    with torch.device("meta"):  # no memory before the shapes are known to be the file's
+        model = build_model(info.config.model, info.config.model.classes or len(info.classes)).to(kind)
+    check_state(model, state, path)
+    model.load_state_dict({key: value.contiguous() for key, value in state.items()}, assign=True)
+    return model.eval(), info

@@ -1,0 +1,204 @@
+"""Files of torch.save, zip archives and those of before torch 1.6, read without executing anything.
+
+Numbers, texts, lists and dicts are read, tensors as Stored; whatever else a pickle names becomes an Inert,
+a placeholder that does nothing, so that files with argparse's or a trainer's objects can be read too.
+"""
+
+import collections
+import io
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .torch7 import Unreadable, view
+
+MAX_PICKLE = 64 << 20  # bytes; a small pickle can ask for a hundred times its size
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+LEGACY_START = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
+
+STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+
+
+class Stored:
+    """A tensor. Wrapped, because a pickle may call a torch.Tensor's own __setstate__."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class Inert:
+    """Stands in place of an object of a class that is not read; takes anything, does nothing."""
+
+    def __new__(cls, *arguments: Any, **keywords: Any) -> "Inert":
+        return super().__new__(cls)
+
+    def __init__(self, *arguments: Any, **keywords: Any):
+        pass
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> "Inert":
+        return self
+
+    def ignore(self, *arguments: Any) -> None:
+        pass
+
+    __setstate__ = __setitem__ = append = extend = add = ignore
+
+
+def read_archive(path: Path) -> Any:
+    """What torch.save wrote into a zip archive (see checkpoint.verify_archive). Raises Unreadable."""
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        roots = [name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl")]
+        if len(roots) != 1:
+            raise Unreadable("an archive without the one data.pkl of torch.save")
+        root = roots[0]
+        if f"{root}byteorder" in names and archive.read(f"{root}byteorder").strip() != b"little":
+            raise Unreadable("its numbers are big-endian")
+        if f"{root}constants.pkl" in names:
+            raise Unreadable("a TorchScript program; save its state_dict() with torch.save")
+
+        def storage(key: str, kind: torch.dtype) -> Tensor:
+            name = f"{root}data/{key}"
+            if name not in names:
+                raise Unreadable(f"the numbers of a tensor are missing ({name[:80]})")
+            return _numbers(archive.read(name), kind)
+
+        return _Unpickler(archive.read(f"{root}data.pkl"), storage).read()
+
+
+def read_legacy(content: bytes) -> Any:
+    """What torch.save wrote before version 1.6: pickles, then the storages. Raises Unreadable."""
+    stream = io.BytesIO(content)
+    kinds: dict[str, torch.dtype] = {}
+
+    def remember(key: str, kind: torch.dtype) -> Tensor:
+        kinds[key] = kind
+        return torch.empty(0, dtype=kind)
+
+    def read(storage: Callable = remember, checked: bool = True) -> Any:
+        unpickler = _Unpickler(content[stream.tell() : stream.tell() + MAX_PICKLE], storage, checked)
+        value = unpickler.read()
+        stream.seek(unpickler.stream.tell(), io.SEEK_CUR)
+        return value
+
+    if read() != LEGACY_MAGIC or read() != 1001:
+        raise Unreadable("not a file of torch.save")
+    system = read()
+    if not isinstance(system, dict) or system.get("little_endian") is not True:
+        raise Unreadable("its numbers are big-endian")
+    start = stream.tell()
+    read(checked=False)  # tells which storages there are, and where they begin
+    storages: dict[str, Tensor] = {}
+    for key in _keys(read()):
+        head = stream.read(8)
+        count = int.from_bytes(head, "little", signed=True)
+        kind = kinds.get(key)
+        if len(head) < 8 or kind is None or not 0 <= count <= len(content):
+            raise Unreadable("cut off, or its tensors are damaged")
+        storages[key] = _numbers(stream.read(count * kind.itemsize), kind)
+        if len(storages[key]) != count:
+            raise Unreadable("cut off within its tensors")
+    return _Unpickler(content[start : start + MAX_PICKLE], lambda key, kind: storages[key].view(kind)).read()
+
+
+def _keys(value: Any) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(key, str) for key in value):
+        raise Unreadable("its list of tensors is damaged")
+    return value
+
+
+def _numbers(content: bytes, kind: torch.dtype) -> Tensor:
+    """1-D, of little-endian bytes."""
+    if len(content) % kind.itemsize:
+        raise Unreadable("the numbers of a tensor are cut off")
+    if not content:
+        return torch.empty(0, dtype=kind)
+    return torch.from_numpy(np.frombuffer(content, np.uint8).copy()).view(kind)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows tensors and OrderedDict; `storage` gives the numbers of a key as a 1-D tensor."""
+
+    def __init__(self, content: bytes, storage: Callable[[str, torch.dtype], Tensor], checked: bool = True):
+        self.stream = io.BytesIO(content[:MAX_PICKLE])
+        super().__init__(self.stream, encoding="latin1")
+        self.storage, self.checked = storage, checked
+        self.storages: dict[str, Tensor] = {}
+
+    def read(self) -> Any:
+        """The value; whatever a damaged pickle raises is Unreadable."""
+        try:
+            return self.load()
+        except Unreadable:
+            raise
+        except Exception as error:
+            raise Unreadable(f"its pickle is damaged ({type(error).__name__})") from None
+
+    def find_class(self, module: str, name: str) -> Any:
+        # New functions and classes each time: a hostile file may set attributes on what it gets.
+        if module in ("torch", "torch.cuda", "torch.storage") and name in STORAGES:
+            return _Kind(STORAGES[name])
+        if (module, name) in (
+            ("torch._utils", "_rebuild_tensor_v2"),
+            ("torch._utils", "_rebuild_tensor"),
+        ):
+            return lambda storage, offset, sizes, strides, *_: self.tensor(storage, offset, sizes, strides)
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return lambda tensor, *_: tensor
+        if (module, name) == ("collections", "OrderedDict"):
+            return type("OrderedDict", (collections.OrderedDict,), {})
+        return type("Inert", (Inert,), {"name": f"{module}.{name}"})
+
+    def persistent_load(self, identity: Any) -> Any:
+        if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] != "storage":
+            return Inert()  # the source of a pickled module
+        _, kind, key, _, count, *window = identity
+        if not isinstance(kind, _Kind) or not isinstance(key, str):
+            raise Unreadable("a tensor of unknown numbers")
+        if key not in self.storages:
+            self.storages[key] = self.storage(key, kind.dtype)
+        storage = self.storages[key]
+        if storage.dtype != kind.dtype:
+            raise Unreadable("two types of numbers share a storage")
+        if window and window[0] is not None and self.checked:  # (its key, first element, elements)
+            _, offset, count = window[0]
+            storage = view(storage, offset, [count], [1])
+        return Stored(storage)
+
+    def tensor(self, storage: Any, offset: Any, sizes: Any, strides: Any) -> Any:
+        if not isinstance(storage, Stored) or storage.tensor.ndim != 1:
+            raise Unreadable("a tensor without its numbers")
+        if not self.checked:
+            return None
+        if not all(type(number) is int for number in (offset, *sizes, *strides)):
+            raise Unreadable("a tensor whose shape is no numbers")
+        return Stored(view(storage.tensor, offset, list(sizes), list(strides)))
+
+
+class _Kind:
+    """A class of storages, for persistent_load."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
