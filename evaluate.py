@@ -3,6 +3,8 @@
     python evaluate.py runs/demo                                    the best checkpoint of a run
     python evaluate.py runs/demo/checkpoints/last.pt                one checkpoint
     python evaluate.py runs/cifar10_resnext29_8x64d --data datasets --json result.json
+    python evaluate.py resnext_50_32x4d.t7 --data imagenet          weights of another program (see README)
+    python evaluate.py torchvision:resnext50_32x4d --data imagenet  those that torchvision publishes
     python evaluate.py RUN --ten-crop                               centre, corners, and all five mirrored
     python evaluate.py RUN --image-size 320 --resize 320            the paper's Table 5
     python evaluate.py RUN --data DIR --classes wnids.txt           among some of the classes only
@@ -10,8 +12,9 @@
     torchrun --nproc-per-node=8 evaluate.py RUN                     on 8 GPUs: the same integers
 
 The checkpoint knows its network, data set, preprocessing and precision; --data says where the data
-is now. Averaged weights (train.ema_decay) are evaluated where there are any. Files of results appear
-whole or not at all.
+is now. Of other programs' weights the network is inferred, and the preprocessing is that of their origin.
+Averaged weights (train.ema_decay) are evaluated where there are any. Files of results appear whole or not
+at all.
 """
 
 import argparse
@@ -22,7 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from resnext.config import Config
+from resnext.config import Config, network_name
 from resnext.errors import UserError, run_command
 
 
@@ -32,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
         description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("source", metavar="RUN|CHECKPOINT", help="a run directory or a checkpoint file")
+    add("source", metavar="RUN|CHECKPOINT|WEIGHTS", help="a run directory, or a file of weights")
     add("--data", metavar="DIR", help="where the data is; default: where it was")
     add("--ten-crop", action="store_true", help="sum the scores of ten crops an image (sets of files)")
     add("--image-size", type=int, metavar="N", help="crop N pixels instead of the run's (sets of files)")
@@ -68,22 +71,21 @@ def main() -> None:
     wanted = subsets.read_classes(arguments.classes) if arguments.classes else None
     splits = subsets.read_splits(arguments.splits) if arguments.splits else []
 
-    from resnext.checkpoint import find_checkpoint
     from resnext.distributed import process_group
-    from resnext.state import load_evaluated
+    from resnext.weights import load_weights
 
-    path = find_checkpoint(Path(arguments.source), "best.pt")
-    model, config, content = load_evaluated(path)
-    config = adapt(config, arguments)
+    model, info = load_weights(arguments.source)
+    config = adapt(info.config, arguments)
+    if info.classes is None and (Path(config.data.dir or "").expanduser() / "val").is_dir():
+        # Not the CIFAR set that a network of such a stem and so many classes is likely of.
+        config = replace(config, data=replace(config.data, dataset="folder"))
     with process_group(config.run.timeout):
-        run(model, config, content, path, wanted, splits, arguments)
+        run(model, replace(info, config=config), wanted, splits, arguments)
 
 
 def run(
     model: Any,
-    config: Config,
-    content: dict[str, Any],
-    path: Path,
+    info: Any,
     wanted: dict[str, int] | None,
     splits: list[tuple[int, str, str]],
     arguments: argparse.Namespace,
@@ -94,33 +96,40 @@ def run(
     from resnext.state import place
     from resnext.tables import class_rows, report, score_row, to_csv
 
-    classes = tuple(content["classes"])
-    columns = subsets.find_columns(wanted, classes, arguments.classes) if wanted else None
+    config = info.config
     device = choose_device(arguments.device)
     set_numerics(config.train.precision, config.run.deterministic)
     with first_on_machine():  # which downloads what is missing
+        classes = info.classes or subsets.known_classes(config.data, model.fc.out_features)
+        columns = subsets.find_columns(wanted, classes, arguments.classes) if wanted else None
         val_set = subsets.load_val(config.data, classes, partial=columns is not None)
     names = subsets.picture_names(config.data, val_set)
     if columns:
         val_set, names = subsets.restrict(val_set, names, columns, arguments.classes)
     members = subsets.find_members(splits, names, arguments.splits) if splits else {}
-    score, predictions = measure(place(model, config, device), config, val_set, columns, device, arguments)
+    model = place(model.float(), config, device)
+    score, predictions = measure(model, config, val_set, columns, device, arguments)
     if rank() != 0:
         return
     result = {
-        "checkpoint": str(path),
-        "weights": "averaged weights" if content["ema"] is not None else "weights",
-        "global_step": content["progress"]["global_step"],
+        "checkpoint": info.file,
+        "origin": info.origin,
+        "weights": info.weights,
+        "global_step": info.steps,
         **score_row(score),
         "dataset": config.data.dataset,
         "data": config.data.dir,
         "pipeline": config.data.pipeline,
+        "interpolation": config.data.interpolation,
+        "mean": config.data.mean,
+        "std": config.data.std,
         "image_size": config.data.image_size,
         "resize": config.data.resize,
         "crops": 10 if arguments.ten_crop else 1,
         "precision": config.train.precision,
         "device": device.type,
         "classes": len(val_set.classes),
+        "network": network_name(config.model),
         "network_classes": len(classes),
         "classes_file": arguments.classes,
         **class_rows(predictions, val_set.classes),
@@ -142,7 +151,7 @@ def run(
 def check_arguments(arguments: argparse.Namespace) -> None:
     """What can be said about the command line before anything is read."""
     source = Path(arguments.source)
-    if not source.exists():
+    if not source.exists() and not arguments.source.startswith("torchvision:"):
         raise UserError(f"{source}: no such run directory or checkpoint; check the path")
     limits = {"batch_size": (1, 1 << 20), "workers": (0, 256), "image_size": (8, 4096), "resize": (8, 8192)}
     for name, (low, high) in limits.items():
@@ -183,7 +192,7 @@ def check_target(option: str, path: Path) -> None:
 
 
 def adapt(config: Config, arguments: argparse.Namespace) -> Config:
-    """The run's configuration with what the options change."""
+    """The configuration of the weights with what the options change."""
     data, train = config.data, config.train
     if data.pipeline == "memory":
         for name in ("ten_crop", "image_size", "resize"):

@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from resnext.config import Config, Data, find_config, parse_config, read_config, to_yaml
+from resnext.config import Config, Data, find_config, network_name, parse_config, read_config, to_yaml
 from resnext.errors import UserError, launched_as, run_command
 
 
@@ -80,6 +80,11 @@ def configuration(arguments: argparse.Namespace) -> Config:
     """The configuration of --config, or of what --resume names, with the overrides."""
     if arguments.config is not None:
         config = read_config(find_config(arguments.config), arguments.overrides)
+    elif arguments.resume and is_lua_run(Path(arguments.resume)):
+        raise UserError(
+            f"--config is missing: the Lua run {arguments.resume} does not say its options; "
+            "scripts/lua_flags.py makes a configuration of its command line"
+        )
     elif arguments.resume and Path(arguments.resume).is_dir():
         path = Path(arguments.resume) / "config.yaml"
         if not path.is_file():
@@ -103,7 +108,7 @@ def output_folder(arguments: argparse.Namespace) -> Path:
         return Path(arguments.output)
     if arguments.resume:
         path = Path(arguments.resume)
-        if path.is_dir():
+        if path.is_dir() and not is_lua_run(path):
             return path
         if path.name == "last.pt" and path.parent.name == "checkpoints":
             return path.parent.parent
@@ -144,6 +149,8 @@ def resume_source(arguments: argparse.Namespace, output: Path) -> Path | None:
 
 def latest(folder: Path) -> Path | None:
     """last.pt of a run directory (perhaps only its predecessor is left), None where nothing was saved."""
+    if is_lua_run(folder):
+        return folder / "latest.t7"
     saved = folder / "checkpoints" / "last.pt"
     if saved.exists() or saved.with_name("previous.pt").exists():
         return saved
@@ -151,6 +158,11 @@ def latest(folder: Path) -> Path | None:
     if others:
         raise UserError(f"{saved}: is gone; go on from another with --resume {others[0]} --output DIR")
     return None
+
+
+def is_lua_run(folder: Path) -> bool:
+    """Whether it is a directory of the Lua code's checkpoints."""
+    return (folder / "latest.t7").is_file()
 
 
 def is_run(folder: Path) -> bool:
@@ -224,15 +236,21 @@ def run(config: Config, output: Path, source: Path | None, resumed: bool) -> Non
 
 
 def read_start(config: Config, source: Path | None) -> tuple[Any, list[str]]:
-    """(what a training starts from, lines for the log): a checkpoint's content, or the path of weights."""
-    from resnext.checkpoint import check_resume, find_checkpoint, read_latest
-    from resnext.distributed import from_first
+    """(what a training starts from, lines for the log).
+
+    A checkpoint's content, a LuaState, (network, Info) of pretrained weights, or None.
+    """
+    from resnext.checkpoint import check_resume, read_latest
+    from resnext.distributed import first_on_machine, from_first
     from resnext.state import check_network
+    from resnext.weights import load_lua_run, load_weights
 
     warnings: list[str] = []
     if source is None:
-        weights = config.train.weights
-        return find_checkpoint(Path(weights).expanduser(), "best.pt") if weights else None, warnings
+        with first_on_machine():  # which downloads what is missing
+            return load_weights(config.model.pretrained) if config.model.pretrained else None, warnings
+    if source.suffix == ".t7":
+        return from_first(lambda: load_lua_run(source.parent)), warnings
     content, warnings = from_first(lambda: (read_latest(source, warnings.append), warnings))
     before = parse_config(content["config"], str(source))
     warnings += check_resume(before, config, content["progress"]["step"])
@@ -249,20 +267,24 @@ def make_training(
     start: Any,
 ) -> tuple[Any, list[str]]:
     """(the state of the training at its start, lines for the log); `start` as from read_start."""
-    from resnext.state import prepare, restore, start_from
+    from resnext.state import continue_lua, prepare, restore, start_from
+    from resnext.weights import LuaState
 
     training = prepare(config, classes, device, versions)
-    if isinstance(start, Path):
-        return training, [start_from(training, start)]
     if start is None:
         return training, []
-    restore(training, start, source)
-    warnings = [
-        f"warning: {name} was {old} and is {versions.get(name)}; the bits may differ from here on"
-        for name, old in start["versions"].items()
-        if name != "started" and old != versions.get(name)
-    ]
-    warnings += other_statistics(config, start["versions"].get("processes", "1"))
+    if isinstance(start, tuple):
+        return training, start_from(training, *start)
+    if isinstance(start, LuaState):
+        warnings = continue_lua(training, start)
+    else:
+        restore(training, start, source)
+        warnings = [
+            f"warning: {name} was {old} and is {versions.get(name)}; the bits may differ from here on"
+            for name, old in start["versions"].items()
+            if name != "started" and old != versions.get(name)
+        ]
+        warnings += other_statistics(config, start["versions"].get("processes", "1"))
     done = training.progress.epoch - 1
     if done > config.train.epochs:
         raise UserError(f"train.epochs: {config.train.epochs}, but {done} are done already; raise it")
@@ -373,11 +395,11 @@ def introduction(
     from resnext.model import complexity
 
     config, progress = training.config, training.progress
-    model, train = config.model, config.train
+    train = config.train
     parameters, macs = complexity(training.model, config.data.image_size)
-    name = f"{model.architecture}-{model.depth} ({model.cardinality}x{model.base_width}d)"
     lines = [
-        f"{name}: {parameters:,} parameters, {macs / 1e6:,.0f} M multiply-adds per image",
+        f"{network_name(config.model)}: {parameters:,} parameters, "
+        f"{macs / 1e6:,.0f} M multiply-adds per image",
         f"{config.data.dataset}: {train_images:,} training and {val_images:,} validation images, "
         f"{len(training.classes)} classes, {config.data.image_size} pixels{view(config.data)}",
         f"global batch {train.batch_size}{processes(training)}, lr {config.optimizer.lr}, "

@@ -19,6 +19,7 @@ from .images import ImageSet
 from .sets import load_set
 
 MAX_SPLITS = 50
+IMAGENET_WNIDS = Path(__file__).with_name("imagenet_wnids.txt")  # in the order of the outputs
 
 # ---------------------------------------------------------------------------- files that name parts
 
@@ -79,6 +80,30 @@ def read_splits(name: str) -> list[tuple[int, str, str]]:
 
 
 # ---------------------------------------------------------------------------- the pictures
+
+
+def known_classes(data: Data, count: int) -> tuple[str, ...]:
+    """The classes of a network whose file does not name them: ImageNet's wnids, or those of the data.
+
+    All such programs number the sorted folder names.
+    """
+    if data.dir is None:
+        raise UserError("--data: is missing; give --data DIR with val/CLASS/*.jpg")
+    if data.dataset != "folder":
+        return load_set(data, "val").classes
+    val = Path(data.dir).expanduser() / "val"
+    if not val.is_dir():
+        raise UserError(f"--data {data.dir}: has no val/; it must hold val/CLASS/*.jpg")
+    found = sorted(entry.name for entry in os.scandir(val) if entry.is_dir())
+    wnids = tuple(IMAGENET_WNIDS.read_text().split())
+    if count == len(wnids) and set(found) <= set(wnids):
+        return wnids
+    if len(found) != count:
+        raise UserError(
+            f"--data {data.dir}: val/ has {len(found)} classes and the network {count}, which its file does "
+            "not name; give all that it was trained on"
+        )
+    return tuple(found)
 
 
 def find_columns(wanted: dict[str, int], classes: Sequence[str], name: str) -> list[int]:

@@ -201,7 +201,7 @@ def verify_archive(path: Path) -> None:
             entries = archive.infolist()
             size = path.stat().st_size
             if any(e.compress_type != zipfile.ZIP_STORED or e.file_size > size for e in entries):
-                raise UserError(f"{path}: a compressed archive, which torch.save does not write; use another file")
+                raise UserError(f"{path}: a compressed archive, which torch.save never writes; use another")
             if any(e.external_attr & 0x10 for e in entries):  # marked as a folder: torch would read zeros
                 raise UserError(f"{path}: damaged (an entry is marked as a folder); use another checkpoint")
             broken = archive.testzip()
@@ -255,6 +255,7 @@ def check_state(module: torch.nn.Module, state: dict[str, Any], path: Path | str
 
 # ---------------------------------------------------------------------------- resuming
 
+FOR_THE_WHOLE_RUN = ("train.ema_decay", "optimizer.norm_weight_decay", "optimizer.head_lr")
 # Inside an epoch the rest of its steps is only defined while these stay as they were.
 FIXED_INSIDE_EPOCH = (
     "data.train_images",
@@ -271,12 +272,14 @@ def check_resume(old: Config, new: Config, step: int) -> list[str]:
     lines = []
     for key, before, now in differences(old, new):
         before, now = to_text(before), to_text(now)
+        if key == "model.pretrained":  # only a start
+            continue
         if key.startswith("model.") and key != "model.classes":
             raise UserError(
                 f"{key}: the checkpoint has {before}, the configuration {now}; a run goes on with "
                 "its own network; start another run for another one"
             )
-        if key in ("train.ema_decay", "optimizer.norm_weight_decay") and "null" in (before, now):
+        if key == "train.frozen_stages" or (key in FOR_THE_WHOLE_RUN and "null" in (before, now)):
             raise UserError(
                 f"{key}: the checkpoint has {before}, the configuration {now}; it can neither start nor end "
                 "inside a run; start another run"

@@ -61,6 +61,10 @@ class Model:
     classes: int | None = _key(
         None, "number of classes; null: what the data has", at_least=1, at_most=10_000_000
     )
+    pretrained: str | None = _key(
+        None,
+        "start from these weights: a run, a file, torchvision:NAME; other classes get a new last layer",
+    )
 
 
 @dataclass(frozen=True)
@@ -144,13 +148,16 @@ class Augment:
 class Train:
     epochs: int = _key(100, "passes over the training set", at_least=1)
     batch_size: int = _key(256, "the global batch: images per optimiser step", at_least=1)
-    weights: str | None = _key(
-        None, "start from this run's or checkpoint's weights; other classes get a new last layer"
-    )
     eval_batch_size: int | None = _key(
         None,
         "images per evaluation batch of a process; changes speed only; null: batch_size",
         at_least=1,
+    )
+    frozen_stages: int | None = _key(
+        None,
+        "keep the stem and so many stages as they are, BN statistics included; null: train all",
+        at_least=0,
+        at_most=4,
     )
     accumulation_steps: int = _key(
         1, "cut the batch into this many parts to save memory; BN sees one part", at_least=1
@@ -180,6 +187,9 @@ class Train:
 @dataclass(frozen=True)
 class Optimizer:
     lr: float = _key(0.1, "learning rate for the global batch", above=0, at_most=1e30)
+    head_lr: float | None = _key(
+        None, "another rate for the last layer, under the same schedule; null: lr", above=0, at_most=1e30
+    )
     momentum: float = _key(0.9, "of SGD", at_least=0, below=1)
     nesterov: bool = _key(True, "Nesterov's momentum, as the original")
     weight_decay: float = _key(1e-4, "on every parameter, BN and biases included", at_least=0, at_most=1e30)
@@ -271,9 +281,12 @@ FOREIGN_KEYS = {
     "optnet": "train.activation_checkpointing",
     "amp": "train.precision",
     "wd": "optimizer.weight_decay",
-    "retrain": "train.weights",
-    "pretrained": "train.weights",
-    "resetClassifier": "train.weights",
+    "retrain": "model.pretrained",
+    "weights": "model.pretrained",
+    "load_from": "model.pretrained",
+    "resetClassifier": "model.pretrained",
+    "freeze": "train.frozen_stages",
+    "freeze_at": "train.frozen_stages",
     "data_dir": "data.dir",
     "root": "data.dir",
     "path": "data.dir",
@@ -409,10 +422,14 @@ def complete(config: Config) -> Config:
     _check_train(config)
     _check_schedule(config)
     augment = _complete_augment(config.augment, data)
-    train = config.train
+    model, train = _complete_model(config.model), config.train
+    if (train.frozen_stages or 0) > len(model.stages):
+        raise UserError(
+            f"train.frozen_stages: {train.frozen_stages}, but the network has {len(model.stages)}; lower it"
+        )
     if train.eval_batch_size is None:
         train = replace(train, eval_batch_size=train.batch_size)
-    return replace(config, model=_complete_model(config.model), data=data, augment=augment, train=train)
+    return replace(config, model=model, data=data, augment=augment, train=train)
 
 
 def _complete_model(model: Model) -> Model:
@@ -563,6 +580,11 @@ def _check_schedule(config: Config) -> None:
 
 
 # ---------------------------------------------------------------------------- printing
+
+
+def network_name(model: Model) -> str:
+    """A complete architecture in a word, such as resnext-50 (32x4d)."""
+    return f"{model.architecture}-{model.depth} ({model.cardinality}x{model.base_width}d)"
 
 
 def to_yaml(config: Config) -> str:

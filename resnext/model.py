@@ -174,6 +174,7 @@ class ResNeXt(nn.Module):
             self.maxpool = nn.MaxPool2d(3, 2, 1)
         # The children stand in the order they run, for torchvision's IntermediateLayerGetter.
         self.stem = [name for name, _ in self.named_children()]
+        self.frozen: list[str] = []
         channels = 64
         for number, blocks in enumerate(stages, 1):
             features = 64 * 2 ** (number - 1)
@@ -203,6 +204,19 @@ class ResNeXt(nn.Module):
         self.final_bn = nn.BatchNorm2d(channels) if preactivation else None
         self.fc = nn.Linear(channels, classes)
         _initialise(self, zero_gamma)
+
+    def freeze(self, stages: int) -> None:
+        """Keep the stem and the first `stages` as they are: neither learned nor BN statistics moved."""
+        self.frozen = [*self.stem, *(f"layer{number}" for number in range(1, stages + 1))]
+        for name in self.frozen:
+            getattr(self, name).requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "ResNeXt":
+        super().train(mode)
+        for name in self.frozen:
+            getattr(self, name).eval()
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.forward_features(x).mean((2, 3)))

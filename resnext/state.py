@@ -14,11 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .batchnorm import use_group_batchnorm
-from .checkpoint import check_state, read_checkpoint
-from .config import Config, Optimizer, parse_config, to_yaml
+from .checkpoint import check_state
+from .config import Config, Model, Optimizer, network_name, to_text, to_yaml
 from .distributed import check_ranks, gradient_group, world_size
 from .errors import UserError
-from .model import build_model
+from .model import ResNeXt, build_model, convert_form
+from .weights import Info, LuaState
 
 
 @dataclass
@@ -141,6 +142,8 @@ def prepare(
     if train.bn_group is not None:
         part = train.batch_size // train.accumulation_steps
         use_group_batchnorm(model, part // train.bn_group // world_size())
+    if train.frozen_stages is not None:
+        model.freeze(train.frozen_stages)
     model = place(model, config, device)
     ema = None
     if train.ema_decay is not None:  # a copy, which SyncBN with its group would not allow
@@ -188,35 +191,102 @@ def distribute(model: nn.Module, device: torch.device, group: Any) -> nn.Module:
     )
 
 
-def parameter_groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
-    """All parameters as one group, or BatchNorm's apart where their decay is another."""
-    decay, norm_decay = optimizer.weight_decay, optimizer.norm_weight_decay
-    if norm_decay is None:
-        return [{"params": list(model.parameters()), "weight_decay": decay}]
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    theirs = [p for norm in norms for p in norm.parameters()]
-    known = set(map(id, theirs))
-    rest = [p for p in model.parameters() if id(p) not in known]
-    return [{"params": rest, "weight_decay": decay}, {"params": theirs, "weight_decay": norm_decay}]
+def parameter_groups(model: ResNeXt, optimizer: Optimizer) -> list[dict[str, Any]]:
+    """What is learned, as one group; BatchNorm's and the last layer's apart where keys of theirs say how."""
+    norms, head = set(), set()
+    if optimizer.norm_weight_decay is not None:
+        found = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        norms = {id(parameter) for norm in found for parameter in norm.parameters()}
+    if optimizer.head_lr is not None:
+        head = set(map(id, model.fc.parameters()))
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+        groups.setdefault((id(parameter) in norms, id(parameter) in head), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": optimizer.norm_weight_decay if is_norm else optimizer.weight_decay,
+            "lr_scale": optimizer.head_lr / optimizer.lr if is_head else 1.0,
+        }
+        for (is_norm, is_head), parameters in groups.items()
+    ]
 
 
-def start_from(training: Training, path: Path) -> str:
-    """Weights of another run or checkpoint for a fresh one (-retrain, -resetClassifier); a line for the log.
+def start_from(training: Training, source: ResNeXt, info: Info) -> list[str]:
+    """Trained weights for a fresh run (-retrain, -resetClassifier); lines for the log.
 
     The last layer is taken along where the classes are the same, otherwise it starts anew.
     """
-    content = read_checkpoint(path)
-    state = evaluated_state(content)
-    kept = tuple(content["classes"]) == training.classes
+    own, theirs = training.config, info.config
+    check_architecture(theirs.model, own.model, f"model.pretrained: {info.file}")
+    state = in_form(source.float().state_dict(), theirs.model, own.model)
+    kept = len(state["fc.bias"]) == len(training.classes) and info.classes in (None, training.classes)
     if not kept:
-        own = training.model.state_dict()
-        state |= {key: own[key] for key in ("fc.weight", "fc.bias")}
-    check_state(training.model, state, path)
+        fresh = training.model.state_dict()
+        state |= {key: fresh[key] for key in ("fc.weight", "fc.bias")}
+    check_state(training.model, state, info.file)
     training.model.load_state_dict(state)
     if training.ema:
         training.ema.module.load_state_dict(state)
     last = "last layer included" if kept else f"a new last layer of {len(training.classes)} classes"
-    return f"starting from the weights of {path}, {last}"
+    lines = [f"starting from the {info.weights} of {info.file} ({info.origin}), {last}"]
+    if (own.data.mean, own.data.std) != (theirs.data.mean, theirs.data.std):
+        lines.append(
+            f"warning: they were trained with data.mean={to_text(theirs.data.mean)} "
+            f"data.std={to_text(theirs.data.std)}; this run has others"
+        )
+    return lines
+
+
+def in_form(state: dict[str, Tensor], source: Model, target: Model) -> dict[str, Tensor]:
+    """Weights (or momenta) of a network of one block form for another; the function stays the same."""
+    if source.block == target.block:
+        return dict(state)
+    return convert_form(state, source.cardinality, source.block, target.block)
+
+
+def check_architecture(found: Model, configured: Model, where: str) -> None:
+    """A UserError that names the keys in which weights and configuration are of different networks."""
+    keys = ("stem", "stages", "cardinality", "base_width", "preactivation")
+    pairs = [(key, getattr(found, key), getattr(configured, key)) for key in keys]
+    differing = [f"model.{key}={to_text(theirs)}" for key, theirs, ours in pairs if theirs != ours]
+    if differing:
+        raise UserError(
+            f"{where} is {network_name(found)}, the configuration {network_name(configured)}: another "
+            f"architecture; set {' '.join(differing)}, or give other weights"
+        )
+
+
+def continue_lua(training: Training, run: LuaState) -> list[str]:
+    """Bring a fresh Training to the end of a Lua run's latest epoch (-resume); lines for the log.
+
+    As in ours, and unlike there, the configuration's momentum and decay are used.
+    """
+    own, config, where = training.model, training.config, f"--resume {run.info.file}"
+    check_architecture(run.info.config.model, config.model, where)
+    if run.model.fc.out_features != len(training.classes):
+        raise UserError(
+            f"{where}: has {run.model.fc.out_features} classes and the data {len(training.classes)}; give the "
+            "data of that run with --data"
+        )
+    state = in_form(run.model.float().state_dict(), run.info.config.model, config.model)
+    check_state(own, state, run.info.file)
+    own.load_state_dict(state)
+    if training.ema:
+        training.ema.module.load_state_dict(state)
+    momentum = in_form(run.momentum, run.info.config.model, config.model) if run.momentum else {}
+    for name, parameter in own.named_parameters():
+        if parameter.requires_grad and momentum:
+            buffer = torch.empty_like(parameter).copy_(momentum[name])
+            training.optimizer.state[parameter]["momentum_buffer"] = buffer
+    training.progress = Progress(epoch=run.epoch + 1, global_step=run.steps)
+    pairs = {"momentum": "momentum", "nesterov": "nesterov", "weight_decay": "weightDecay"}
+    return [
+        f"warning: the Lua run had optimizer.{ours}={to_text(run.options[theirs])}, this one has "
+        f"{to_text(getattr(config.optimizer, ours))}"
+        for ours, theirs in pairs.items()
+        if run.options.get(theirs, getattr(config.optimizer, ours)) != getattr(config.optimizer, ours)
+    ]
 
 
 def check_network(config: Config, content: dict[str, Any], path: Path) -> None:
@@ -252,10 +322,11 @@ def restore(training: Training, content: dict[str, Any], path: Path) -> None:
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged, its state cannot be restored ({error!r}); use another") from error
     config = training.config.optimizer
-    decays = [group["weight_decay"] for group in parameter_groups(training.model, config)]
-    for group, decay in zip(training.optimizer.param_groups, decays, strict=True):
+    fresh = parameter_groups(training.model, config)
+    for group, own in zip(training.optimizer.param_groups, fresh, strict=True):
         group["momentum"], group["nesterov"] = config.momentum, config.nesterov
-        group["weight_decay"] = decay  # the configuration wins, as it was logged
+        group["weight_decay"] = own["weight_decay"]  # the configuration wins, as it was logged
+        group["lr_scale"] = own["lr_scale"]
         group["fused"] = fused  # this device's
 
 
@@ -282,23 +353,3 @@ def checkpoint_content(training: Training) -> dict[str, Any]:
         },
         "versions": training.versions,
     }
-
-
-def load_evaluated(path: Path | str) -> tuple[nn.Module, Config, dict[str, Any]]:
-    """(network, configuration, content) of a checkpoint, with the weights that validation speaks of."""
-    content = read_checkpoint(Path(path))
-    config = parse_config(content["config"], str(path))
-    state = evaluated_state(content)
-    with torch.device("meta"):  # no memory before the shapes are known to be the file's
-        model = build_model(config.model, len(content["classes"]))
-    check_state(model, state, path)
-    model.load_state_dict(state, assign=True)
-    return model, config, content
-
-
-def evaluated_state(content: dict[str, Any]) -> dict[str, Any]:
-    """The state_dict that validation speaks of: the average's where there is one."""
-    if content["ema"] is None:
-        return dict(content["model"])
-    prefix = "module."
-    return {k.removeprefix(prefix): v for k, v in content["ema"].items() if k.startswith(prefix)}

@@ -137,7 +137,7 @@ def train_step(
     train, ranks = training.config.train, world_size()
     total = len(labels) if total is None else total
     for group in training.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["lr_scale"]
     training.optimizer.zero_grad(set_to_none=True)
     sizes = [part[rank()] for part in shares(total, train, ranks) if any(part)]
     results = []

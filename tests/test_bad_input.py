@@ -1112,7 +1112,7 @@ SPOILERS = {
     make_incomplete: ("optimizer is missing", "use another checkpoint"),
     make_hostile: ("not a checkpoint of this program", "mkdir"),
     make_hostile_pickle: ("not a checkpoint of this program", "use another checkpoint"),
-    make_compressed: ("a compressed archive", "torch.save does not write"),
+    make_compressed: ("a compressed archive", "torch.save never writes"),
     make_config_bad: ("unknown key train.zebra",),
 }
 

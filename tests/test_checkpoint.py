@@ -630,7 +630,7 @@ def test_compressed_archive_is_not_unpacked(compression, whole, tmp_path, monkey
         archive.writestr("archive/data.pkl", bytes(1 << 24))
     assert (tmp_path / "bomb.pt").stat().st_size < 1 << 16
     monkeypatch.setattr(zipfile.ZipFile, "open", lambda *_: pytest.fail("is unpacked"))
-    with pytest.raises(UserError, match="a compressed archive, which torch.save"):
+    with pytest.raises(UserError, match="a compressed archive, which"):
         read_checkpoint(tmp_path / "bomb.pt")
 
 

@@ -75,7 +75,8 @@ def test_defaults_are_the_originals_imagenet_recipe():
         "augment.repeats": 1,
         "train.epochs": 100,
         "train.batch_size": 256,
-        "train.weights": None,
+        "model.pretrained": None,
+        "train.frozen_stages": None,
         "train.eval_batch_size": 256,
         "train.accumulation_steps": 1,
         "train.bn_group": None,
@@ -88,6 +89,7 @@ def test_defaults_are_the_originals_imagenet_recipe():
         "train.clip_grad_norm": None,
         "train.ema_decay": None,
         "optimizer.lr": 0.1,
+        "optimizer.head_lr": None,
         "optimizer.momentum": 0.9,
         "optimizer.nesterov": True,
         "optimizer.weight_decay": 1e-4,
@@ -318,7 +320,9 @@ def random_config(random: random.Random) -> dict[str, dict[str, object]]:
     else:
         put("train.sync_bn", True, False)
     put("train.epochs", 1, 7, 1000)
-    put("train.weights", None, *TEXTS)
+    put("model.pretrained", None, *TEXTS)
+    put("train.frozen_stages", None, 0, 3)
+    put("optimizer.head_lr", None, 0.1, 2)
     put("train.label_smoothing", 0, 0.1, real(0, 1))
     put("train.eval_batch_size", None, 1, 100)
     put("train.precision", "fp32", "tf32", "bf16", "fp16")

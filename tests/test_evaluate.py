@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as tv
 
 import evaluate
 import train
-from resnext.state import load_evaluated
+from resnext.weights import load_weights
 
 CLASSES = [f"n{number:02d}" for number in range(12)]
 SETTINGS = {
@@ -53,8 +53,8 @@ class Trained:
     @cache  # noqa: B019
     def outputs(self, size: int = 32, resize: int = 48, ten: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """(raw scores summed over the crops, labels) without the program's loader and transforms."""
-        model, config, _ = load_evaluated(self.run / "checkpoints" / "best.pt")
-        model.eval()
+        model, info = load_weights(self.run)
+        config = info.config
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.data.mean, config.data.std))
         outputs, labels = [], []
         for path in self.paths():

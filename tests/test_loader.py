@@ -407,7 +407,7 @@ def test_a_worker_killed_meanwhile_is_an_error_at_the_next_batch(shared_root):
     assert wait_for(lambda: gone(pid))
     before = time.monotonic()
     # torch words it by where it notices: "(pid N) is killed by signal" or "(pid(s) N) exited unexpectedly"
-    with pytest.raises(UserError, match=rf"^data.workers: DataLoader worker .*\b{pid}\).*lower data.workers$"):
+    with pytest.raises(UserError, match=rf"^data.workers: DataLoader worker .*\b{pid}\).*lower data"):
         take(iterator)
     assert time.monotonic() - before < 10
 

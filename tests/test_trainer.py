@@ -20,10 +20,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import resnext.trainer
 import train
+from resnext.checkpoint import read_checkpoint
 from resnext.config import parse_config
 from resnext.distributed import StopRequest, shares
-from resnext.state import checkpoint_content, load_evaluated, prepare, restore
+from resnext.state import checkpoint_content, prepare, restore
 from resnext.trainer import train_step
+from resnext.weights import load_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = tuple("0123456789")
@@ -262,7 +264,8 @@ def test_evaluation_does_not_depend_on_the_batch_size(finished_run):
 
 def test_the_evaluated_weights_are_the_average(finished_run):
     folder, _ = finished_run
-    model, _, content = load_evaluated(folder / "checkpoints" / "last.pt")
+    path = folder / "checkpoints" / "last.pt"
+    (model, _), content = load_weights(path), read_checkpoint(path)
     for name, value in model.state_dict().items():
         assert torch.equal(value, content["ema"][f"module.{name}"])
     assert not torch.equal(model.fc.weight, content["model"]["fc.weight"])

@@ -1,11 +1,11 @@
-"""A run that starts from the weights of another (train.weights)."""
+"""A run that starts from the weights of another (model.pretrained)."""
 
 import pytest
 import torch
 from commands import call, message
 
 import train
-from resnext.state import load_evaluated
+from resnext.weights import load_weights
 
 
 def assert_close(model, reference, tolerance):
@@ -15,16 +15,16 @@ def assert_close(model, reference, tolerance):
 
 def start_from(tmp_path, finished_run, *overrides: str):
     arguments = ["--config", finished_run / "config.yaml", "--output", tmp_path / "new"]
-    settings = [f"train.weights={finished_run}", "train.epochs=1", "optimizer.lr=1e-9", *overrides]
+    settings = [f"model.pretrained={finished_run}", "train.epochs=1", "optimizer.lr=1e-9", *overrides]
     result = call(train.main, *arguments, *settings)
-    return result, load_evaluated(finished_run / "checkpoints" / "best.pt")[0]
+    return result, load_weights(finished_run)[0]
 
 
 def test_a_run_starts_from_the_weights_of_another(tmp_path, finished_run):
     result, before = start_from(tmp_path, finished_run)
     assert result.status == 0, result.error
     assert "last layer included" in result.output
-    after = load_evaluated(tmp_path / "new" / "checkpoints" / "best.pt")[0]
+    after = load_weights(tmp_path / "new")[0]
     assert_close(after, before, 1e-6)  # at a rate of 1e-9 nothing moves
     resumed = call(train.main, "--resume", tmp_path / "new", "train.epochs=2")
     assert resumed.status == 0 and "starting from the weights" not in resumed.output
@@ -36,7 +36,7 @@ def test_other_classes_get_a_new_last_layer(tmp_path, finished_run, folder_run):
     result, before = start_from(tmp_path, finished_run, *keys, "data.mean=null", "data.std=null")
     assert result.status == 0, result.error
     assert "a new last layer of 2 classes" in result.output
-    after = load_evaluated(tmp_path / "new" / "checkpoints" / "best.pt")[0]
+    after = load_weights(tmp_path / "new")[0]
     assert after.fc.weight.shape[0] == 2
     after.fc = before.fc
     assert_close(after, before, 1e-6)
@@ -44,7 +44,10 @@ def test_other_classes_get_a_new_last_layer(tmp_path, finished_run, folder_run):
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
-    [(["train.weights=nowhere"], ["nowhere", "no such"]), (["model.base_width=2"], ["another architecture"])],
+    [
+        (["model.pretrained=nowhere"], ["nowhere", "no such"]),
+        (["model.base_width=2"], ["another architecture"]),
+    ],
 )
 def test_weights_that_cannot_be_used(tmp_path, finished_run, overrides, words):
     result, _ = start_from(tmp_path, finished_run, *overrides)

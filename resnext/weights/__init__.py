@@ -31,15 +31,33 @@ EXPORTED = "resnext weights"  # metadata "format" of scripts/export.py's .safete
 class Info:
     """What is known of loaded weights.
 
-    origin: whose file it is. weights: which of its weights these are, for people. config: network
-    (config.model), preprocessing and data set (config.data); of our own checkpoints the run's. classes:
-    names in the order of the outputs, None where the file does not say.
+    file: where they were. origin: whose file it is. weights: which of its weights these are, for people.
+    config: network (config.model), preprocessing and data set (config.data); of our own checkpoints the
+    run's. classes: names in the order of the outputs, None where the file does not say. steps: of the
+    optimiser, likewise.
     """
 
+    file: str
     origin: str
     weights: str
     config: Config
     classes: tuple[str, ...] | None
+    steps: int | None = None
+
+
+@dataclass(frozen=True)
+class LuaState:
+    """A Lua run after its latest epoch: network, epochs and optimiser steps done.
+
+    momentum: of each parameter, under our names; None before the first step. options: of optim.sgd.
+    """
+
+    model: ResNeXt
+    info: Info
+    epoch: int
+    steps: int
+    momentum: dict[str, Tensor] | None
+    options: dict[str, Any]
 
 
 def load_weights(source: Path | str) -> tuple[ResNeXt, Info]:
@@ -57,13 +75,33 @@ def load_weights(source: Path | str) -> tuple[ResNeXt, Info]:
             return _own(path)
         with open(path, "rb") as file:
             head = file.read(64)
-        if head.startswith(b"PK") or head.startswith(pickles.LEGACY_START):
+        if head.startswith((b"PK", pickles.LEGACY_START)):
             return _pickled(path, head)
         if head[8:9] == b"{":
             return _safetensors(path)
         if torch7.is_t7(head):
             return _build(lua.read_network(path).state, path, "Torch7", "weights")
     raise UserError(f"{path}: none of the files read: .pt, .pth, .safetensors or .t7; give another file")
+
+
+def load_lua_run(folder: Path) -> LuaState:
+    """The state in a directory that checkpoints.lua wrote: latest.t7, model_N.t7, optimState_N.t7."""
+    with _readable(folder):
+        run = lua.read_run(folder)
+        model, info = _build(run.network.state, folder, "Torch7", "weights")
+        flat, momentum = run.optimizer.get("dfdx"), None
+        shapes = {key: run.network.state[key].shape for key in run.network.parameters}
+        if isinstance(flat, Tensor):
+            sizes = [shape.numel() for shape in shapes.values()]
+            if flat.ndim != 1 or len(flat) != sum(sizes) or flat.stride(0) != 1:
+                raise torch7.Unreadable("the optimiser's momentum is not that of the network")
+            parts = zip(shapes.items(), flat.split(sizes), strict=True)
+            momentum = {key: part.view(shape) for (key, shape), part in parts}
+        options = {key: value for key, value in run.optimizer.items() if isinstance(value, float | bool)}
+        steps = options.get("evalCounter", 0)
+        if not (steps >= 0 and float(steps).is_integer()):
+            raise torch7.Unreadable("the optimiser's number of steps is none")
+    return LuaState(model, info, run.epoch, int(steps), momentum, options)
 
 
 def find_weights(path: Path) -> Path:
@@ -100,8 +138,9 @@ def _own(path: Path) -> tuple[ResNeXt, Info]:
     content = read_checkpoint(path)
     config = parse_config(content["config"], str(path))
     averaged = "averaged weights" if content["ema"] is not None else "weights"
-    which = f"{averaged} after {content['progress']['global_step']} steps"
-    return _load(evaluated_state(content), path, Info("this program", which, config, tuple(content["classes"])))
+    classes, steps = tuple(content["classes"]), content["progress"]["global_step"]
+    info = Info(str(path), "this program", averaged, config, classes, steps)
+    return _load(evaluated_state(content), path, info)
 
 
 def evaluated_state(content: dict[str, Any]) -> dict[str, Any]:
@@ -119,6 +158,8 @@ def _pickled(path: Path, head: bytes) -> tuple[ResNeXt, Info]:
     else:
         content = pickles.read_legacy(path.read_bytes())
     state, which, others = names.find_state(content)
+    if sum(value.numel() for value in state.values()) > path.stat().st_size:
+        raise torch7.Unreadable("its tensors are larger than the file")
     origin, state = names.translate(state, others)
     return _build(state, path, origin, which, names.class_names(others))
 
@@ -131,7 +172,7 @@ def _safetensors(path: Path) -> tuple[ResNeXt, Info]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise torch7.Unreadable(f"damaged ({str(error)[:100]})") from None
     if not state:
@@ -152,7 +193,7 @@ def _exported(state: dict[str, Tensor], path: Path, metadata: Mapping[str, str])
         raise torch7.Unreadable("its metadata is not scripts/export.py's") from None
     if classes is not None and not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
         raise torch7.Unreadable("its metadata's classes are no names")
-    info = Info(metadata.get("origin", "this program"), "exported weights", config, classes and tuple(classes))
+    info = Info(str(path), "this program", "exported weights", config, classes and tuple(classes))
     return _load(state, path, info)
 
 
@@ -195,30 +236,32 @@ def _torchvision(source: str) -> tuple[ResNeXt, Info]:
 
 
 def _build(
-    state: dict[str, Tensor], path: Path | str, origin: str, which: str, classes: tuple[str, ...] | None = None
+    state: dict[str, Tensor],
+    path: Path | str,
+    origin: str,
+    which: str,
+    classes: tuple[str, ...] | None = None,
 ) -> tuple[ResNeXt, Info]:
     """The network inferred from tensors under our names; those of another number type become ours."""
     double = state.get("conv1.weight", torch.empty(0)).dtype == torch.float64
     kind = torch.float64 if double else torch.float32
     network = names.architecture(state)
-    if isinstance(path, Path) and sum(value.numel() for value in state.values()) > path.stat().st_size:
-        raise torch7.Unreadable("its tensors are larger than the file")
     config = names.configuration(network, origin)
-    for key in [key for key in state if key.endswith("running_mean")]:  # Torch7 and old files count no batches
-        state.setdefault(key.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
+    for key in [key for key in state if key.endswith("running_mean")]:
+        state.setdefault(key.replace("running_mean", "num_batches_tracked"), torch.tensor(0))  # old files
     state = {
         key: value.to(kind) if value.is_floating_point() else value.to(torch.int64)
         for key, value in state.items()
     }
     classes = classes if classes and len(classes) == network.classes else None
-    return _load(state, path, Info(origin, which, config, classes), kind)
+    return _load(state, path, Info(str(path), origin, which, config, classes), kind)
 
 
 def _load(
     state: dict[str, Tensor], path: Path | str, info: Info, kind: torch.dtype = torch.float32
 ) -> tuple[ResNeXt, Info]:
     with torch.device("meta"):  # no memory before the shapes are known to be the file's
-        model = build_model(info.config.model, info.config.model.classes or len(info.classes)).to(kind)
+        model = build_model(info.config.model, len(info.classes or ()) or info.config.model.classes).to(kind)
     check_state(model, state, path)
     model.load_state_dict({key: value.contiguous() for key, value in state.items()}, assign=True)
     return model.eval(), info

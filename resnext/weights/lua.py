@@ -23,7 +23,7 @@ RELUS = ("ReLU", "Threshold")
 NEUTRAL = ("View", "Reshape", "Identity", "Copy", "Contiguous", "Squeeze")  # change no number
 CONTAINERS = ("Sequential", "ConcatTable", "Concat", "DepthConcat")
 REPLICAS = ("DataParallelTable", "DataParallel")  # hold the network several times
-KINDS = {name: "conv" for name in CONVOLUTIONS} | {name: "bn" for name in NORMS} | {n: "relu" for n in RELUS}
+KINDS = dict.fromkeys(CONVOLUTIONS, "conv") | dict.fromkeys(NORMS, "bn") | dict.fromkeys(RELUS, "relu")
 KINDS |= {"SpatialMaxPooling": "maxpool", "SpatialAveragePooling": "avgpool", "Linear": "linear"}
 KINDS |= {"CAddTable": "add", "JoinTable": "join", "MulConstant": "zero", "Padding": "padding"}
 
@@ -92,7 +92,8 @@ def read_run(folder: Path) -> LuaRun:
     latest = _latest(folder)
     epoch = latest.get("epoch")
     optimizer = parse_t7(_named_file(folder, latest, "optimFile").read_bytes())
-    if type(epoch) is not float or not (epoch >= 1 and epoch.is_integer()) or not isinstance(optimizer, Table):
+    whole = type(epoch) is float and epoch >= 1 and epoch.is_integer()
+    if not whole or not isinstance(optimizer, Table):
         raise Unreadable("latest.t7 or the optimiser's state is not what checkpoints.lua writes")
     return LuaRun(read_network(_named_file(folder, latest, "modelFile")), int(epoch), optimizer)
 
@@ -369,7 +370,7 @@ def _check_sizes(module: Object, name: str, kernel: int, stride: int, padding: i
     if found != [kernel, kernel, stride, stride, padding, padding]:
         k, s, p = (f"{found[i]:g}x{found[i + 1]:g}" for i in (0, 2, 4))
         raise Unreadable(
-            f"{name}: kernel {k}, stride {s}, padding {p}; ours has {kernel}, {stride}, {padding}: another network"
+            f"{name}: kernel {k}, stride {s}, padding {p}, where ours has {kernel}, {stride}, {padding}"
         )
 
 

@@ -1,9 +1,9 @@
 """Whose weights a state_dict holds, told by its keys, and the same under torchvision's names.
 
-    torchvision, timm    conv1, bn1, layer1.0.conv1 ... layer1.0.downsample.0, fc: our own names
-    mmpretrain           the same below backbone., and head.fc
-    pycls                stem.conv, s1.b1.f.a ... s1.b1.proj, head.fc; its pictures are BGR
-    bearpaw, prlz77      conv_1_3x3, stage_1.stage_1_bottleneck_0.conv_reduce ... classifier (CIFAR)
+torchvision, timm    conv1, bn1, layer1.0.conv1 ... layer1.0.downsample.0, fc: our own names
+mmpretrain           the same below backbone., and head.fc
+pycls                stem.conv, s1.b1.f.a ... s1.b1.proj, head.fc; its pictures are BGR
+bearpaw, prlz77      conv_1_3x3, stage_1.stage_1_bottleneck_0.conv_reduce ... classifier (CIFAR)
 """
 
 import re
@@ -58,7 +58,7 @@ STYLES = {
     "bearpaw": ("conv_1_3x3.weight", BEARPAW),
     "torchvision or timm": ("conv1.weight", ()),
 }
-BEARPAW_STATISTICS = ((125.307, 122.961, 113.8575), (51.5865, 50.847, 51.255))  # in 0...255; of all CIFAR sets
+BEARPAW_STATISTICS = ((125.307, 122.961, 113.8575), (51.5865, 50.847, 51.255))  # its only ones
 
 
 def find_state(content: Any) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
@@ -110,15 +110,13 @@ def class_names(others: Mapping[str, Any]) -> tuple[str, ...] | None:
 
 
 def translate(state: Mapping[str, Tensor], others: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
-    """(whose weights these are, the same under our names); Raises Unreadable for unknown names."""
-    for origin, (sign, patterns) in STYLES.items():
-        if sign in state:
-            break
-    else:
+    """(whose weights these are, the same under our names). Raises Unreadable for unknown names."""
+    origin = next((origin for origin, (sign, _) in STYLES.items() if sign in state), None)
+    if origin is None:
         raise Unreadable(
             f"its first key is {next(iter(state))[:80]!r}: none of the names of {', '.join(STYLES)} ResNeXts"
         )
-    renamed = {}
+    renamed, patterns = {}, STYLES[origin][1]
     for key, value in state.items():
         for pattern, name in patterns:
             key, hits = re.subn(rf"^{pattern}", name, key, count=1)
@@ -190,7 +188,8 @@ def _shape(state: Mapping[str, Tensor], key: str, dimensions: int) -> tuple[int,
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:
     """One more than the largest number that matches."""
-    return max((int(m[1]) for key in state if (m := re.match(pattern, key)) and len(m[1]) < 6), default=-1) + 1
+    found = [int(m[1]) for key in state if (m := re.match(pattern, key)) and len(m[1]) < 6]
+    return max(found, default=-1) + 1
 
 
 def configuration(model: Model, origin: str) -> Config:

@@ -95,7 +95,7 @@ def view(storage: Tensor, offset: int, sizes: list[int], strides: list[int]) -> 
         raise Unreadable(f"a tensor of impossible shape {sizes}")
     last = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
     if math.prod(sizes) and last >= len(storage):
-        raise Unreadable(f"a tensor of shape {sizes} does not fit into its storage of {len(storage)} elements")
+        raise Unreadable(f"a tensor of shape {sizes} does not fit into {len(storage)} elements")
     if not math.prod(sizes):
         return storage.new_empty(sizes)
     return storage.as_strided(sizes, strides, offset)
@@ -130,7 +130,7 @@ class _Binary:
 
 
 class _Ascii:
-    """The same of a text file: numbers as words, strings and bytes as they are, a line end after each item."""
+    """The same of a text file: numbers as words, strings and bytes as they are, each item a line."""
 
     def __init__(self, content: bytes):
         self.content, self.place = content, 0
