@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from resnext.errors import UserError
 
@@ -64,6 +64,10 @@ def decode(
         return _cut(pixels, (left, top, w, h), width, height)
     except UserError:
         raise
+    except UnidentifiedImageError:
+        raise UserError(
+            f"{path}: cannot be decoded (no picture of a known format); replace or remove the file"
+        ) from None
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
         raise UserError(
             f"{path}: cannot be decoded ({str(error)[:100] or type(error).__name__}); "

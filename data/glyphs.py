@@ -1,6 +1,6 @@
-"""Glyphs: digits drawn by Pillow with random size, colours, rotation, clutter and noise.
+"""Glyphs: digits or letters drawn by Pillow with random size, colours, rotation, clutter and noise.
 
-A ten-class set that needs no download: deterministic, made in memory in seconds. Digit and
+A set that needs no download: deterministic, made in memory in seconds. Character and
 ground take any two contrasting colours, so that no linear function of the pixels does well.
 """
 
@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from .draws import Stream, uniforms
 from .images import ImageSet, check_memory
 
-CLASSES = tuple("0123456789")
+DIGITS = "0123456789"
 SIZES = {"train": 5000, "val": 1000}
 STREAMS = {"train": Stream.GLYPHS_TRAIN, "val": Stream.GLYPHS_VAL}
 CLUTTER_LINES = 3
@@ -18,23 +18,27 @@ NOISE = 24.0  # pixel values, half width of the uniform noise
 DRAWS = 11 + 5 * CLUTTER_LINES
 
 
-def draw_set(split: str, limit: int | None, size: int) -> ImageSet:
-    """The first `limit` (default 5,000 and 1,000) pictures of a split, uint8 (N, size, size, 3)."""
+def draw_set(split: str, limit: int | None, size: int, characters: str = DIGITS) -> ImageSet:
+    """The first `limit` (default 5,000 and 1,000) pictures of a split, uint8 (N, size, size, 3).
+
+    The classes are the characters, which take turns.
+    """
+    classes = tuple(characters)
     count = limit or SIZES[split]
     check_memory(9 * count, size, "glyphs")  # noise is drawn in float64
     index = np.arange(count)
-    labels = index % len(CLASSES)
+    labels = index % len(classes)
     numbers = uniforms(0, 0, index, DRAWS, STREAMS[split])
     fonts = [ImageFont.load_default(size * scale / 100) for scale in range(75, 106, 5)]
     images = np.stack(
-        [_draw(CLASSES[label], u, size, fonts) for label, u in zip(labels, numbers, strict=True)]
+        [_draw(classes[label], u, size, fonts) for label, u in zip(labels, numbers, strict=True)]
     )
     noise = uniforms(1, 0, index, size * size * 3, STREAMS[split]).reshape(images.shape)
     images = images + (2 * noise - 1) * NOISE
-    return ImageSet(images.clip(0, 255).round().astype(np.uint8), labels, CLASSES)
+    return ImageSet(images.clip(0, 255).round().astype(np.uint8), labels, classes)
 
 
-def _draw(digit: str, u: np.ndarray, size: int, fonts: list) -> np.ndarray:
+def _draw(character: str, u: np.ndarray, size: int, fonts: list) -> np.ndarray:
     """One picture, uint8 (size, size, 3), from the uniform numbers u, (DRAWS,)."""
     ground, ink = _contrasting_colours(u[:7])
     picture = Image.new("RGB", (size, size), ground)
@@ -46,7 +50,7 @@ def _draw(digit: str, u: np.ndarray, size: int, fonts: list) -> np.ndarray:
     font = fonts[int(u[10] * len(fonts))]
     mask = Image.new("L", (size, size))
     centre = (size / 2 + (u[7] - 0.5) * size * 0.2, size / 2 + (u[8] - 0.5) * size * 0.2)
-    ImageDraw.Draw(mask).text(centre, digit, fill=255, font=font, anchor="mm")
+    ImageDraw.Draw(mask).text(centre, character, fill=255, font=font, anchor="mm")
     mask = mask.rotate((u[9] - 0.5) * 50, Image.Resampling.BICUBIC, center=centre)
     picture.paste(ink, mask=mask)
     return np.asarray(picture)

@@ -15,7 +15,7 @@ def load_set(config: Data, split: str, classes: tuple[str, ...] | None = None) -
     """
     limit = config.train_images if split == "train" else config.val_images
     if config.dataset == "glyphs":
-        return glyphs.draw_set(split, limit, config.image_size)
+        return glyphs.draw_set(split, limit, config.image_size, config.characters or glyphs.DIGITS)
     if config.dir is None:
         raise UserError(f"data.dir: {config.dataset} needs a folder; give --data DIR")
     if config.dataset == "folder":

@@ -201,7 +201,12 @@ def verify_archive(path: Path) -> None:
             entries = archive.infolist()
             size = path.stat().st_size
             if any(e.compress_type != zipfile.ZIP_STORED or e.file_size > size for e in entries):
-                raise UserError(f"{path}: a compressed archive, which torch.save never writes; use another")
+                raise UserError(
+                    f"{path}: a compressed archive, which torch.save never writes; give another file (of a "
+                    "TorchScript program save the state_dict)"
+                )
+            if sum(e.file_size for e in entries) > size:
+                raise UserError(f"{path}: damaged (its entries overlap); use another checkpoint")
             if any(e.external_attr & 0x10 for e in entries):  # marked as a folder: torch would read zeros
                 raise UserError(f"{path}: damaged (an entry is marked as a folder); use another checkpoint")
             broken = archive.testzip()

@@ -72,6 +72,7 @@ class Data:
     dataset: Literal["folder", "cifar10", "cifar100", "glyphs"] = _key(
         "folder", "folder: class folders below train/ and val/; glyphs: digits drawn in memory"
     )
+    characters: str | None = _key(None, "glyphs: the characters to draw, a class each; null: 0123456789")
     dir: str | None = _key(None, "where the data is, or is downloaded to (--data)")
     download: bool = _key(True, "fetch cifar10 and cifar100 where they are missing")
     pipeline: Literal["memory", "fast", "torch7"] | None = _key(
@@ -252,6 +253,9 @@ STATISTICS = {
 }
 IMAGE_SIZES = {"cifar10": 32, "cifar100": 32, "glyphs": 20}
 
+# Keys of files that earlier versions wrote.
+RENAMED = {("train", "weights"): ("model", "pretrained")}
+
 # Spellings of the original's command line (opts.lua) and of other trainers.
 FOREIGN_KEYS = {
     "netType": "model.architecture",
@@ -363,7 +367,8 @@ def _read_sections(root: yaml.Node | None, source: str) -> Iterator[tuple[str, s
         if not isinstance(node, yaml.MappingNode):
             raise UserError(f"{where}: {section} is a section and takes keys, not {describe(node)}")
         for key, value, value_where in unique_keys(node, source, f"{section}."):
-            yield section, key, _read_value(section, key, value, value_where)
+            name = RENAMED.get((section, key), (section, key))
+            yield *name, _read_value(*name, value, value_where)
 
 
 def _read_override(text: str) -> tuple[str, str, Any]:
@@ -496,6 +501,8 @@ def _complete_data(data: Data, stem: str) -> Data:
         resize = size * 256 // 224
     elif resize < size:
         raise UserError(f"data.resize: {resize} must be at least data.image_size, {size}; raise it")
+    if data.characters is not None:
+        _check_characters(data.characters, data.dataset)
     mean, std = STATISTICS[data.dataset]
     for name, value in (("mean", data.mean), ("std", data.std)):
         if value is not None and len(value) != 3:
@@ -509,6 +516,17 @@ def _complete_data(data: Data, stem: str) -> Data:
         mean=data.mean or mean,
         std=data.std or std,
     )
+
+
+def _check_characters(characters: str, dataset: str) -> None:
+    if dataset != "glyphs":
+        raise UserError(f"data.characters: {dataset} draws none; remove the key, or use data.dataset=glyphs")
+    drawable = characters.isascii() and characters.isprintable() and " " not in characters
+    if not drawable or not 1 < len(set(characters)) == len(characters):
+        raise UserError(
+            f"data.characters: {characters[:100]!r} is no list of two or more different ASCII characters; "
+            "write, for example, ABCDEFGHIJ"
+        )
 
 
 def _complete_augment(augment: Augment, data: Data) -> Augment:

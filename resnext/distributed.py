@@ -330,9 +330,8 @@ def share_cores() -> None:
 
 def set_numerics(precision: str, deterministic: bool) -> None:
     """Process-wide switches: TF32 only where asked for, deterministic algorithms, autotuning."""
-    kind = "tf32" if precision == "tf32" else "ieee"
-    torch.backends.cuda.matmul.fp32_precision = kind
-    torch.backends.cudnn.conv.fp32_precision = kind
+    # The newer fp32_precision makes torch.export fail afterwards.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -33,6 +33,7 @@ from .model import build_model
 from .schedule import learning_rate
 from .state import Progress, Training
 from .trainer import train_step
+from .weights import LuaState
 
 LONG_STEP = 20.0  # seconds: on a CPU a longer step is estimated from a part of the batch
 MEASURING = 10.0  # seconds that repetitions of a measurement may take
@@ -206,7 +207,10 @@ def likely_classes(config: Config, start: Any) -> tuple[str, ...]:
     """Names of as many classes as there probably are, where there is no data."""
     if isinstance(start, dict):
         return tuple(start["classes"])
-    return tuple(map(str, range(config.model.classes or USUAL_CLASSES[config.data.dataset])))
+    if isinstance(start, LuaState):
+        return tuple(map(str, range(start.model.fc.out_features)))
+    usual = len(config.data.characters or "") or USUAL_CLASSES[config.data.dataset]
+    return tuple(map(str, range(config.model.classes or usual)))
 
 
 def make_anyhow(make: Callable[[Config], Any], config: Config) -> tuple[Any, str | None]:

@@ -264,10 +264,11 @@ def continue_lua(training: Training, run: LuaState) -> list[str]:
     """
     own, config, where = training.model, training.config, f"--resume {run.info.file}"
     check_architecture(run.info.config.model, config.model, where)
-    if run.model.fc.out_features != len(training.classes):
+    classes = run.model.fc.out_features
+    if classes != len(training.classes):
         raise UserError(
-            f"{where}: has {run.model.fc.out_features} classes and the data {len(training.classes)}; give the "
-            "data of that run with --data"
+            f"{where}: has {classes} classes and the data {len(training.classes)}; give the data of that run "
+            "with --data"
         )
     state = in_form(run.model.float().state_dict(), run.info.config.model, config.model)
     check_state(own, state, run.info.file)
@@ -282,7 +283,7 @@ def continue_lua(training: Training, run: LuaState) -> list[str]:
     training.progress = Progress(epoch=run.epoch + 1, global_step=run.steps)
     pairs = {"momentum": "momentum", "nesterov": "nesterov", "weight_decay": "weightDecay"}
     return [
-        f"warning: the Lua run had optimizer.{ours}={to_text(run.options[theirs])}, this one has "
+        f"warning: the Lua run had optimizer.{ours}={to_text(run.options[theirs])}, this has "
         f"{to_text(getattr(config.optimizer, ours))}"
         for ours, theirs in pairs.items()
         if run.options.get(theirs, getattr(config.optimizer, ours)) != getattr(config.optimizer, ours)

@@ -57,6 +57,7 @@ def test_defaults_are_the_originals_imagenet_recipe():
         "data.train_size": 224,
         "data.resize": 256,
         "data.workers": None,
+        "data.characters": None,
         "data.skip_broken": False,
         "data.train_images": None,
         "data.val_images": None,
@@ -279,6 +280,8 @@ def random_config(random: random.Random) -> dict[str, dict[str, object]]:
     put(random.choice(["model.preactivation", "model.zero_gamma"]), True, False)
     put("model.classes", 1, 2, 1000)
     small = put("data.dataset", "folder", "cifar10", "cifar100", "glyphs")
+    if small == "glyphs":
+        put("data.characters", None, "ABC", "01")
     put("data.dir", None, *TEXTS)
     put("data.download", True, False)
     put("data.image_size", *((32,) if small in ("cifar10", "cifar100") else (20, 32, 224, 320)))

@@ -1,10 +1,15 @@
-"""A run that starts from the weights of another (model.pretrained)."""
+"""A run that starts from trained weights: all of them, other classes, parts that stay (model.pretrained)."""
 
 import pytest
 import torch
 from commands import call, message
 
 import train
+from resnext.checkpoint import read_checkpoint
+from resnext.config import read_config
+from resnext.model import convert_form
+from resnext.state import prepare
+from resnext.trainer import train_step
 from resnext.weights import load_weights
 
 
@@ -54,3 +59,85 @@ def test_weights_that_cannot_be_used(tmp_path, finished_run, overrides, words):
     text = message(result)
     assert all(word in text for word in words), text
     assert not (tmp_path / "new").exists()
+
+
+# ---------------------------------------------------------------------------- parts of the network
+
+
+def tensors(model, frozen):
+    """Parameters and statistics of the stem and first stage, or of all others."""
+    parts = ("conv1", "bn1", "layer1.")
+    return {key: value for key, value in model.state_dict().items() if key.startswith(parts) == frozen}
+
+
+@pytest.mark.parametrize(
+    "extra", [[], ["train.ema_decay=0.5", "train.accumulation_steps=2", "train.bn_group=4"]]
+)
+def test_frozen_stages_stay_to_the_bit(tmp_path, finished_run, extra):
+    settings = ["train.frozen_stages=1", "optimizer.lr=0.1", *extra]
+    result, before = start_from(tmp_path, finished_run, *settings)
+    assert result.status == 0, result.error
+    after = load_weights(tmp_path / "new")[0]
+    assert all(torch.equal(value, tensors(before, True)[key]) for key, value in tensors(after, True).items())
+    assert not any(
+        torch.equal(value, tensors(before, False)[key]) for key, value in tensors(after, False).items()
+    )
+    assert call(train.main, "--resume", tmp_path / "new", "train.epochs=2").status == 0
+    again = load_weights(tmp_path / "new")[0]
+    assert all(torch.equal(value, tensors(before, True)[key]) for key, value in tensors(again, True).items())
+    text = message(call(train.main, "--resume", tmp_path / "new", "train.frozen_stages=2"))
+    assert text.startswith("train.frozen_stages: ")
+
+
+def test_the_last_layer_has_a_rate_of_its_own(tmp_path, finished_run):
+    """Against a step by hand: SGD's first step is the rate times (1 + momentum) times gradient and decay."""
+    config = read_config(finished_run / "config.yaml", ["optimizer.head_lr=0.03"])
+    steps = {}
+    for head_lr in ("0.03", "null"):
+        config = read_config(
+            finished_run / "config.yaml", ["optimizer.lr=0.01", f"optimizer.head_lr={head_lr}"]
+        )
+        training = prepare(config, tuple("0123456789"), torch.device("cpu"), {})
+        training.model.train()
+        before = {name: p.detach().clone() for name, p in training.model.named_parameters()}
+        generator = torch.Generator().manual_seed(0)
+        pictures, labels = torch.randn(16, 3, 8, 8, generator=generator), torch.arange(16) % 10
+        train_step(training, pictures, labels, rate=0.005)  # half-way down a schedule
+        steps[head_lr] = {name: p.detach() - before[name] for name, p in training.model.named_parameters()}
+    for name, step in steps["null"].items():
+        factor = 3 if name.startswith("fc.") else 1
+        torch.testing.assert_close(steps["0.03"][name], factor * step, rtol=1e-3, atol=1e-7)
+
+
+def test_a_rate_of_the_last_layer_survives_a_resume(tmp_path, finished_run):
+    settings = ["optimizer.head_lr=0.03", "optimizer.norm_weight_decay=0"]
+    assert start_from(tmp_path, finished_run, *settings, "optimizer.lr=0.01")[0].status == 0
+    assert call(train.main, "--resume", tmp_path / "new", "train.epochs=2").status == 0
+    groups = read_checkpoint(tmp_path / "new" / "checkpoints" / "last.pt")["optimizer"]["param_groups"]
+    assert [(group["weight_decay"], group["lr_scale"]) for group in groups] == [(1e-4, 1), (0, 1), (1e-4, 3)]
+    text = message(call(train.main, "--resume", tmp_path / "new", "optimizer.head_lr=null"))
+    assert text.startswith("optimizer.head_lr: ")
+
+
+def test_weights_of_another_program_and_form(tmp_path, finished_run):
+    """A state_dict without names of classes keeps its last layer; form C becomes form B."""
+    model, _ = load_weights(finished_run)
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    settings = [f"model.pretrained={tmp_path / 'w.pth'}", "model.block=B"]
+    result, before = start_from(tmp_path, finished_run, *settings)
+    assert result.status == 0, result.error
+    assert "(torchvision or timm), last layer included" in result.output
+    assert "warning: they were trained with data.mean=[125.3" in result.output
+    after, info = load_weights(tmp_path / "new")
+    assert info.config.model.block == "B"
+    state = convert_form(after.state_dict(), 1, "B", "C")
+    for name, parameter in before.named_parameters():  # at a rate of 1e-9 nothing moves
+        torch.testing.assert_close(state[name], parameter, rtol=1e-6, atol=1e-6)
+
+
+def test_files_of_before_the_key_had_its_name(tmp_path, finished_run):
+    text = (finished_run / "config.yaml").read_text()
+    lines = [line for line in text.splitlines() if not line.startswith("  pretrained:")]
+    old = "\n".join(lines).replace("\ntrain:", f"\ntrain:\n  weights: {finished_run}")
+    (tmp_path / "old.yaml").write_text(old)
+    assert read_config(tmp_path / "old.yaml").model.pretrained == str(finished_run)

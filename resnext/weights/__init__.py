@@ -81,7 +81,9 @@ def load_weights(source: Path | str) -> tuple[ResNeXt, Info]:
             return _safetensors(path)
         if torch7.is_t7(head):
             return _build(lua.read_network(path).state, path, "Torch7", "weights")
-    raise UserError(f"{path}: none of the files read: .pt, .pth, .safetensors or .t7; give another file")
+    raise UserError(
+        f"{path}: is {'not a file of weights' if head else 'empty'}; give a .pt, .pth, .safetensors or .t7"
+    )
 
 
 def load_lua_run(folder: Path) -> LuaState:

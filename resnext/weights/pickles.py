@@ -138,8 +138,11 @@ def _numbers(content: bytes, kind: torch.dtype) -> Tensor:
     return torch.from_numpy(np.frombuffer(content, np.uint8).copy()).view(kind)
 
 
-class _Unpickler(pickle.Unpickler):
-    """Knows tensors and OrderedDict; `storage` gives the numbers of a key as a 1-D tensor."""
+class _Unpickler(pickle._Unpickler):
+    """Knows tensors and OrderedDict; `storage` gives the numbers of a key as a 1-D tensor.
+
+    In Python, because the one in C makes room for whatever number of a memo a damaged file says.
+    """
 
     def __init__(self, content: bytes, storage: Callable[[str, torch.dtype], Tensor], checked: bool = True):
         self.stream = io.BytesIO(content[:MAX_PICKLE])
@@ -172,8 +175,10 @@ class _Unpickler(pickle.Unpickler):
         return type("Inert", (Inert,), {"name": f"{module}.{name}"})
 
     def persistent_load(self, identity: Any) -> Any:
+        if isinstance(identity, tuple) and len(identity) == 4 and identity[0] == "module":
+            return identity[1]  # a class, beside its source
         if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] != "storage":
-            return Inert()  # the source of a pickled module
+            raise Unreadable("it names something outside of itself that is no storage")
         _, kind, key, _, count, *window = identity
         if not isinstance(kind, _Kind) or not isinstance(key, str):
             raise Unreadable("a tensor of unknown numbers")

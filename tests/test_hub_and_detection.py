@@ -1,0 +1,134 @@
+"""The networks as others use them: through torch.hub, and as the backbone of docs/detection.md."""
+
+import re
+from functools import partial
+
+import pytest
+import torch
+from commands import ROOT
+from test_export import SMALL, write_weights
+
+import resnext
+from resnext import UserError, load_weights
+
+NAMES = [name for name in resnext.__all__ if name.startswith("resne")]
+
+
+def hub(name, **options):
+    return torch.hub.load(str(ROOT), name, source="local", **options)
+
+
+# ---------------------------------------------------------------------------- torch.hub
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """The project as torch.hub keeps what it has downloaded."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    (tmp_path / "someone_resnext_main").symlink_to(ROOT)
+    return "someone/resnext:main"
+
+
+def test_hub_lists_the_networks_with_help(repository):
+    known = torch.hub.list(repository, trust_repo=True, verbose=False)
+    assert sorted(known) == sorted([*NAMES, "load_weights"])
+    for name in NAMES:
+        assert torch.hub.help(repository, name, trust_repo=True).startswith(f"{name}, untrained")
+    assert "run directory" in torch.hub.help(repository, "load_weights", trust_repo=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hub_makes_the_network_of_the_name(name):
+    with torch.device("meta"):
+        ours, theirs = getattr(resnext, name)(classes=7), hub(name, classes=7)
+    shapes = {key: tensor.shape for key, tensor in ours.state_dict().items()}
+    assert {key: tensor.shape for key, tensor in theirs.state_dict().items()} == shapes
+
+
+def test_hub_loads_weights(tmp_path, finished_run):
+    network = hub("load_weights", path=finished_run)
+    original, _ = load_weights(finished_run)
+    assert not network.training
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), original.parameters(), strict=True))
+
+    source = write_weights(tmp_path, "model: {depth: 50, shortcut: C}", 3)
+    network = hub("resnext50_32x4d", weights=source)
+    original, _ = load_weights(source)
+    state, expected = network.state_dict(), original.state_dict()
+    assert state.keys() == expected.keys() and all(torch.equal(state[k], expected[k]) for k in state)
+    assert not network.training and network.fc.out_features == 3
+    for name, options in (("resnext50_32x4d", {"classes": 4}), ("resnet50", {})):
+        with pytest.raises(UserError, match=f"as {name}: .*another architecture"):
+            hub(name, weights=source, **options)
+
+
+def test_hub_takes_the_form_of_the_weights(tmp_path, monkeypatch):
+    source = write_weights(tmp_path, SMALL.format("B"), 5)
+    with pytest.raises(UserError, match="as resnext50_32x4d: "):
+        hub("resnext50_32x4d", weights=source)
+    monkeypatch.setattr(
+        resnext, "resnext50_32x4d", partial(resnext.ResNeXt, (1, 1, 1, 1), 4, 8), raising=False
+    )
+    assert hub("resnext50_32x4d", weights=source).form == "B"
+    with pytest.raises(UserError, match="as resnext50_32x4d: "):
+        hub("resnext50_32x4d", weights=source, form="C")
+
+
+# ---------------------------------------------------------------------------- detection
+
+
+@pytest.fixture(scope="module")
+def example():
+    """The names that the document's code leaves behind: a training step and a detection."""
+    torch.manual_seed(0)
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "detection.md").read_text(), re.DOTALL):
+        exec(block, names)
+    return names
+
+
+def test_the_example_of_the_document_trains(example):
+    assert len(example["losses"]) == 4 and all(loss.isfinite() for loss in example["losses"].values())
+    body = example["model"].backbone.body
+    frozen = [*body.conv1.parameters(), *body.layer1.parameters()]
+    assert frozen and not any(p.requires_grad or p.grad is not None for p in frozen)
+    for stage in (body.layer2, body.layer4):
+        assert all(p.grad.isfinite().all() and p.grad.any() for p in stage.parameters())
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in example["network"].modules())
+
+
+def test_the_example_of_the_document_detects(example):
+    assert len(example["detections"]) == 2
+    for found, picture in zip(example["detections"], example["pictures"], strict=True):
+        height, width = picture.shape[1:]
+        boxes, labels, scores = found["boxes"], found["labels"], found["scores"]
+        assert len(boxes) == len(labels) == len(scores) > 0
+        assert boxes.isfinite().all() and boxes.min() >= 0
+        assert boxes[:, 0::2].max() <= width and boxes[:, 1::2].max() <= height
+        assert set(labels.tolist()) <= {1, 2} and scores.max() <= 1
+
+
+def test_the_pyramid_gets_the_features_of_the_network(example):
+    network, body = example["network"], example["model"].backbone.body
+    x = torch.randn(2, 3, 64, 48, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found = body(x)
+        expected = x
+        for name in network.stem:
+            expected = getattr(network, name)(expected)
+        for number in range(4):
+            expected = getattr(network, f"layer{number + 1}")(expected)
+            assert torch.equal(found[str(number)], expected)
+            assert expected.shape[1] == 256 * 2**number
+        assert torch.equal(expected, network.forward_features(x))
+
+
+def test_freezing_batchnorm_changes_no_logit(example):
+    torch.manual_seed(2)
+    network = resnext.ResNeXt((1, 1, 1, 1), 4, 8, 5).train()
+    x = torch.randn(4, 3, 64, 64)
+    with torch.no_grad():
+        network(x)  # moves the statistics
+        before = network.eval()(x)
+        example["freeze_batchnorm"](network)
+        torch.testing.assert_close(network.train()(x), before)
