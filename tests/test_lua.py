@@ -9,17 +9,19 @@ import pytest
 import torch
 from commands import call, draw_folders
 from lua_files import Module, convolution, find, network_tree, pool, relu, sequential, share_memory, to_t7
-from oracle import SHARED, network_input, relative_error
+from oracle import GOLDEN, SHARED, fill_parameters, golden, network_input, relative_error
 
 import evaluate
 import train
 from resnext import ResNeXt, UserError, load_weights
 from resnext.config import read_config
+from resnext.model import build_model
 from resnext.schedule import learning_rate
 from resnext.state import continue_lua, prepare
 from resnext.trainer import train_step
 from resnext.weights import load_lua_run
 
+FACTS = golden("oracle.json")["models"]
 MODELS = sorted((SHARED / "models").glob("*/model*.t7.xz"))
 needs_oracle = pytest.mark.skipif(not SHARED.exists(), reason="the reference files are not there")
 
@@ -52,25 +54,39 @@ def assert_same(model, other, size=32, tolerance=1e-5):
 # ---------------------------------------------------------------------------- the original's files
 
 
-@needs_oracle
-@pytest.mark.parametrize("source", MODELS, ids=lambda p: f"{p.parent.name}-{p.name}")
-def test_a_model_of_the_original(source, tmp_path):
-    meta, expected = json.loads((source.parent / "meta.json").read_text()), arrays(source.parent)
-    model, info = load_weights(unpacked(source, tmp_path / "model.t7"))
-    options, found = meta["options"], info.config.model
-    plain = "resnet" in options.get("bottleneckType", "") or "cardinality" not in options
-    if not plain or found.architecture == "resnext":
+def check_model(model, info, name):
+    """Against the description of a reference network, its parameters and its outputs."""
+    facts, found = FACTS[name], info.config.model
+    options = facts["options"]
+    if options["bottleneckType"] != "resnet":
         assert (found.cardinality, found.base_width) == (options["cardinality"], options["baseWidth"])
         assert found.block == options["bottleneckType"][-1]
     assert (found.depth, found.stem[:5]) == (options["depth"], options["dataset"][:5])
-    assert info.origin == "Torch7" and info.classes is None and found.classes == meta["n_classes"]
-    parameters = np.frombuffer(lzma.decompress((source.parent / "params.f32.bin.xz").read_bytes()), "<f4")
-    ours = torch.cat([p.detach().reshape(-1) for p in model.parameters()]).numpy()
-    np.testing.assert_array_equal(ours, parameters)
-    pictures = network_input(meta["input"]["shape"], meta["input"]["offset"])
+    assert info.origin == "Torch7" and info.classes is None and found.classes == facts["n_classes"]
+    expected = build_model(found, found.classes)
+    fill_parameters(expected)
+    for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    pictures = network_input(facts["input"]["shape"], facts["input"]["offset"])
     with torch.no_grad():
-        assert relative_error(model(pictures.float()), expected["file_logits_eval_float"]) <= 2e-6
-        assert relative_error(model.double()(pictures), expected["logits_eval"]) <= 1e-6  # saved as floats
+        assert relative_error(model.double()(pictures), golden(f"{name}.npz")["logits_eval"]) <= 1e-6
+
+
+@pytest.mark.parametrize("source", sorted(GOLDEN.glob("*.t7.xz")), ids=lambda p: p.name)
+def test_a_model_of_the_original(source, tmp_path):
+    check_model(*load_weights(unpacked(source, tmp_path / "model.t7")), source.name.partition("-")[0])
+
+
+@needs_oracle
+@pytest.mark.parametrize("source", MODELS, ids=lambda p: f"{p.parent.name}-{p.name}")
+def test_all_models_of_the_original(source, tmp_path):
+    model, info = load_weights(unpacked(source, tmp_path / "model.t7"))
+    expected = arrays(source.parent)["file_logits_eval_float"]
+    facts = FACTS[source.parent.name]["input"]
+    with torch.no_grad():
+        output = model(network_input(facts["shape"], facts["offset"]).float())
+    assert relative_error(output, expected) <= 2e-6
+    check_model(model, info, source.parent.name)
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +165,39 @@ def test_the_command_line_continues_a_lua_run(lua_run, tmp_path):
         result = call(train.main, *command, "--output", tmp_path / "c", *LUA_OPTIONS, *(changes or []))
         assert result.status == 2 and words in result.error
     assert not (tmp_path / "c").exists()
+
+
+def test_a_run_as_the_lua_code_would_have_left_it(tmp_path):
+    """Steps here, written as checkpoints.lua does, and on from there: as if never stopped."""
+    config = read_config(None, [*LUA_OPTIONS, "data.dataset=cifar10", "model.depth=20", "optimizer.lr=0.01"])
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(8, 3, 32, 32, generator=generator) for _ in range(4)]
+    labels = torch.arange(8)
+
+    def steps(training, pictures):
+        training.model.train()
+        return [float(train_step(training, part, labels, 0.01)[0]) for part in pictures]
+
+    training = prepare(config, tuple("0123456789"), torch.device("cpu"), {})
+    steps(training, batches[:2])
+    flat = share_memory(training.model)
+    state = [training.optimizer.state[p]["momentum_buffer"] for p in training.model.parameters()]
+    optimizer = {"dfdx": torch.cat([m.reshape(-1) for m in state]), "evalCounter": 2, "momentum": 0.9}
+    (tmp_path / "model_7.t7").write_bytes(to_t7(network_tree(training.model, nested=True), cuda=True))
+    (tmp_path / "optimState_7.t7").write_bytes(to_t7(optimizer, cuda=True))
+    latest = {"epoch": 7, "modelFile": "checkpoints/model_7.t7", "optimFile": "checkpoints/optimState_7.t7"}
+    (tmp_path / "latest.t7").write_bytes(to_t7(latest))
+    resumed = prepare(config, tuple("0123456789"), torch.device("cpu"), {})
+    assert continue_lua(resumed, load_lua_run(tmp_path)) == []
+    assert (resumed.progress.epoch, resumed.progress.global_step) == (8, 2)
+    assert relative_error(steps(resumed, batches[2:]), steps(training, batches[2:])) <= 1e-5
+    optimizer["dfdx"] = flat[:-1]
+    (tmp_path / "optimState_7.t7").write_bytes(to_t7(optimizer))
+    with pytest.raises(UserError, match="momentum is not that of the network"):
+        load_lua_run(tmp_path)
+    (tmp_path / "optimState_7.t7").unlink()
+    with pytest.raises(UserError, match="which latest.t7 names, is not there"):
+        load_lua_run(tmp_path)
 
 
 @needs_oracle

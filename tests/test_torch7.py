@@ -1,21 +1,19 @@
 """The reader of .t7 files: every kind of value, sharing, and files that are damaged or hostile."""
 
+import base64
 import contextlib
-import json
 import math
 import struct
 
 import numpy as np
 import pytest
 import torch
-from oracle import SHARED
+from oracle import golden
 
 from resnext.weights.torch7 import Object, Table, Unreadable, parse_t7
 
-VALUES = SHARED / "t7_values"
-META = VALUES / "meta.json"
-EXPECTED = json.loads(META.read_text()) if META.exists() else {"files": {}, "expected": {}}
-needs_oracle = pytest.mark.skipif(not VALUES.exists(), reason="the reference files are not there")
+VALUES = golden("t7_values.json")
+FILES = {name: base64.b64decode(content) for name, content in VALUES["files"].items()}
 
 
 class Comparison:
@@ -77,11 +75,10 @@ class Comparison:
         assert self.known.setdefault(f"storage {storage}", address) == address
 
 
-@needs_oracle
-@pytest.mark.parametrize("name", EXPECTED["files"])
+@pytest.mark.parametrize("name", FILES)
 def test_every_value_of_the_original(name):
-    value = parse_t7((VALUES / name).read_bytes())
-    Comparison().check(value, EXPECTED["expected"][name.removesuffix(".t7").removesuffix("_ascii")])
+    value = parse_t7(FILES[name])
+    Comparison().check(value, VALUES["expected"][name.removesuffix(".t7").removesuffix("_ascii")])
 
 
 # ---------------------------------------------------------------------------- files written here
@@ -186,10 +183,9 @@ def test_a_loop_is_itself():
     assert found.get("self") is found
 
 
-@needs_oracle
 @pytest.mark.parametrize("name", ["nn_sequential_shared", "nn_sequential_shared_ascii", "tensor_transposed"])
 def test_cut_and_changed_files_read_or_are_refused(name):
-    content = (VALUES / f"{name}.t7").read_bytes()
+    content = FILES[f"{name}.t7"]
     generator = np.random.default_rng(0)
     for end in range(len(content) - 1):
         with pytest.raises(Unreadable):

@@ -5,9 +5,11 @@
 FOLDER holds the complete reference data. What a formula gives (parameters, inputs, running
 statistics before the first step, places of the samples) is checked and left out; of the ImageNet
 network, running statistics are kept as summaries; of its transforms, what came of pictures that a
-formula draws (photographs are not copied), and the random draws of all.
+formula draws (photographs are not copied), and the random draws of all. Of the .t7 files, the small ones
+and two networks.
 """
 
+import base64
 import io
 import json
 import lzma
@@ -23,6 +25,7 @@ from oracle import h, sample_places  # noqa: E402
 
 FULL = 1024  # gradients of at most so many elements are stored whole
 SUMMARY = ("norm", "sum", "proj")
+T7_MODELS = ("c11_B_2x8d/model.t7.xz", "c11_C_2x8d/model_cuda.t7.xz")
 DRAWN = ("gradient_rgb.png", "small_rgba.png", "small_gray.png", "palette_png_named.JPEG")
 
 
@@ -123,6 +126,13 @@ def imagenet_transforms(folder):
     return facts, kept
 
 
+def t7_values(folder):
+    """The small .t7 files, in base64, and what they hold."""
+    meta = json.loads((folder / "meta.json").read_text())
+    files = {name: base64.b64encode((folder / name).read_bytes()).decode() for name in meta["files"]}
+    return {"files": files, "expected": meta["expected"]}
+
+
 def compact(value):
     return json.dumps(value, separators=(",", ":")) + "\n"
 
@@ -140,6 +150,9 @@ def main(source, output):
     (output / "imagenet_transforms.json").write_text(compact(imagenet))
     np.savez_compressed(output / "imagenet_transforms.npz", **kept)
     (output / "oracle.json").write_text(compact(facts))
+    (output / "t7_values.json").write_text(compact(t7_values(source / "t7_values")))
+    for name in T7_MODELS:
+        (output / name.replace("/", "-")).write_bytes((source / "models" / name).read_bytes())
     for name in ("learning_rate.json", "compute_score.json"):
         (output / name).write_text(compact(json.loads((source / name).read_text())))
 
