@@ -739,6 +739,20 @@ def test_activation_checkpointing_changes_no_bit(processes, whole, tmp_path):
     assert fingerprint(tmp_path / "run") == fingerprint(theirs)
 
 
+def test_fine_tuning_on_two_processes_is_that_on_one(processes, whole, tmp_path):
+    """From weights, a part of the network frozen, the last layer at a rate of its own."""
+    more = {"model.pretrained": whole(2, settings()), "data.characters": "ABCD", "train.frozen_stages": 1}
+    more |= {"optimizer.head_lr": 0.1, "train.bn_group": 6, "train.epochs": 2, "run.log_interval": 1}
+    more |= {"optimizer.lr": 0.01}
+    overrides = [*settings(), *(f"{key}={value}" for key, value in more.items())]
+    for number in (1, 2):
+        finished(processes.run(number, "train", *start(tmp_path / f"{number}", *overrides)))
+    one, two = (rows(tmp_path / f"{number}") for number in (1, 2))
+    assert [row["loss"] for row in one if row["kind"] == "step"] == pytest.approx(
+        [row["loss"] for row in two if row["kind"] == "step"], rel=1e-4
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="no C++ compiler")
 def test_compiled(processes, whole, tmp_path):
