@@ -418,7 +418,7 @@ REFUSED = {
     expanded: "larger than the file",
     no_last_layer: "nothing stands where linear should",
     other_pool: "where avgpool should|stands where",
-    basic_blocks: "layer1.0.conv1: kernel 3x3",
+    basic_blocks: "blocks have two convolutions",
 }
 
 

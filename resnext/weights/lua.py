@@ -264,6 +264,8 @@ class _Names:
         if len(sides) != 2:
             raise Unreadable(f"{name}: has {len(sides)} branches, not a branch and a shortcut")
         branch, shortcut = sorted(sides, key=lambda ops: len(_trunk(ops)), reverse=True)
+        if _trunk(branch).count("conv") == 2:
+            raise Unreadable("its blocks have two convolutions; these networks have bottlenecks of three")
         inner = self.inner(branch)
         if not bare and not first:
             inner.norm(f"{name}.bn0")
