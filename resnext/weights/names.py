@@ -1,12 +1,12 @@
 """Whose weights a state_dict holds, told by its keys, and the same under torchvision's names.
 
-torchvision, timm    conv1, bn1, layer1.0.conv1 ... layer1.0.downsample.0, fc: our own names
-mmpretrain           the same below backbone., and head.fc
-pycls                stem.conv, s1.b1.f.a ... s1.b1.proj, head.fc; its pictures are BGR
-bearpaw, prlz77      conv_1_3x3, stage_1.stage_1_bottleneck_0.conv_reduce ... classifier (CIFAR)
+    torchvision, timm    conv1, bn1, layer1.0.conv1 ... layer1.0.downsample.0, fc: our own names
+    mmpretrain           the same below backbone., and head.fc
+    pycls                stem.conv, s1.b1.f.a ... s1.b1.proj, head.fc; its pictures are BGR
+    bearpaw, prlz77      conv_1_3x3, stage_1.stage_1_bottleneck_0.conv_reduce ... classifier (CIFAR)
 
-Tensors do not tell everything: variants that only pool, activate or stride otherwise (timm's resnetaa, Caffe's
-stride in the first 1x1) look like the plain network, except where a configuration in the file says so.
+Tensors do not tell everything: variants that only pool, activate or stride otherwise (timm's resnetaa,
+Caffe's stride in the first 1x1) look like the plain network, unless a configuration in the file says so.
 """
 
 import re
