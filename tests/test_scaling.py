@@ -1,4 +1,4 @@
-"""scaling.py: its formulas on cases worked out by hand, its tables, and its measurement of real processes."""
+"""scaling.py: formulas on cases worked out by hand, tables; measure_scaling.py: of real processes."""
 
 import os
 import sys
@@ -14,10 +14,11 @@ from commands import ROOT, call, message, run_python, run_script
 from resnext import resnext50_32x4d
 
 sys.path.insert(0, str(ROOT / "scripts"))
+import measure_scaling
 import scaling
 
-SCRIPT = "scripts/scaling.py"
-TINY = ["--measure", "--config", "demo.yaml", "--images", "2", "--pixels", "8", "--megabytes", "0.1", "0.4"]
+SCRIPT = "scripts/measure_scaling.py"
+TINY = ["--config", "demo.yaml", "--images", "2", "--pixels", "8", "--megabytes", "0.1", "0.4"]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def test_buckets_are_those_of_the_real_thing(networks):
     model = resnext50_32x4d()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        _, buckets = scaling.time_steps(model, torch.randn(2, 3, 32, 32), repeats=1)
+        _, buckets = measure_scaling.time_steps(model, torch.randn(2, 3, 32, 32), repeats=1)
     finally:
         dist.destroy_process_group()
     assert tuple(buckets) == networks["resnext50_32x4d"].buckets
@@ -151,10 +152,10 @@ def test_time_of_an_image_goes_by_multiply_adds(networks):
 def test_fit_finds_latency_and_bandwidth():
     sizes = (10**6, 10**7, 10**8)
     exact = {str(size): [0.002 + scaling.ring_bytes(3, size) / 5e8] * 3 for size in sizes}
-    assert scaling.fit(3, exact) == pytest.approx((0.002, 5e8))
-    assert scaling.fit(2, {"1000000": [0.004]}) == pytest.approx((0.0, 10**6 / 0.004))
+    assert measure_scaling.fit(3, exact) == pytest.approx((0.002, 5e8))
+    assert measure_scaling.fit(2, {"1000000": [0.004]}) == pytest.approx((0.0, 10**6 / 0.004))
     falling = {"1000000": [0.001], "10000000": [0.02]}  # a latency below 0 would fit best
-    assert scaling.fit(2, falling)[0] == 0.0
+    assert measure_scaling.fit(2, falling)[0] == 0.0
 
 
 # ---------------------------------------------------------------------------- command line
@@ -225,13 +226,14 @@ def test_help_and_errors_do_not_load_torch():
         (["--of", "resnet18"], ["--of", "resnet18", "resnext50_32x4d"]),
         (["--chart", "chart.txt"], ["--chart", ".png"]),
         (["--chart", "no/such/folder/chart.png"], ["no/such/folder"]),
-        (["--measure", "--processes", "0"], ["--processes", "'0'"]),
-        (["--measure", "--rounds", "0"], ["--rounds", "'0'"]),
-        (["--measure", "--config", "nothing.yaml"], ["nothing.yaml"]),
+        (["--processes", "0"], ["--processes", "'0'"]),
+        (["--rounds", "0"], ["--rounds", "'0'"]),
+        (["--config", "nothing.yaml"], ["nothing.yaml"]),
     ],
 )
 def test_wrong_values_end_with_one_message(options, words):
-    text = message(call(scaling.main, *options))
+    measures = options[0] in ("--processes", "--rounds", "--config")
+    text = message(call((measure_scaling if measures else scaling).main, *options))
     assert all(word in text for word in words), text
 
 
