@@ -28,6 +28,8 @@ from typing import Any
 from resnext.config import Config, network_name
 from resnext.errors import UserError, run_command
 
+RUN_FILES = ("config.yaml", "metrics.jsonl", "log.txt")
+
 
 def parse_arguments() -> argparse.Namespace:
     summary, _, details = __doc__.partition("\n")
@@ -44,6 +46,11 @@ def parse_arguments() -> argparse.Namespace:
         type=int,
         metavar="N",
         help="shorter side ahead of the crop; default: in the run's ratio to it, 256 for 224",
+    )
+    add(
+        "--interpolation",
+        choices=["bilinear", "bicubic"],
+        help="of resizing (sets of files, not torch7); default: the weights'",
     )
     add("--classes", metavar="FILE", help="score only these classes, one name a line; only they compete")
     add("--splits", metavar="FILE", help="CSV with header path,split: a score for each split too")
@@ -95,6 +102,7 @@ def run(
     from resnext.distributed import choose_device, first_on_machine, rank, set_numerics
     from resnext.state import place
     from resnext.tables import class_rows, report, score_row, to_csv
+    from resnext.weights import preprocessing
 
     config = info.config
     device = choose_device(arguments.device)
@@ -114,6 +122,8 @@ def run(
     result = {
         "checkpoint": info.file,
         "origin": info.origin,
+        "network": network_name(config.model),
+        "preprocessing": None if info.origin == "this program" else preprocessing(info),
         "weights": info.weights,
         "global_step": info.steps,
         **score_row(score),
@@ -129,7 +139,6 @@ def run(
         "precision": config.train.precision,
         "device": device.type,
         "classes": len(val_set.classes),
-        "network": network_name(config.model),
         "network_classes": len(classes),
         "classes_file": arguments.classes,
         **class_rows(predictions, val_set.classes),
@@ -150,9 +159,8 @@ def run(
 
 def check_arguments(arguments: argparse.Namespace) -> None:
     """What can be said about the command line before anything is read."""
-    source = Path(arguments.source)
-    if not source.exists() and not arguments.source.startswith("torchvision:"):
-        raise UserError(f"{source}: no such run directory or checkpoint; check the path")
+    check_source(arguments.source)
+    source = Path(arguments.source).expanduser()
     limits = {"batch_size": (1, 1 << 20), "workers": (0, 256), "image_size": (8, 4096), "resize": (8, 8192)}
     for name, (low, high) in limits.items():
         value, option = getattr(arguments, name), "--" + name.replace("_", "-")
@@ -172,15 +180,19 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         for other, used in others.items():
             if used and Path(used).resolve() == Path(name).resolve():
                 raise UserError(f"{option} {name}: is {other} too; name another file for the result")
-        if Path(name).suffix == ".pt" or Path(name).name in ("config.yaml", "metrics.jsonl", "log.txt"):
-            raise UserError(
-                f"{option} {name}: is called as a file of a run; name another file for the result"
-            )
         others[option] = name
 
 
+def check_source(source: str) -> None:
+    """A UserError where load_weights has nothing to look at; costs no import of torch."""
+    if not source.startswith("torchvision:") and not Path(source).expanduser().exists():
+        raise UserError(f"{source}: no such run directory or file of weights; check the path")
+
+
 def check_target(option: str, path: Path) -> None:
-    """A UserError now rather than after the work when the result cannot be written."""
+    """A UserError now rather than after the work when the result cannot be written, or must not be."""
+    if path.suffix in (".pt", ".pth", ".pyth", ".tar", ".t7") or path.name in RUN_FILES:
+        raise UserError(f"{option} {path}: is called as a file of a run; name another file for the result")
     if path.exists() and not path.is_file() and not path.is_dir():
         writable = os.access(path, os.W_OK)  # a pipe or device
     else:
@@ -195,7 +207,7 @@ def adapt(config: Config, arguments: argparse.Namespace) -> Config:
     """The configuration of the weights with what the options change."""
     data, train = config.data, config.train
     if data.pipeline == "memory":
-        for name in ("ten_crop", "image_size", "resize"):
+        for name in ("ten_crop", "image_size", "resize", "interpolation"):
             if getattr(arguments, name):
                 raise UserError(
                     f"--{name.replace('_', '-')}: works on files, and this set is in memory at "
@@ -214,6 +226,7 @@ def adapt(config: Config, arguments: argparse.Namespace) -> Config:
             data,
             image_size=size,
             resize=resize,
+            interpolation=arguments.interpolation or data.interpolation,
             dir=arguments.data or data.dir,
             workers=data.workers if arguments.workers is None else arguments.workers,
         ),

@@ -1,7 +1,6 @@
 """Entry points of torch.hub: the named networks, and trained weights from a file.
 
     import torch
-    torch.hub.list(FOLDER, source="local")
     model = torch.hub.load(FOLDER, "resnext50_32x4d", source="local", classes=10)
     model = torch.hub.load(FOLDER, "resnext50_32x4d", source="local", weights="resnext50.pth")
     model = torch.hub.load(FOLDER, "load_weights", source="local", path="runs/demo")

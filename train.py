@@ -131,6 +131,11 @@ def resume_source(arguments: argparse.Namespace, output: Path) -> Path | None:
         if not path.exists():
             raise UserError(f"--resume {path}: no such run directory or checkpoint; check the path")
         source = latest(path) if path.is_dir() else path
+        if source and source.suffix == ".t7" and source.name != "latest.t7":
+            raise UserError(
+                f"--resume {path}: a single Lua file; give its folder, which has latest.t7, or start from it "
+                "with model.pretrained"
+            )
         if source is None and not is_run(path):
             raise UserError(f"--resume {path}: not a run directory; give one that train.py wrote")
     elif arguments.resume is not None:

@@ -65,6 +65,9 @@ class Model:
         None,
         "start from these weights: a run, a file, torchvision:NAME; other classes get a new last layer",
     )
+    reset_classifier: bool = _key(
+        False, "with pretrained: a new last layer, also for classes that fit (a file may not name its own)"
+    )
 
 
 @dataclass(frozen=True)
@@ -288,7 +291,6 @@ FOREIGN_KEYS = {
     "retrain": "model.pretrained",
     "weights": "model.pretrained",
     "load_from": "model.pretrained",
-    "resetClassifier": "model.pretrained",
     "freeze": "train.frozen_stages",
     "freeze_at": "train.frozen_stages",
     "data_dir": "data.dir",

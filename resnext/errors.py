@@ -11,6 +11,10 @@ class UserError(Exception):
     """Something the user can mend; the message names the key or file and the remedy."""
 
 
+class Unreadable(ValueError):
+    """Why a file cannot be read; whoever knows its name makes it a UserError."""
+
+
 def launched_as(name: str) -> int:
     """RANK or LOCAL_RANK of a process that torchrun started, else 0; costs no import of torch."""
     return int(os.environ[name]) if all(variable in os.environ for variable in TORCHRUN) else 0

@@ -220,7 +220,8 @@ def start_from(training: Training, source: ResNeXt, info: Info) -> list[str]:
     own, theirs = training.config, info.config
     check_architecture(theirs.model, own.model, f"model.pretrained: {info.file}")
     state = in_form(source.float().state_dict(), theirs.model, own.model)
-    kept = len(state["fc.bias"]) == len(training.classes) and info.classes in (None, training.classes)
+    fits = len(state["fc.bias"]) == len(training.classes) and info.classes in (None, training.classes)
+    kept = fits and not own.model.reset_classifier
     if not kept:
         fresh = training.model.state_dict()
         state |= {key: fresh[key] for key in ("fc.weight", "fc.bias")}
@@ -229,12 +230,19 @@ def start_from(training: Training, source: ResNeXt, info: Info) -> list[str]:
     if training.ema:
         training.ema.module.load_state_dict(state)
     last = "last layer included" if kept else f"a new last layer of {len(training.classes)} classes"
+    if kept and info.classes is None:
+        last += " (the file names no classes: if they are others, set model.reset_classifier=true)"
     lines = [f"starting from the {info.weights} of {info.file} ({info.origin}), {last}"]
-    if (own.data.mean, own.data.std) != (theirs.data.mean, theirs.data.std):
-        lines.append(
-            f"warning: they were trained with data.mean={to_text(theirs.data.mean)} "
-            f"data.std={to_text(theirs.data.std)}; this run has others"
-        )
+    keys = ["mean", "std"]
+    if "memory" not in (own.data.pipeline, theirs.data.pipeline):
+        keys += ["pipeline", "interpolation"]
+    settings = [
+        f"data.{key}={to_text(getattr(theirs.data, key))}".replace(", ", ",")
+        for key in keys
+        if getattr(own.data, key) != getattr(theirs.data, key)
+    ]
+    if settings:
+        lines.append(f"warning: they are meant for {' '.join(settings)}, and this run has others")
     return lines
 
 

@@ -83,7 +83,7 @@ def report(result: dict[str, Any], per_class: bool) -> str:
     steps = "" if result["global_step"] is None else f" after {result['global_step']} steps"
     lines = [
         f"{result['checkpoint']}: {result['weights']}{steps}; {view}, {result['precision']}",
-        *origin(result),
+        *([result["preprocessing"]] if result["preprocessing"] else []),
         *aligned([[name, *score_cells(row, result["classes"])] for name, row in scores.items()], gap=" "),
         "errors in percent, [95 % interval]",
         *notes(result),
@@ -95,20 +95,6 @@ def report(result: dict[str, Any], per_class: bool) -> str:
         lines += ["", f"most confused, {min(SHOWN_PAIRS, len(pairs))} of {len(pairs):,} pairs:"]
         lines += [f"{pair['true']} -> {pair['predicted']}: {pair['images']}" for pair in pairs[:SHOWN_PAIRS]]
     return "\n".join(lines)
-
-
-def origin(result: dict[str, Any]) -> list[str]:
-    """What was inferred of weights that this program did not write."""
-    if result["origin"] == "this program":
-        return []
-    mean, std = (", ".join(f"{value:g}" for value in result[name]) for name in ("mean", "std"))
-    resampling = {"memory": "", "torch7": ", resized as in Torch7"}.get(
-        result["pipeline"], f", resized {result['interpolation']}"
-    )
-    return [
-        f"weights of {result['origin']}: {result['network']}, {result['network_classes']:,} classes"
-        f"{resampling}, normalised by mean {mean} and deviation {std} of 0...255"
-    ]
 
 
 def aligned(rows: list[list[str]], gap: str = "  ") -> list[str]:

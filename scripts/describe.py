@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from evaluate import check_target, say, write_whole
+from evaluate import check_source, check_target, say, write_whole
 from resnext.config import CONFIG_FOLDER, Config, find_config, network_name, read_config
 from resnext.errors import UserError, run_command
 
@@ -55,7 +55,7 @@ def check_arguments(source: str | None, target: str | None) -> None:
     check_target("--json", Path(target))
     if source is not None and Path(source).resolve() == Path(target).resolve():
         raise UserError(f"--json {target}: is what is described; name another file for the result")
-    if Path(target).suffix in (".yaml", ".pt", ".pth", ".t7", ".safetensors"):
+    if Path(target).suffix in (".yaml", ".safetensors"):
         raise UserError(f"--json {target}: is called as a configuration or weights are; name a .json file")
 
 
@@ -68,8 +68,12 @@ def is_config(source: str) -> bool:
 
 
 def weights_exist(source: str) -> bool:
-    """Whether load_weights has something to look at: a file, a folder, or torchvision:NAME."""
-    return source.startswith("torchvision:") or Path(source).expanduser().exists()
+    """Whether load_weights has something to look at."""
+    try:
+        check_source(source)
+    except UserError:
+        return False
+    return True
 
 
 def read_named(source: str) -> Config:

@@ -24,8 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from describe import weights_exist
-
+from evaluate import check_source
 from resnext.config import Config, network_name, to_yaml
 from resnext.errors import UserError, run_command
 
@@ -61,6 +60,8 @@ def main() -> None:
     print(f"input: RGB, float32 (batch, 3, {size}, {size}), (pixels 0...255 - mean) / std,")
     print(f"       mean {facts['mean']}, std {facts['std']}")
     print(parity)
+    if output.suffix == ".pth":
+        print("a state_dict says neither classes nor preprocessing: a .safetensors or a checkpoint does")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -85,8 +86,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def check_arguments(source: str, output: Path, fold: bool, image_size: int | None) -> None:
     """What can be said before anything is read."""
-    if not weights_exist(source):
-        raise UserError(f"{source}: no such run directory or file of weights; check the path")
+    check_source(source)
     if output.suffix not in NEEDED:
         raise UserError(f"{output}: the name must end in {', '.join(NEEDED)}, which says what to write")
     if output.exists() or output.is_symlink():
@@ -178,9 +178,11 @@ def fold_batchnorm(model: Any) -> Any:
 
 def metadata(config: Config, classes: tuple[str, ...] | None, origin: str, image_size: int) -> dict[str, str]:
     """What the weights do not say: texts, as safetensors and ONNX hold them."""
+    from resnext.weights import EXPORTED
+
     data = config.data
     return {
-        "format": "resnext weights",
+        "format": EXPORTED,
         "architecture": network_name(config.model),
         "classes": json.dumps(classes),
         "mean": json.dumps(data.mean),

@@ -69,7 +69,7 @@ FLAGS = {
     "optimState": Flag(str),
     "shareGradInput": Flag(bool, False, "train.activation_checkpointing"),
     "optnet": Flag(bool, False, "train.activation_checkpointing"),
-    "resetClassifier": Flag(bool, False),
+    "resetClassifier": Flag(bool, False, "model.reset_classifier"),
     "nClasses": Flag(int, 0, "model.classes", at_least=0),
 }
 DEFAULTS = {f"{section}.{f.name}": f.default for section, make in SECTIONS.items() for f in fields(make)}
@@ -235,6 +235,7 @@ def translate(options: SimpleNamespace, given: dict[str, Any]) -> dict[str, Any]
         "model.preactivation": options.netType == "preresnet",
         "model.classes": options.nClasses or None,
         "model.pretrained": None if options.resume else options.retrain,
+        "model.reset_classifier": options.resetClassifier and not options.resume,
         "data.dataset": options.dataset if cifar else "folder",
         "data.workers": None if cifar else math.ceil(options.nThreads / options.nGPU),
         "augment.padding": 4 if cifar else 0,
@@ -273,12 +274,6 @@ def notes_on_network(options: SimpleNamespace, given: dict[str, Any]) -> Iterato
             "retrain",
             "the original took the network from the file, whatever the other flags said; here they must "
             "describe the network in the file",
-        )
-    if options.resetClassifier:
-        yield (
-            "resetClassifier",
-            "a new last layer comes by itself where the classes are not those of the weights; where they "
-            "are, the trained one stays",
         )
     if options.nClasses:
         yield "nClasses", "must be what the data has; the original read it with -resetClassifier only"

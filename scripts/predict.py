@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data.pictures import find_pictures, picture_batches
 from data.subsets import IMAGENET_WNIDS
-from evaluate import check_target, say
+from evaluate import check_source, check_target, say
 from resnext.errors import UserError, run_command
 
 
@@ -89,9 +89,7 @@ def find_inputs(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
         value = getattr(arguments, name)
         if value is not None and not low <= value <= high:
             raise UserError(f"--{name.replace('_', '-')}: must be in {low}...{high}, not {value}")
-    source = arguments.weights
-    if not Path(source).expanduser().exists() and not source.startswith("torchvision:"):
-        raise UserError(f"{source}: no such run directory or file of weights; check the path")
+    check_source(arguments.weights)
     if arguments.output:
         check_target("--output", Path(arguments.output))
     paths, broken = find_pictures(arguments.pictures, sys.stdin.buffer if "-" in arguments.pictures else ())
@@ -105,9 +103,8 @@ def find_inputs(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
 def check_kept(target: Path, inputs: list[str]) -> None:
     """A UserError where results would replace weights, a picture or a file of a run."""
     used = target.is_file() and any(os.path.exists(name) and target.samefile(name) for name in inputs)
-    if used or target.suffix == ".pt" or target.name in ("config.yaml", "metrics.jsonl", "log.txt"):
-        what = "is read too" if used else "is called as a file of a run"
-        raise UserError(f"--output {target}: {what}; name another file for the result")
+    if used:
+        raise UserError(f"--output {target}: is read too; name another file for the result")
 
 
 class Network(NamedTuple):
@@ -121,11 +118,13 @@ class Network(NamedTuple):
 
 def load_network(arguments: argparse.Namespace) -> Network:
     """The weights, ready to be used on the device and at the precision that the options ask for."""
-    from resnext import load_weights
     from resnext.distributed import choose_device, set_numerics
     from resnext.state import place
+    from resnext.weights import load_weights, preprocessing
 
     model, info = load_weights(arguments.weights)
+    if info.origin != "this program":
+        print(preprocessing(info), file=sys.stderr)
     config, device = info.config, choose_device(arguments.device)
     config = replace(
         config,
@@ -177,9 +176,10 @@ def warn(problem: str) -> None:
 def report_broken(broken: list[str], named: int) -> None:
     """The closing message, where anything could not be read."""
     if broken:
+        others = "; all others are done" if len(broken) < named else ""
         raise UserError(
-            f"{len(broken):,} of {named:,} pictures could not be read (see the warnings); replace or remove "
-            "them; all others are done"
+            f"{len(broken):,} of {named:,} could not be read (see the warnings); replace or remove "
+            f"them{others}"
         )
 
 

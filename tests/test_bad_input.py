@@ -721,7 +721,7 @@ def resume_of_an_earlier_checkpoint_into_its_own_run(place):
 # --resume
 
 
-@line(train.main, "nowhere: no such run directory or checkpoint", "check the path")
+@line(train.main, "nowhere: no such run directory or file of weights", "check the path")
 def resume_nowhere(place):
     return ["--resume", "nowhere"]
 
@@ -813,7 +813,7 @@ def resume_with_a_damaged_config(place):
 # evaluate.py
 
 
-@line(evaluate.main, "nowhere: no such run directory or checkpoint", "check the path")
+@line(evaluate.main, "nowhere: no such run directory or file of weights", "check the path")
 def evaluate_nowhere(place):
     return ["nowhere"]
 

@@ -77,6 +77,7 @@ def test_defaults_are_the_originals_imagenet_recipe():
         "train.epochs": 100,
         "train.batch_size": 256,
         "model.pretrained": None,
+        "model.reset_classifier": False,
         "train.frozen_stages": None,
         "train.eval_batch_size": 256,
         "train.accumulation_steps": 1,
@@ -324,6 +325,7 @@ def random_config(random: random.Random) -> dict[str, dict[str, object]]:
         put("train.sync_bn", True, False)
     put("train.epochs", 1, 7, 1000)
     put("model.pretrained", None, *TEXTS)
+    put("model.reset_classifier", True, False)
     put("train.frozen_stages", None, 0, 3)
     put("optimizer.head_lr", None, 0.1, 2)
     put("train.label_smoothing", 0, 0.1, real(0, 1))

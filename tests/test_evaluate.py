@@ -203,7 +203,15 @@ def test_the_ratio_of_imagenet():
     from resnext.config import parse_config
 
     config = parse_config("", "default")
-    options = Namespace(image_size=320, resize=None, data=None, workers=None, precision=None, ten_crop=False)
+    options = Namespace(
+        image_size=320,
+        resize=None,
+        data=None,
+        workers=None,
+        precision=None,
+        ten_crop=False,
+        interpolation=None,
+    )
     data = evaluate.adapt(config, options).data
     assert (data.image_size, data.resize) == (320, 365)
     assert parse_config("data: {image_size: 320}", "larger").data.resize == 365
@@ -470,7 +478,7 @@ BAD = {
     "result over an input": (["RUN", "--splits", "s", "--csv", "s"], ["--csv s: is --splits too"]),
     "result over the best checkpoint": (
         ["RUN", "--csv", "RUN/checkpoints/best.pt"],
-        ["is the checkpoint too"],
+        ["called as a file of a run"],
     ),
     "result over the checkpoint": (
         ["RUN/checkpoints/best.pt", "--json", "RUN/checkpoints/best.pt"],

@@ -204,13 +204,28 @@ def test_a_run_as_the_lua_code_would_have_left_it(tmp_path):
         load_lua_run(tmp_path)
 
 
+def test_a_single_lua_file_is_not_resumed(tmp_path):
+    (tmp_path / "model_1.t7").write_bytes(b"")
+    result = call(
+        train.main, "--config", "demo.yaml", "--resume", tmp_path / "model_1.t7", "--output", tmp_path / "a"
+    )
+    assert result.status == 2 and "a single Lua file; give its folder" in result.error
+    for option in ("--json", "--csv"):
+        result = call(evaluate.main, tmp_path, option, tmp_path / "model_1.t7")
+        assert result.status == 2 and "called as a file of a run" in result.error
+    assert (tmp_path / "model_1.t7").read_bytes() == b""
+
+
 @needs_oracle
 def test_evaluate_takes_a_lua_file_and_directory(lua_run, tmp_path):
     pictures = draw_folders(tmp_path / "pictures", {f"{number}": 2 for number in range(10)}, size=32)
     for source in (lua_run, lua_run / "model_2.t7"):
         result = call(evaluate.main, source, "--data", pictures)
         assert result.status == 0, result.error
-        assert "weights of Torch7: resnext-11 (2x8d), 10 classes, normalised by mean 125.3" in result.output
+        assert (
+            "weights of Torch7: resnext-11 (2x8d), 10 classes; their pictures" in result.output
+            and "mean 125.3" in result.output
+        )
         assert "20 images" in result.output
     (pictures / "val" / "9").rename(pictures / "val" / "other")
     assert call(evaluate.main, lua_run, "--data", pictures).status == 0  # the file names no classes
@@ -378,6 +393,16 @@ def many_times(tree, model):
     return sequential(*[relu()] * 3, tree)
 
 
+def replicas_of_itself(tree, model):
+    found = Module("nn.DataParallelTable", {})
+    found.fields["modules"] = [found]
+    return found
+
+
+def infinite(tree, model):
+    find(tree, "cudnn.SpatialConvolution")[3].fields["nOutputPlane"] = float("inf")
+
+
 def no_network(tree, model):
     return {"epoch": 3}
 
@@ -413,6 +438,8 @@ REFUSED = {
     used_twice: "used twice",
     inside_itself: "holds itself",
     many_times: "nested|used twice|holds itself",
+    replicas_of_itself: "holds itself",
+    infinite: "nOutputPlane of a cudnn.SpatialConvolution is inf",
     no_network: "no network",
     too_few_weights: "do not make",
     expanded: "larger than the file",

@@ -124,7 +124,7 @@ def test_defaults_of_the_lua_code_are_stated():
         ("-shareGradInput true", {"train.activation_checkpointing": True}),
         ("-optnet true", {"train.activation_checkpointing": True}),
         ("-shareGradInput false -optnet false -testOnly false -tenCrop false", {}),
-        ("-resetClassifier true -nClasses 37", {"model.classes": 37}),
+        ("-resetClassifier true -nClasses 37", {"model.classes": 37, "model.reset_classifier": True}),
         ("-nClasses 0", {}),
         ("-data DIR -save DIR -resume none -retrain none -optimState none", {}),
     ],

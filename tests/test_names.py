@@ -22,6 +22,7 @@ from torch import nn
 
 import evaluate
 from resnext import ResNeXt, UserError, load_weights
+from resnext.checkpoint import read_checkpoint
 
 # ---------------------------------------------------------------------------- their networks
 
@@ -327,7 +328,7 @@ WRONG = {
     "not a ResNet": (nn.Linear(2, 2).state_dict(), "first key is 'weight'"),
     "numbers only": ({"epoch": 3}, "no state_dict"),
     "a list": ([1, 2], "no state_dict"),
-    "a whole model": (small_torchvision(), "save its state_dict"),
+    "a whole model": (small_torchvision(), "save the state_dict"),
     "one channel": (state_without(**{"conv1.weight": torch.ones(64, 1, 7, 7)}), "first convolutions"),
     "expanded": (
         state_without(**{"fc.weight": torch.ones(1, 1).expand(10**9, 2048), "fc.bias": torch.ones(1)}),
@@ -379,6 +380,59 @@ def test_a_small_pickle_takes_no_large_memory(tmp_path):
         with pytest.raises(UserError):
             load_weights(tmp_path / "w.pt")
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 18  # KiB
+
+
+def test_pickles_that_take_for_ever(tmp_path):
+    """2^60 hashes of a nested tuple as a key; millions of empty objects."""
+    pairs = [b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) + b"0" for i in range(60)]
+    bomb = b"\x80\x02K\1\x85q\0" + b"0" + b"".join(pairs) + b"}h\x3cK\1s."
+    ours = tmp_path / "ours.pt"
+    for content, words in (
+        (bomb, "neither text nor number"),
+        (b"\x80\x02" + b"}0" * 3_000_000 + b".", "parts"),
+    ):
+        with zipfile.ZipFile(tmp_path / "w.pt", "w") as archive:
+            archive.writestr("w/data.pkl", content)
+        with pytest.raises(UserError, match=words):
+            load_weights(tmp_path / "w.pt")
+        with zipfile.ZipFile(ours, "w") as archive:
+            archive.writestr(
+                "w/data.pkl", content.replace(b"\x80\x02", b"\x80\x02X\x12\0\0\0resnext checkpoint0", 1)
+            )
+        for read in (load_weights, read_checkpoint):
+            with pytest.raises(UserError, match=words):
+                read(ours)
+
+
+def test_tensors_that_promise_a_large_network(tmp_path):
+    """Names of many blocks or paths, with nothing in them."""
+    paths = {f"layer1.0.paths.{i}.conv2.weight": torch.empty(0, 0, 0, 0) for i in range(300)}
+    state = small_torchvision().state_dict() | paths
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(UserError, match=r"blocks are missing|first convolutions"):
+        load_weights(tmp_path / "w.pt")
+
+
+def test_the_same_weights_twice(tmp_path):
+    state = small_torchvision().state_dict()
+    torch.save(
+        state | {f"model.{key}": torch.zeros_like(value) for key, value in state.items()}, tmp_path / "w.pt"
+    )
+    with pytest.raises(UserError, match=r"two of its tensors are conv1\.weight"):
+        load_weights(tmp_path / "w.pt")
+
+
+def test_variants_that_a_name_gives_away(tmp_path):
+    state = small_torchvision().state_dict()
+    torch.save({"arch": "resnetblur50", "state_dict": state}, tmp_path / "w.pt")
+    with pytest.raises(UserError, match="resnetblur50 pools otherwise"):
+        load_weights(tmp_path / "w.pt")
+
+
+def test_what_is_no_file():
+    for name in ("/dev/zero", "/dev/null"):
+        with pytest.raises(UserError, match="is no file"):
+            load_weights(name)
 
 
 def test_a_torchscript_program(tmp_path):

@@ -118,7 +118,7 @@ def test_standard_input_and_broken_files(folder_run, some, tmp_path, monkeypatch
     *warnings, last = result.error.splitlines()
     assert all(line.startswith("warning: ") for line in warnings) and len(warnings) == 2
     assert "gone.png" in warnings[0] and "broken.png" in warnings[1]
-    assert last.startswith("error: 2 of 5 pictures could not be read")
+    assert last.startswith("error: 2 of 5 could not be read")
     for kind, nothing in (("json", "[]"), ("csv", "path,rank,class,probability"), ("table", "")):
         result = call(predict.main, folder_run, tmp_path / "broken.png", "--format", kind)
         assert (result.status, result.output.strip()) == (2, nothing)
@@ -235,7 +235,7 @@ def test_safetensors_and_a_broken_file(folder_run, some, tmp_path):
     result = call(
         extract_features.main, folder_run, some[0], tmp_path / "broken.png", some[1], "--output", target
     )
-    assert result.status == 2 and "error: 1 of 3 pictures" in result.error and "wrote" in result.output
+    assert result.status == 2 and "error: 1 of 3 could" in result.error and "wrote" in result.output
     with safetensors.safe_open(target, "np") as file:
         assert file.get_tensor("features").shape == (2, 1024)
         assert json.loads(file.metadata()["paths"]) == list(map(str, some[:2]))

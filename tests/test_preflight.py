@@ -349,7 +349,9 @@ def test_checkpoint_of_another_network(run_copy):
 
 
 def test_weights_to_start_from_are_missing():
-    only_error(checked(model__pretrained="nowhere.pt"), "nowhere.pt: no such run directory or checkpoint")
+    only_error(
+        checked(model__pretrained="nowhere.pt"), "nowhere.pt: no such run directory or file of weights"
+    )
 
 
 # ---------------------------------------------------------------------------- data

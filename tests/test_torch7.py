@@ -10,7 +10,8 @@ import pytest
 import torch
 from oracle import golden
 
-from resnext.weights.torch7 import Object, Table, Unreadable, parse_t7
+from resnext.errors import Unreadable
+from resnext.weights.torch7 import Object, Table, parse_t7
 
 VALUES = golden("t7_values.json")
 FILES = {name: base64.b64decode(content) for name, content in VALUES["files"].items()}

@@ -126,8 +126,8 @@ def test_weights_of_another_program_and_form(tmp_path, finished_run):
     settings = [f"model.pretrained={tmp_path / 'w.pth'}", "model.block=B"]
     result, before = start_from(tmp_path, finished_run, *settings)
     assert result.status == 0, result.error
-    assert "(torchvision or timm), last layer included" in result.output
-    assert "warning: they were trained with data.mean=[125.3" in result.output
+    assert "(torchvision or timm), last layer included (the file names no classes" in result.output
+    assert "warning: they are meant for data.mean=[125.3,123.0,113.9] data.std" in result.output
     after, info = load_weights(tmp_path / "new")
     assert info.config.model.block == "B"
     state = convert_form(after.state_dict(), 1, "B", "C")
@@ -141,3 +141,13 @@ def test_files_of_before_the_key_had_its_name(tmp_path, finished_run):
     old = "\n".join(lines).replace("\ntrain:", f"\ntrain:\n  weights: {finished_run}")
     (tmp_path / "old.yaml").write_text(old)
     assert read_config(tmp_path / "old.yaml").model.pretrained == str(finished_run)
+
+
+def test_a_new_last_layer_for_classes_that_fit(tmp_path, finished_run):
+    result, before = start_from(tmp_path, finished_run, "model.reset_classifier=true")
+    assert result.status == 0 and "a new last layer of 10 classes" in result.output
+    after = load_weights(tmp_path / "new")[0]
+    assert not torch.equal(after.fc.weight, before.fc.weight)
+    after.fc = before.fc
+    assert_close(after, before, 1e-6)
+    assert call(train.main, "--resume", tmp_path / "new", "train.epochs=2").status == 0

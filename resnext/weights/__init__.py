@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import pickles
 from ..checkpoint import FORMAT, check_state, find_checkpoint, read_checkpoint, verify_archive
-from ..config import Config, complete, parse_config
-from ..errors import UserError
+from ..config import Config, complete, network_name, parse_config
+from ..errors import Unreadable, UserError
 from ..model import ResNeXt, build_model
-from . import lua, names, pickles, torch7
+from . import lua, names, torch7
 
 TORCHVISION = "torchvision:"
 EXPORTED = "resnext weights"  # metadata "format" of scripts/export.py's .safetensors
@@ -70,13 +71,16 @@ def load_weights(source: Path | str) -> tuple[ResNeXt, Info]:
     if str(source).startswith(TORCHVISION):
         return _torchvision(str(source))
     path = find_weights(Path(source).expanduser())
+    if not path.is_file():
+        raise UserError(f"{path}: is no file; give a .pt, .pth, .safetensors or .t7")
     with _readable(path):
-        if _is_own(path):
-            return _own(path)
         with open(path, "rb") as file:
             head = file.read(64)
-        if head.startswith((b"PK", pickles.LEGACY_START)):
-            return _pickled(path, head)
+        if head.startswith(b"PK"):
+            verify_archive(path)
+            return _own(path) if _is_own(path) else _pickled(path, pickles.read_archive(path))
+        if head.startswith(pickles.LEGACY_START):
+            return _pickled(path, pickles.read_legacy(path.read_bytes()))
         if head[8:9] == b"{":
             return _safetensors(path)
         if torch7.is_t7(head):
@@ -96,14 +100,27 @@ def load_lua_run(folder: Path) -> LuaState:
         if isinstance(flat, Tensor):
             sizes = [shape.numel() for shape in shapes.values()]
             if flat.ndim != 1 or len(flat) != sum(sizes) or flat.stride(0) != 1:
-                raise torch7.Unreadable("the optimiser's momentum is not that of the network")
+                raise Unreadable("the optimiser's momentum is not that of the network")
             parts = zip(shapes.items(), flat.split(sizes), strict=True)
             momentum = {key: part.view(shape) for (key, shape), part in parts}
         options = {key: value for key, value in run.optimizer.items() if isinstance(value, float | bool)}
         steps = options.get("evalCounter", 0)
         if not (steps >= 0 and float(steps).is_integer()):
-            raise torch7.Unreadable("the optimiser's number of steps is none")
+            raise Unreadable("the optimiser's number of steps is none")
     return LuaState(model, info, run.epoch, int(steps), momentum, options)
+
+
+def preprocessing(info: Info) -> str:
+    """Whose weights these are and what they are fed, for people: of other programs' it is assumed."""
+    data, model = info.config.data, info.config.model
+    resized = {"memory": "", "torch7": ", resized as in Torch7"}
+    how = resized.get(data.pipeline, f", resized {data.interpolation}")
+    mean, std = (", ".join(f"{value:g}" for value in values) for values in (data.mean, data.std))
+    classes = model.classes or len(info.classes or ())
+    return (
+        f"weights of {info.origin}: {network_name(model)}, {classes:,} classes; their pictures, as is usual "
+        f"there: {data.image_size} pixels{how}, mean {mean}, deviation {std} of 0...255"
+    )
 
 
 def find_weights(path: Path) -> Path:
@@ -119,10 +136,24 @@ def _readable(path: Path) -> Iterator[None]:
     """What a damaged or foreign file raises becomes one UserError that names it."""
     try:
         yield
-    except torch7.Unreadable as error:
+    except Unreadable as error:
         raise UserError(f"{path}: {error}; use another file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except UserError as error:  # of a configuration that was inferred
+        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from None
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        MemoryError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        # A hostile file may always think of something that no check does.
+        reason = (str(error).splitlines() or [""])[0][:100]
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {reason}); use another file") from error
 
 
 # ---------------------------------------------------------------------------- one kind of file each
@@ -130,10 +161,9 @@ def _readable(path: Path) -> Iterator[None]:
 
 def _is_own(path: Path) -> bool:
     """Whether it is a checkpoint of this program, as far as a glance tells."""
-    with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
-        content = [archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl")]
-        return any(FORMAT.encode() in part for part in content)
-    return False
+    with zipfile.ZipFile(path) as archive:
+        names_ = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        return any(FORMAT.encode() in archive.read(name) for name in names_)
 
 
 def _own(path: Path) -> tuple[ResNeXt, Info]:
@@ -150,18 +180,14 @@ def evaluated_state(content: dict[str, Any]) -> dict[str, Any]:
     if content["ema"] is None:
         return dict(content["model"])
     prefix = "module."
-    return {k.removeprefix(prefix): v for k, v in content["ema"].items() if k.startswith(prefix)}
+    average = {key: value for key, value in content["ema"].items() if str(key).startswith(prefix)}
+    return {key.removeprefix(prefix): value for key, value in average.items()}
 
 
-def _pickled(path: Path, head: bytes) -> tuple[ResNeXt, Info]:
-    if head.startswith(b"PK"):
-        verify_archive(path)
-        content = pickles.read_archive(path)
-    else:
-        content = pickles.read_legacy(path.read_bytes())
+def _pickled(path: Path, content: Any) -> tuple[ResNeXt, Info]:
     state, which, others = names.find_state(content)
     if sum(value.numel() for value in state.values()) > path.stat().st_size:
-        raise torch7.Unreadable("its tensors are larger than the file")
+        raise Unreadable("its tensors are larger than the file")
     origin, state = names.translate(state, others)
     return _build(state, path, origin, which, names.class_names(others))
 
@@ -176,14 +202,16 @@ def _safetensors(path: Path) -> tuple[ResNeXt, Info]:
             metadata = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise torch7.Unreadable(f"damaged ({str(error)[:100]})") from None
+        raise Unreadable(f"damaged ({str(error)[:100]})") from None
     if not state:
-        raise torch7.Unreadable("holds no tensors")
+        raise Unreadable("holds no tensors")
     if metadata.get("format") == EXPORTED:
         return _exported(state, path, metadata)
-    state = {names.unwrapped(key): value for key, value in state.items()}
-    origin, state = names.translate(state, {})
-    return _build(state, path, origin, "weights")
+    plain: dict[str, Tensor] = {}
+    for key, value in state.items():
+        names.add(plain, names.unwrapped(key), value)
+    origin, plain = names.translate(plain, {})
+    return _build(plain, path, origin, "weights")
 
 
 def _exported(state: dict[str, Tensor], path: Path, metadata: Mapping[str, str]) -> tuple[ResNeXt, Info]:
@@ -192,9 +220,9 @@ def _exported(state: dict[str, Tensor], path: Path, metadata: Mapping[str, str])
         config = parse_config(metadata["config"], str(path))
         classes = json.loads(metadata.get("classes", "null"))
     except (KeyError, ValueError):
-        raise torch7.Unreadable("its metadata is not scripts/export.py's") from None
+        raise Unreadable("its metadata is not scripts/export.py's") from None
     if classes is not None and not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
-        raise torch7.Unreadable("its metadata's classes are no names")
+        raise Unreadable("its metadata's classes are no names")
     info = Info(str(path), "this program", "exported weights", config, classes and tuple(classes))
     return _load(state, path, info)
 

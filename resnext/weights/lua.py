@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .torch7 import Object, Table, Unreadable, parse_t7
+from ..errors import Unreadable
+from .torch7 import Object, Table, parse_t7
 
 EPS = 1e-5  # of our BatchNorm
-MAX_MODULES = 100_000
+MAX_MODULES, MAX_NESTING = 100_000, 50
 
 CONVOLUTIONS = ("SpatialConvolution", "SpatialConvolutionMM")
 NORMS = ("SpatialBatchNormalization", "BatchNormalization")
@@ -79,7 +80,10 @@ class LuaRun:
 def read_network(path: Path) -> LuaNetwork:
     """The network of a model_N.t7 or a published file. Raises Unreadable."""
     content = path.read_bytes()
-    return convert_network(parse_t7(content), len(content))
+    root = parse_t7(content)
+    if isinstance(root, Table) and "modelFile" in root:
+        raise Unreadable("names the files of a Lua run; give its folder")
+    return convert_network(root, len(content))
 
 
 def model_file(folder: Path) -> Path:
@@ -128,19 +132,20 @@ def _flatten(root: Any) -> tuple[list[Op], list[Object]]:
     def walk(module: Any) -> list[Op]:
         nonlocal visits
         visits += 1
-        if visits > MAX_MODULES or id(module) in inside:
-            raise Unreadable(f"a module holds itself, or more than {MAX_MODULES:,} others")
+        if visits > MAX_MODULES or id(module) in inside or len(inside) > MAX_NESTING:
+            raise Unreadable(
+                f"a module holds itself, or over {MAX_MODULES:,} others, or {MAX_NESTING} nested"
+            )
         kind = _class(module)
-        if kind in CONTAINERS:
+        if kind in CONTAINERS or kind in REPLICAS:
             inside.add(id(module))
-            branches = [walk(child) for child in _children(module)]
+            children = _children(module)
+            branches = [walk(child) for child in (children[:1] if kind in REPLICAS else children)]
             inside.remove(id(module))
-            if kind == "Sequential":
+            if kind == "Sequential" or kind in REPLICAS:
                 return [op for branch in branches for op in branch]
             joined = [] if kind == "ConcatTable" else [Op("join")]
             return [Op("branches", module, branches), *joined]
-        if kind in REPLICAS:
-            return walk(_children(module)[0])
         if kind in NEUTRAL:
             return []
         _check_kind(module, kind)
@@ -344,7 +349,7 @@ def _outputs(branches: Op) -> int:
                 yield from convolutions(inner)
 
     found = max((list(convolutions(ops)) for ops in branches.branches), key=len)
-    return int(_number(found[-1], "nOutputPlane", 0)) if found else 0
+    return _whole(found[-1], "nOutputPlane") if found else 0
 
 
 # ---------------------------------------------------------------------------- numbers of a module
@@ -355,9 +360,20 @@ def _number(module: Object, name: str, default: float) -> float:
     return value if type(value) is float else default
 
 
+def _whole(module: Object, name: str, default: int = 0) -> int:
+    value = _number(module, name, default)
+    if not 0 <= value < 1 << 31 or value != int(value):
+        raise Unreadable(f"{name} of a {module.class_name[:60]} is {value}")
+    return int(value)
+
+
 def _tensor(module: Object, name: str) -> Tensor | None:
     value = module.fields.get(name)
-    return value if isinstance(value, Tensor) and value.numel() else None
+    if not isinstance(value, Tensor) or not value.numel():
+        return None
+    if not value.is_floating_point():
+        raise Unreadable(f"{name} of a {module.class_name[:60]} holds whole numbers")
+    return value
 
 
 def _all_tensors(module: Object) -> list[Tensor]:
@@ -405,8 +421,8 @@ def _convolution_weight(module: Object, weight: Tensor | None, bias: Tensor | No
     if bias is not None and bias.count_nonzero():
         raise Unreadable(f"{name}: has a bias, ours has none")
     keys = ("nOutputPlane", "nInputPlane", "kH", "kW")
-    outputs, inputs, height, width = (int(_number(module, key, 0)) for key in keys)
-    groups = int(_number(module, "groups", 1))
+    outputs, inputs, height, width = (_whole(module, key) for key in keys)
+    groups = _whole(module, "groups", 1)
     if groups < 1 or inputs % groups or weight is None:
         raise Unreadable(f"{name}: a convolution of {inputs} channels in {groups} groups")
     shape = (outputs, inputs // groups, height, width)

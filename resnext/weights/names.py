@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from ..config import Config, Data, Model, complete
-from .pickles import Inert, Stored
-from .torch7 import Unreadable
+from ..errors import Unreadable
+from ..pickles import Inert, Stored
 
 # Keys under which trainers keep a state_dict; averaged weights ahead of the others, as in our evaluation.
 AVERAGED = ("state_dict_ema", "model_ema")
@@ -70,7 +70,7 @@ def find_state(content: Any) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
     `content` as read_archive gives it. Raises Unreadable where there is no state_dict.
     """
     if isinstance(content, Inert):
-        raise Unreadable(f"holds a whole {content.name}, not its weights; save its state_dict()")
+        raise Unreadable(f"holds an object of class {content.name[:80]}; of a network save the state_dict()")
     if not isinstance(content, dict):
         raise Unreadable("holds no state_dict")
     others = {key: value for key, value in content.items() if isinstance(key, str)}
@@ -82,11 +82,18 @@ def find_state(content: Any) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
         which, found = "averaged weights", others["ema_state"]
     state = {}
     for key, value in found.items():
-        if isinstance(key, str) and isinstance(value, Stored):
-            state[unwrapped(key)] = value.tensor
+        if isinstance(key, str) and isinstance(value, Stored) and not IGNORED.fullmatch(unwrapped(key)):
+            add(state, unwrapped(key), value.tensor)
     if not state:
         raise Unreadable("holds no state_dict with tensors")
-    return {key: value for key, value in state.items() if not IGNORED.fullmatch(key)}, which, others
+    return state, which, others
+
+
+def add(state: dict[str, Tensor], key: str, value: Tensor) -> None:
+    """Put a tensor under its key; Unreadable where there is one already."""
+    if key in state:
+        raise Unreadable(f"two of its tensors are {key[:80]}")
+    state[key] = value
 
 
 def _better_average(others: Mapping[str, Any]) -> bool:
@@ -125,10 +132,8 @@ def translate(state: Mapping[str, Tensor], others: Mapping[str, Any]) -> tuple[s
             key, hits = re.subn(rf"^{pattern}", name, key, count=1)
             if hits:
                 break
-        if key in renamed:
-            raise Unreadable(f"two of its keys are {key[:80]!r}")
-        renamed[key] = value
-    _check_strides(origin, others)
+        add(renamed, key, value)
+    _check_variant(origin, others)
     if origin == "pycls":
         renamed["conv1.weight"] = renamed["conv1.weight"].flip(1)
     if origin == "bearpaw" and "best_acc" not in others:  # the trainer; prlz77's files are bare
@@ -136,8 +141,11 @@ def translate(state: Mapping[str, Tensor], others: Mapping[str, Any]) -> tuple[s
     return origin, renamed
 
 
-def _check_strides(origin: str, others: Mapping[str, Any]) -> None:
-    """The stride of a block may be in its 1x1, which no tensor shows, but a configuration does."""
+def _check_variant(origin: str, others: Mapping[str, Any]) -> None:
+    """What no tensor shows, but a name or configuration does: other pooling, the stride in the 1x1."""
+    arch = others.get("arch")
+    if isinstance(arch, str) and re.search(r"blur|ne[xt]+aa", arch):
+        raise Unreadable(f"{arch[:40]} pools otherwise than these networks")
     texts = [value for key in ("cfg", "meta") if isinstance(value := others.get(key), str)]
     if isinstance(others.get("meta"), dict):
         texts += [value for value in others["meta"].values() if isinstance(value, str)]
@@ -162,8 +170,10 @@ def architecture(state: Mapping[str, Tensor]) -> Model:
     if stem[2] not in (3, 7) or stem[1] != 3 or not width or total % width:
         raise Unreadable(f"its first convolutions are {stem} and {(total, width)}: none of these networks")
     stages = [_count(state, rf"layer{number}\.(\d+)\.") for number in range(1, 6)]
-    if max(paths, *stages) > len(state):
-        raise Unreadable("most of its blocks are missing")
+    branch = ".paths.0.conv1.weight" if paths else ".conv1.weight"
+    present = sum(re.fullmatch(r"layer\d\.\d+" + re.escape(branch), key) is not None for key in state)
+    if present != sum(stages) or present * max(1, paths) * 3 > len(state):
+        raise Unreadable("some of its blocks are missing")
     shortcuts = {m[1] for key in state if (m := re.match(r"(layer\d\.\d+)\.downsample\.", key))}
     first_blocks = {f"layer{number}.0" for number in range(1, 5)}
     cardinality, block = total // width, "C"

@@ -5,12 +5,11 @@
     tensor, storage                torch.Tensor; tensors that shared a storage share memory
     any other object               Object, its class name and its table of fields
 
-What the same index refers to is the same Python object, loops included. A file can ask for no more
-memory than a few times its size: counts are compared with the bytes that are left, tensors stay views
-inside their storages, nesting is limited, functions are refused.
+What the same index refers to is the same Python object, loops included. A file's tensors take no more
+memory than itself, a file of nothing but tables some twenty times as much: counts are compared with the
+bytes that are left, tensors stay views inside their storages, nesting is limited, functions are refused.
 """
 
-import math
 import struct
 import warnings
 from dataclasses import dataclass
@@ -20,8 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import Unreadable
+from ..pickles import view
+
 MAX_DEPTH = 200  # of objects inside objects; networks have about 40
-MAX_DIMENSIONS = 32
 
 NIL, NUMBER, STRING, TABLE, TORCH, BOOLEAN, FUNCTIONS = 0, 1, 2, 3, 4, 5, (6, 7, 8)
 
@@ -35,10 +36,6 @@ ELEMENTS = {
     "Float": np.float32,
     "Double": np.float64,
 }
-
-
-class Unreadable(ValueError):
-    """Why a file cannot be read."""
 
 
 class Table:
@@ -85,20 +82,6 @@ def is_t7(content: bytes) -> bool:
 def is_binary(content: bytes) -> bool:
     """Whether it begins with one of the types as an int32."""
     return len(content) >= 4 and struct.unpack_from("<i", content)[0] <= 8 and content[1:4] == b"\0\0\0"
-
-
-def view(storage: Tensor, offset: int, sizes: list[int], strides: list[int]) -> Tensor:
-    """A tensor inside a 1-D storage; `offset` counts from 0. Raises Unreadable where it would leave it."""
-    if len(sizes) != len(strides) or len(sizes) > MAX_DIMENSIONS:
-        raise Unreadable(f"a tensor of {len(sizes)} dimensions")
-    if min(sizes, default=0) < 0 or min(strides, default=0) < 0 or offset < 0 or math.prod(sizes) >= 1 << 62:
-        raise Unreadable(f"a tensor of impossible shape {sizes}")
-    last = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
-    if math.prod(sizes) and last >= len(storage):
-        raise Unreadable(f"a tensor of shape {sizes} does not fit into {len(storage)} elements")
-    if not math.prod(sizes):
-        return storage.new_empty(sizes)
-    return storage.as_strided(sizes, strides, offset)
 
 
 class _Binary:
@@ -256,7 +239,7 @@ class _Reader:
 
     def tensor(self, kind: type, depth: int) -> Tensor:
         dimensions = self.items.integer()
-        if not 0 <= dimensions <= MAX_DIMENSIONS:
+        if not 0 <= dimensions <= 32:
             raise Unreadable(f"a tensor of {dimensions} dimensions")
         sizes, strides = self.items.longs(dimensions), self.items.longs(dimensions)
         (offset,) = self.items.longs(1)

@@ -4,8 +4,8 @@ Numbers, texts, lists and dicts are read, tensors as Stored; whatever else a pic
 a placeholder that does nothing, so that files with argparse's or a trainer's objects can be read too.
 """
 
-import collections
 import io
+import math
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .torch7 import Unreadable, view
+from .errors import Unreadable
 
-MAX_PICKLE = 64 << 20  # bytes; a small pickle can ask for a hundred times its size
+MAX_PICKLE = 64 << 20  # bytes
+MAX_OPERATIONS = 4_000_000  # of a pickle; each may make an object of a hundred bytes
+KEYS = (str, int, float, bool, bytes, type(None))  # of a dict: to hash nested tuples may take for ever
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_START = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 
@@ -36,6 +38,21 @@ STORAGES = {
 }
 
 
+def view(storage: Tensor, offset: int, sizes: list[int], strides: list[int]) -> Tensor:
+    """A tensor inside a 1-D storage; `offset` counts from 0. Raises Unreadable where it would leave it."""
+    if len(sizes) != len(strides) or len(sizes) > 32:
+        raise Unreadable(f"a tensor of {len(sizes)} dimensions")
+    numbers = [offset, *sizes, *strides]
+    if min(numbers) < 0 or max(numbers) >= 1 << 40 or math.prod(max(1, size) for size in sizes) >= 1 << 62:
+        raise Unreadable(f"a tensor of impossible shape {sizes}")
+    last = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    if math.prod(sizes) and last >= len(storage):
+        raise Unreadable(f"a tensor of shape {sizes} does not fit into {len(storage)} elements")
+    if not math.prod(sizes):
+        return storage.new_empty(sizes)
+    return storage.as_strided(sizes, strides, offset)
+
+
 class Stored:
     """A tensor. Wrapped, because a pickle may call a torch.Tensor's own __setstate__."""
 
@@ -43,6 +60,18 @@ class Stored:
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class Plain(dict):
+    """A dict whose keys are simple, and to which a pickle can do nothing else."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if type(key) not in KEYS:
+            raise Unreadable("a dict has a key that is neither text nor number")
+        super().__setitem__(key, value)
 
     def __setstate__(self, state: Any) -> None:
         pass
@@ -69,7 +98,7 @@ class Inert:
 def read_archive(path: Path) -> Any:
     """What torch.save wrote into a zip archive (see checkpoint.verify_archive). Raises Unreadable."""
     with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
+        names = set(archive.namelist())
         roots = [name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl")]
         if len(roots) != 1:
             raise Unreadable("an archive without the one data.pkl of torch.save")
@@ -86,6 +115,11 @@ def read_archive(path: Path) -> Any:
             return _numbers(archive.read(name), kind)
 
         return _Unpickler(archive.read(f"{root}data.pkl"), storage).read()
+
+
+def verify_pickle(content: bytes) -> None:
+    """Raises Unreadable for a pickle that holds more than tensors and plain values, or takes for ever."""
+    _Unpickler(content, lambda key, kind: torch.empty(0, dtype=kind), checked=False, strict=True).read()
 
 
 def read_legacy(content: bytes) -> Any:
@@ -138,16 +172,43 @@ def _numbers(content: bytes, kind: torch.dtype) -> Tensor:
     return torch.from_numpy(np.frombuffer(content, np.uint8).copy()).view(kind)
 
 
+class _Operations(io.BytesIO):
+    """Counts what is read."""
+
+    count = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.count += 1
+        if self.count > MAX_OPERATIONS:
+            raise Unreadable(f"its pickle has over {MAX_OPERATIONS:,} parts")
+        return super().read(size)
+
+
 class _Unpickler(pickle._Unpickler):
-    """Knows tensors and OrderedDict; `storage` gives the numbers of a key as a 1-D tensor.
+    """Knows tensors and dicts; `storage` gives the numbers of a key as a 1-D tensor.
 
     In Python, because the one in C makes room for whatever number of a memo a damaged file says.
+    `strict` refuses where otherwise an Inert is made. Unless `checked`, tensors are None.
     """
 
-    def __init__(self, content: bytes, storage: Callable[[str, torch.dtype], Tensor], checked: bool = True):
-        self.stream = io.BytesIO(content[:MAX_PICKLE])
+    # Sets hash their elements, and a bytearray is made as large as its opcode says.
+    dispatch = {  # noqa: RUF012
+        code: function
+        for code, function in pickle._Unpickler.dispatch.items()
+        if bytes([code])
+        not in (pickle.BYTEARRAY8, pickle.EMPTY_SET, pickle.FROZENSET, pickle.EXT1, pickle.EXT2, pickle.EXT4)
+    }
+
+    def __init__(
+        self,
+        content: bytes,
+        storage: Callable[[str, torch.dtype], Tensor],
+        checked: bool = True,
+        strict: bool = False,
+    ):
+        self.stream = _Operations(content[:MAX_PICKLE])
         super().__init__(self.stream, encoding="latin1")
-        self.storage, self.checked = storage, checked
+        self.storage, self.checked, self.strict = storage, checked, strict
         self.storages: dict[str, Tensor] = {}
 
     def read(self) -> Any:
@@ -159,6 +220,18 @@ class _Unpickler(pickle._Unpickler):
         except Exception as error:
             raise Unreadable(f"its pickle is damaged ({type(error).__name__})") from None
 
+    def load_empty_dictionary(self) -> None:
+        self.append(Plain())
+
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        self.append(Plain())
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            self.stack[-1][key] = value
+
+    dispatch[pickle.EMPTY_DICT[0]] = load_empty_dictionary
+    dispatch[pickle.DICT[0]] = load_dict
+
     def find_class(self, module: str, name: str) -> Any:
         # New functions and classes each time: a hostile file may set attributes on what it gets.
         if module in ("torch", "torch.cuda", "torch.storage") and name in STORAGES:
@@ -168,10 +241,12 @@ class _Unpickler(pickle._Unpickler):
             ("torch._utils", "_rebuild_tensor"),
         ):
             return lambda storage, offset, sizes, strides, *_: self.tensor(storage, offset, sizes, strides)
+        if (module, name) == ("collections", "OrderedDict"):
+            return lambda *_: Plain()
+        if self.strict:
+            raise Unreadable(f"it holds more than tensors and plain values ({module} {name})")
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return lambda tensor, *_: tensor
-        if (module, name) == ("collections", "OrderedDict"):
-            return type("OrderedDict", (collections.OrderedDict,), {})
         return type("Inert", (Inert,), {"name": f"{module}.{name}"})
 
     def persistent_load(self, identity: Any) -> Any:
