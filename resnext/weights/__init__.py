@@ -2,7 +2,7 @@
 
 Read are checkpoints of this program, state_dicts of torchvision, timm, mmpretrain, pycls and the CIFAR
 models of bearpaw and prlz77 (.pt, .pth, .safetensors), and Torch7's .t7. Nothing in a file is executed,
-and none takes more memory than a few times its size. The network is inferred from the tensors.
+and a small file takes little memory. The network is inferred from the tensors.
 """
 
 import contextlib
@@ -81,7 +81,7 @@ def load_weights(source: Path | str) -> tuple[ResNeXt, Info]:
             return _own(path) if _is_own(path) else _pickled(path, pickles.read_archive(path))
         if head.startswith(pickles.LEGACY_START):
             return _pickled(path, pickles.read_legacy(path.read_bytes()))
-        if head[8:9] == b"{":
+        if head[8:9] == b"{" and not torch7.is_binary(head):
             return _safetensors(path)
         if torch7.is_t7(head):
             return _build(lua.read_network(path).state, path, "Torch7", "weights")
