@@ -84,8 +84,8 @@ def is_binary(content: bytes) -> bool:
     return len(content) >= 4 and struct.unpack_from("<i", content)[0] <= 8 and content[1:4] == b"\0\0\0"
 
 
-class _Binary:
-    """Items of a little-endian binary file, one after another."""
+class _Items:
+    """Bytes, taken one after another."""
 
     def __init__(self, content: bytes):
         self.content, self.place = content, 0
@@ -98,6 +98,10 @@ class _Binary:
             raise Unreadable(f"{count} bytes are announced where {self.left()} are left")
         self.place += count
         return self.content[self.place - count : self.place]
+
+
+class _Binary(_Items):
+    """Items of a little-endian binary file."""
 
     def integer(self) -> int:
         return struct.unpack("<i", self.take(4))[0]
@@ -112,20 +116,11 @@ class _Binary:
         return np.frombuffer(self.take(count * np.dtype(kind).itemsize), kind).copy()
 
 
-class _Ascii:
+class _Ascii(_Items):
     """The same of a text file: numbers as words, strings and bytes as they are, each item a line."""
 
-    def __init__(self, content: bytes):
-        self.content, self.place = content, 0
-
-    def left(self) -> int:
-        return len(self.content) - self.place
-
     def take(self, count: int) -> bytes:
-        if not 0 <= count <= self.left():
-            raise Unreadable(f"{count} bytes are announced where {self.left()} are left")
-        self.place += count
-        found = self.content[self.place - count : self.place]
+        found = super().take(count)
         if count and self.content[self.place : self.place + 1] == b"\n":
             self.place += 1
         return found
