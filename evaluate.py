@@ -37,8 +37,9 @@ def parse_arguments() -> argparse.Namespace:
         description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("source", metavar="RUN|CHECKPOINT|WEIGHTS", help="a run directory, or a file of weights")
-    add("--data", metavar="DIR", help="where the data is; default: where it was")
+    path = os.path.expanduser
+    add("source", type=path, metavar="RUN|CHECKPOINT|WEIGHTS", help="a run directory, or a file of weights")
+    add("--data", type=path, metavar="DIR", help="where the data is; default: where it was")
     add("--ten-crop", action="store_true", help="sum the scores of ten crops an image (sets of files)")
     add("--image-size", type=int, metavar="N", help="crop N pixels instead of the run's (sets of files)")
     add(
@@ -52,11 +53,33 @@ def parse_arguments() -> argparse.Namespace:
         choices=["bilinear", "bicubic"],
         help="of resizing (sets of files, not torch7); default: the weights'",
     )
-    add("--classes", metavar="FILE", help="score only these classes, one name a line; only they compete")
-    add("--splits", metavar="FILE", help="CSV with header path,split: a score for each split too")
+    add(
+        "--classes",
+        type=path,
+        metavar="FILE",
+        help="score only these classes, one name a line; only they compete",
+    )
+    add("--splits", type=path, metavar="FILE", help="CSV with header path,split: a score for each split too")
+    add(
+        "--class-order",
+        choices=["string", "natural"],
+        help="of class folders, for weights that do not name their classes: string (torchvision, mmpretrain: "
+        "10 before 2) or natural (timm: 2 before 10); default: their origin's",
+    )
+    add(
+        "--class-names",
+        type=path,
+        metavar="FILE",
+        help="names of the network's outputs, one a line in their order, for weights that do not name them",
+    )
     add("--per-class", action="store_true", help="the worst classes and the most confused pairs")
-    add("--json", metavar="FILE", help="write all results there too")
-    add("--csv", metavar="FILE", help="write a row for each image there: label, predictions, confidence")
+    add("--json", type=path, metavar="FILE", help="write all results there too")
+    add(
+        "--csv",
+        type=path,
+        metavar="FILE",
+        help="write a row for each image there: label, predictions, confidence",
+    )
     add(
         "--batch-size",
         type=int,
@@ -65,7 +88,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--workers", type=int, metavar="N", help="loader processes (data.workers)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    add("--precision", choices=["fp32", "tf32", "bf16", "fp16"], help="default: the run's")
+    add("--precision", choices=["auto", "fp32", "tf32", "bf16", "fp16"], help="default: the run's")
+    add("--max-pixels", type=int, metavar="N", help="refuse pictures with more (data.max_pixels)")
     return parser.parse_args()
 
 
@@ -75,13 +99,16 @@ def main() -> None:
 
     from data import subsets
 
-    wanted = subsets.read_classes(arguments.classes) if arguments.classes else None
+    wanted = subsets.read_classes("--classes", arguments.classes) if arguments.classes else None
+    names = arguments.class_names and tuple(subsets.read_classes("--class-names", arguments.class_names))
     splits = subsets.read_splits(arguments.splits) if arguments.splits else []
 
     from resnext.distributed import process_group
     from resnext.weights import load_weights
 
     model, info = load_weights(arguments.source)
+    if names:
+        info = name_classes(info, names, model.fc.out_features, arguments.class_names)
     config = adapt(info.config, arguments)
     if info.classes is None and (Path(config.data.dir or "").expanduser() / "val").is_dir():
         # Not the CIFAR set that a network of such a stem and so many classes is likely of.
@@ -99,21 +126,33 @@ def run(
 ) -> None:
     """Load the data, evaluate in each of the processes, and report in the first."""
     from data import subsets
-    from resnext.distributed import choose_device, first_on_machine, rank, set_numerics
+    from resnext.distributed import (
+        choose_device,
+        choose_precision,
+        first_on_machine,
+        rank,
+        set_numerics,
+        slow_precision,
+    )
     from resnext.state import place
     from resnext.tables import class_rows, report, score_row, to_csv
     from resnext.weights import preprocessing
 
-    config = info.config
-    device = choose_device(arguments.device)
-    set_numerics(config.train.precision, config.run.deterministic)
+    config, device = info.config, choose_device(arguments.device)
+    precision = choose_precision(config.train.precision, device)
+    config = replace(config, train=replace(config.train, precision=precision))
+    set_numerics(precision, config.run.deterministic)
     with first_on_machine():  # which downloads what is missing
-        classes = info.classes or subsets.known_classes(config.data, model.fc.out_features)
+        classes, notes = info.classes, slow_precision(precision, device, "--precision ")
+        if classes is None:
+            classes, warnings = subsets.known_classes(config.data, model.fc.out_features, info.origin)
+            notes += warnings
         columns = subsets.find_columns(wanted, classes, arguments.classes) if wanted else None
-        val_set = subsets.load_val(config.data, classes, partial=columns is not None)
-    names = subsets.picture_names(config.data, val_set)
+        val_set, names = subsets.load_val(config.data, classes, columns)
     if columns:
         val_set, names = subsets.restrict(val_set, names, columns, arguments.classes)
+    for note in [*notes, *val_set.notes] if rank() == 0 else ():
+        print(note, file=sys.stderr)
     members = subsets.find_members(splits, names, arguments.splits) if splits else {}
     model = place(model.float(), config, device)
     score, predictions = measure(model, config, val_set, columns, device, arguments)
@@ -162,6 +201,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     check_source(arguments.source)
     source = Path(arguments.source).expanduser()
     limits = {"batch_size": (1, 1 << 20), "workers": (0, 256), "image_size": (8, 4096), "resize": (8, 8192)}
+    limits["max_pixels"] = (1, 1 << 40)
     for name, (low, high) in limits.items():
         value, option = getattr(arguments, name), "--" + name.replace("_", "-")
         if value is not None and value < low:
@@ -172,6 +212,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         "the checkpoint": source / "checkpoints" / "best.pt" if source.is_dir() else source,
         "--classes": arguments.classes,
         "--splits": arguments.splits,
+        "--class-names": arguments.class_names,
     }
     for option, name in (("--json", arguments.json), ("--csv", arguments.csv)):
         if not name:
@@ -203,6 +244,18 @@ def check_target(option: str, path: Path) -> None:
         raise UserError(f"{option} {path}: cannot be written; name a file in a folder that exists")
 
 
+def name_classes(info: Any, names: tuple[str, ...], outputs: int, file: str) -> Any:
+    """What is known of weights, with the user's names for their outputs."""
+    if info.classes is not None:
+        raise UserError(f"--class-names: {info.file} names its classes; leave the option out")
+    if len(names) != outputs:
+        raise UserError(
+            f"--class-names {file}: names {len(names)} classes, and the network of {info.file} has "
+            f"{outputs}; write one name a line, in the order of the outputs"
+        )
+    return replace(info, classes=names)
+
+
 def adapt(config: Config, arguments: argparse.Namespace) -> Config:
     """The configuration of the weights with what the options change."""
     data, train = config.data, config.train
@@ -229,6 +282,8 @@ def adapt(config: Config, arguments: argparse.Namespace) -> Config:
             interpolation=arguments.interpolation or data.interpolation,
             dir=arguments.data or data.dir,
             workers=data.workers if arguments.workers is None else arguments.workers,
+            class_order=arguments.class_order,
+            max_pixels=arguments.max_pixels or data.max_pixels,
         ),
     )
 

@@ -20,12 +20,14 @@ import argparse
 import contextlib
 import os
 import re
+import shlex
 import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data.walk import to_text
 from resnext.config import Config, Data, find_config, network_name, parse_config, read_config, to_yaml
 from resnext.errors import UserError, launched_as, run_command
 
@@ -35,19 +37,21 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", metavar="NAME|FILE", help="a file, or the name of one in configs/")
-    parser.add_argument("--data", metavar="DIR", help="where the data is (data.dir)")
-    parser.add_argument("--output", metavar="DIR", help="run directory; default: runs/<config name>")
-    parser.add_argument(
+    path, add = os.path.expanduser, parser.add_argument
+    add("--config", type=path, metavar="NAME|FILE", help="a file, or the name of one in configs/")
+    add("--data", type=path, metavar="DIR", help="where the data is (data.dir)")
+    add("--output", type=path, metavar="DIR", help="run directory; default: runs/<config name>")
+    add(
         "--resume",
+        type=path,
         nargs="?",
         const="",
         metavar="DIR|FILE",
         help="go on from a run directory or checkpoint; alone: from --output, or start there",
     )
-    parser.add_argument("--check", action="store_true", help="try all that a training needs, without one")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single keys")
+    add("--check", action="store_true", help="try all that a training needs, without one")
+    add("--print-config", action="store_true", help="print the resolved configuration")
+    add("overrides", nargs="*", metavar="section.key=value", help="change single keys")
     words = sys.argv[1:]
     for i, word in enumerate(words[:-1]):
         if word == "--resume" and re.match(r"[A-Za-z]+\.\w+=", words[i + 1]):  # --resume train.epochs=9
@@ -97,9 +101,21 @@ def configuration(arguments: argparse.Namespace) -> Config:
         config = parse_config(read_checkpoint(path)["config"], str(path), arguments.overrides)
     else:
         config = read_config(None, arguments.overrides)
-    if arguments.data is not None:
-        config = replace(config, data=replace(config.data, dir=arguments.data))
-    return config
+    return absolute_paths(config, arguments.data)
+
+
+def absolute_paths(config: Config, data: str | None) -> Config:
+    """The configuration with --data, and with paths that hold in every working directory."""
+    folder, pretrained = config.data.dir, config.model.pretrained
+    if data is not None:
+        folder = to_text(os.fsencode(data))
+    if pretrained is not None and not pretrained.startswith("torchvision:"):
+        pretrained = os.path.abspath(os.path.expanduser(pretrained))
+    return replace(
+        config,
+        data=replace(config.data, dir=folder and os.path.abspath(os.path.expanduser(folder))),
+        model=replace(config.model, pretrained=pretrained),
+    )
 
 
 def output_folder(arguments: argparse.Namespace) -> Path:
@@ -161,7 +177,8 @@ def latest(folder: Path) -> Path | None:
         return saved
     others = sorted(saved.parent.glob("*.pt"))
     if others:
-        raise UserError(f"{saved}: is gone; go on from another with --resume {others[0]} --output DIR")
+        another = shlex.quote(str(others[0]))
+        raise UserError(f"{saved}: is gone; go on from another with --resume {another} --output DIR")
     return None
 
 
@@ -195,14 +212,17 @@ def run(config: Config, output: Path, source: Path | None, resumed: bool) -> Non
     from resnext.distributed import StopRequest, choose_device, rank, set_numerics
     from resnext.preflight import memory_explained
     from resnext.reporting import Reporter, Silence, environment
-    from resnext.trainer import save, summary, train
+    from resnext.trainer import read_through, save, summary, train
 
     device = choose_device(config.run.device)
+    config, start, warnings = read_start(config, source, device)
     set_numerics(config.train.precision, config.run.deterministic)
-    start, warnings = read_start(config, source)
-    train_set, val_set, fingerprint = load_sets(config)
+    train_set, val_set, fingerprint = load_sets(config, start)
+    warnings += [*train_set.notes, *val_set.notes]
     versions = environment(device) | {"data": fingerprint}
-    training, changes = make_training(config, train_set.classes, device, versions, source, start)
+    training, changes = make_training(
+        config, train_set.classes, len(train_set), device, versions, source, start
+    )
     del start  # as large as the training
     warnings += changes
     progress = training.progress
@@ -225,6 +245,8 @@ def run(config: Config, output: Path, source: Path | None, resumed: bool) -> Non
             if branched:
                 save(training, output, reporter)
             with memory_explained(config, device):
+                if config.data.pipeline != "memory" and not progress.global_step:
+                    read_through(val_batches, reporter, stop.requested)
                 train(training, training_batches, val_batches, output, reporter, stop.requested)
             reporter.say(summary(training, output, stop.signal))
         except (UserError, RuntimeError) as error:
@@ -240,38 +262,52 @@ def run(config: Config, output: Path, source: Path | None, resumed: bool) -> Non
             reporter.close()
 
 
-def read_start(config: Config, source: Path | None) -> tuple[Any, list[str]]:
-    """(what a training starts from, lines for the log).
+def read_start(config: Config, source: Path | None, device: Any) -> tuple[Config, Any, list[str]]:
+    """(configuration, what a training starts from, lines for the log).
 
-    A checkpoint's content, a LuaState, (network, Info) of pretrained weights, or None.
+    The configuration's precision is no longer `auto`: a run goes on with the one that it had. A training
+    starts from a checkpoint's content, a LuaState, (network, Info) of pretrained weights, or None.
     """
     from resnext.checkpoint import check_resume, read_latest
-    from resnext.distributed import first_on_machine, from_first
+    from resnext.distributed import choose_precision, first_on_machine, from_first, slow_precision
     from resnext.state import check_network
     from resnext.weights import load_lua_run, load_weights
 
-    warnings: list[str] = []
+    start, before, warnings = None, None, []
     if source is None:
         with first_on_machine():  # which downloads what is missing
-            return load_weights(config.model.pretrained) if config.model.pretrained else None, warnings
-    if source.suffix == ".t7":
-        return from_first(lambda: load_lua_run(source.parent)), warnings
-    content, warnings = from_first(lambda: (read_latest(source, warnings.append), warnings))
-    before = parse_config(content["config"], str(source))
-    warnings += check_resume(before, config, content["progress"]["step"])
-    check_network(config, content, source)
-    return content, warnings
+            start = load_weights(config.model.pretrained) if config.model.pretrained else None
+    elif source.suffix == ".t7":
+        start = from_first(lambda: load_lua_run(source.parent))
+    else:
+        start, warnings = from_first(lambda: (read_latest(source, warnings.append), warnings))
+        before = parse_config(start["config"], str(source))
+    precision = config.train.precision
+    if precision == "auto" and before:
+        precision = before.train.precision
+    precision = choose_precision(precision, device)
+    config = replace(config, train=replace(config.train, precision=precision))
+    warnings += slow_precision(precision, device, "train.precision=")
+    if before:
+        warnings += check_resume(before, config, start["progress"]["step"])
+        check_network(config, start, source)
+    return config, start, warnings
 
 
 def make_training(
     config: Config,
     classes: tuple[str, ...],
+    images: int | None,
     device: Any,
     versions: dict[str, str],
     source: Path | None,
     start: Any,
 ) -> tuple[Any, list[str]]:
-    """(the state of the training at its start, lines for the log); `start` as from read_start."""
+    """(the state of the training at its start, lines for the log).
+
+    `classes` and `images` are those of the training set, images None where it is unknown; `start` is from
+    read_start.
+    """
     from resnext.state import continue_lua, prepare, restore, start_from
     from resnext.weights import LuaState
 
@@ -290,6 +326,9 @@ def make_training(
             if name != "started" and old != versions.get(name)
         ]
         warnings += other_statistics(config, start["versions"].get("processes", "1"))
+        if images:
+            before = parse_config(start["config"], str(source))
+            warnings += rate_jump(before, config, training.progress, images)
     done = training.progress.epoch - 1
     if done > config.train.epochs:
         raise UserError(f"train.epochs: {config.train.epochs}, but {done} are done already; raise it")
@@ -308,17 +347,26 @@ def make_batches(config: Config, train_set: Any, val_set: Any, device: Any, warn
     )
 
 
-def load_sets(config: Config) -> tuple[Any, Any, str]:
-    """(training set, validation set, fingerprint of both), the same in all processes, as is an error."""
-    from data.sets import check_classes, load_set
+def load_sets(config: Config, start: Any) -> tuple[Any, Any, str]:
+    """(training set, validation set, fingerprint of both), the same in all processes, as is an error.
+
+    A run that goes on, from the `start` of read_start, keeps the order of its classes.
+    """
+    from data.sets import check_classes, load_set, training_classes
     from resnext.distributed import first_on_machine, gather
+    from resnext.weights import LuaState
 
     fingerprint, problem = None, None
+    before = start["classes"] if isinstance(start, dict) else None
+    data = config.data
+    if isinstance(start, LuaState) and data.class_order is None:
+        data = replace(data, class_order="string")
     with first_on_machine():  # which downloads what is missing
         try:
-            train_set = load_set(config.data, "train")
+            classes = training_classes(data, before)
+            train_set = load_set(data, "train", classes)
             check_classes(config.model.classes, train_set)
-            val_set = load_set(config.data, "val")
+            val_set = load_set(data, "val", classes)
             fingerprint = f"{train_set.fingerprint()} {val_set.fingerprint()}"
         except UserError as error:  # the others wait for this process
             problem = str(error)
@@ -331,6 +379,22 @@ def load_sets(config: Config) -> tuple[Any, Any, str]:
                 "machines the same data"
             )
     return train_set, val_set, fingerprint
+
+
+def rate_jump(before: Config, config: Config, progress: Any, images: int) -> list[str]:
+    """From where to where the learning rate jumps, if another schedule or length makes it do so."""
+    from resnext.schedule import learning_rate
+
+    def rate(config: Config, ahead: int) -> float:
+        steps = -(-images // config.train.batch_size)
+        step = (progress.epoch - 1) * steps + progress.step + ahead
+        position = (step // steps + 1, step % steps, steps)
+        return learning_rate(config.schedule, config.optimizer.lr, config.train.epochs, *position)
+
+    last, next_ = rate(before, -1), rate(config, 0)
+    if progress.epoch > config.train.epochs or not progress.global_step or next_ == rate(before, 0):
+        return []
+    return [f"the learning rate jumps from {last:.3g}, of the last step, to {next_:.3g}"]
 
 
 def other_statistics(config: Config, before: str) -> list[str]:
@@ -358,21 +422,25 @@ def write_config(config: Config, versions: dict[str, str], output: Path) -> None
 def check(config: Config, output: Path, arguments: argparse.Namespace) -> int:
     """Try all that a training needs, and begin none; returns the exit status (see resnext/preflight.py)."""
     from resnext import preflight
-    from resnext.distributed import choose_device, from_first, set_numerics
+    from resnext.distributed import choose_device, choose_precision, from_first, set_numerics
     from resnext.reporting import environment
 
     device = choose_device(config.run.device)
-    set_numerics(config.train.precision, config.run.deterministic)
     report = preflight.Report()
-    sets = report.attempt(lambda: preflight.load_present(report, config, load_sets))
-    data = preflight.check_data(report, config, sets, make_batches, device)
 
-    def beginning() -> tuple[Path | None, Any, list[str]]:
+    def beginning() -> tuple[Path | None, Config, Any, list[str]]:
         source = from_first(lambda: resume_source(arguments, output))
-        return source, *read_start(config, source)
+        return source, *read_start(config, source, device)
 
     found = report.attempt(beginning)
-    source, start, notes = found or (None, None, [])
+    source, config, start, notes = found or (None, config, None, [])
+    precision = choose_precision(config.train.precision, device)
+    config = replace(config, train=replace(config.train, precision=precision))
+    set_numerics(precision, config.run.deterministic)
+    sets = report.attempt(
+        lambda: preflight.load_present(report, config, lambda config: load_sets(config, start))
+    )
+    data = preflight.check_data(report, config, sets, make_batches, device)
     classes = sets[0].classes if sets else preflight.likely_classes(config, start)
     if found:
         report.add(preflight.output_finding(output, source))
@@ -385,7 +453,7 @@ def check(config: Config, output: Path, arguments: argparse.Namespace) -> int:
 
     def made() -> tuple[Any, list[str]]:
         with preflight.memory_explained(config, device, exchanging=True):
-            return make_training(config, classes, device, versions, source, start)
+            return make_training(config, classes, data.images, device, versions, source, start)
 
     training, changes = report.attempt(made) or (None, [])
     preflight.report_notes(report, notes + changes)

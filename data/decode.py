@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from resnext.config import Data
 from resnext.errors import UserError
 
 try:
@@ -21,7 +22,7 @@ try:
 except ImportError:  # Pillow alone is enough; see `check_decoder`
     simplejpeg = None
 
-MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 179 million; of larger ones Pillow makes an error
+MAX_PIXELS = Data.max_pixels  # twice Pillow's MAX_IMAGE_PIXELS: where it makes an error
 
 Box = tuple[int, int, int, int]  # left, top, width, height
 Region = Callable[[int, int], Box]
@@ -39,23 +40,32 @@ def decode(
     decoder: str = "pillow",
     region: Region | None = None,
     size: int | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
     """uint8 (H, W, 3) RGB of an image file's bytes; `path` is for the error message.
 
-    The format is found by content. Gray becomes three equal channels, a palette its colours,
-    CMYK is converted, alpha dropped, EXIF rotation ignored (as the original does). 16-bit gray
-    is scaled by 1/257.
+    The format is found by content; of several pictures in a file the first is taken. Gray becomes three equal
+    channels, a palette its colours, CMYK is converted, 16-bit gray is scaled by 1/257. As in the original,
+    torchvision and timm, transparency is dropped, so that the colours below it show, and EXIF rotation is
+    ignored. Raises UserError for what cannot be decoded, pixels without a scale of their own (floating point,
+    32-bit integers), and pictures of more than `max_pixels`.
 
     `region` is asked for a box, given the picture's width and height, and only that is returned; of a
     JPEG reduced by 2, 4 or 8 while both sides keep `size` pixels.
     """
     if decoder == "simplejpeg":
-        image = _simplejpeg(content, region, size)
+        image = _simplejpeg(content, region, size, max_pixels)
         if image is not None:
             return image
+    Image.MAX_IMAGE_PIXELS = None  # the limit here can be raised
     try:
         with Image.open(io.BytesIO(content)) as image:
             width, height = image.size
+            if width * height > max_pixels:
+                raise UserError(
+                    f"{path}: has {width}x{height} = {width * height:,} pixels, and the limit is "
+                    f"{max_pixels:,}; raise data.max_pixels (of a script, --max-pixels), or replace the file"
+                )
             left, top, w, h = region(width, height) if region else (0, 0, width, height)
             factor = _reduction(w, h, size)
             if factor > 1:
@@ -77,10 +87,12 @@ def decode(
 
 def _rgb(image: Image.Image, path: Path | str) -> np.ndarray:
     """uint8 (H, W, 3) of an opened image of any mode."""
-    if image.mode.startswith("I;16") or image.mode == "I":
+    wide = image.mode == "I" and image.format not in ("PNG", "PPM")  # of these, 16 bits
+    if image.mode == "F" or wide:
+        what = "floating-point" if image.mode == "F" else "32-bit"
+        raise UserError(f"{path}: {what} pixels, which have no scale of their own; convert it to 8-bit RGB")
+    if image.mode.startswith("I"):
         gray = np.asarray(image).astype(np.uint32)
-        if gray.max(initial=0) > 0xFFFF:
-            raise UserError(f"{path}: more than 16 bits a pixel; convert it to 8-bit RGB")
         gray = ((gray + 128) // 257).astype(np.uint8)
         return np.repeat(gray[:, :, None], 3, axis=2)
     if image.mode == "P" and "transparency" in image.info:
@@ -91,11 +103,13 @@ def _rgb(image: Image.Image, path: Path | str) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def _simplejpeg(content: bytes, region: Region | None, size: int | None) -> np.ndarray | None:
+def _simplejpeg(
+    content: bytes, region: Region | None, size: int | None, max_pixels: int
+) -> np.ndarray | None:
     """The same of a plain JPEG file; None for others and where anything is wrong with it."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
-        if colours not in ("YCbCr", "Gray") or width * height > MAX_PIXELS:
+        if colours not in ("YCbCr", "Gray") or width * height > max_pixels:
             return None
         left, top, w, h = region(width, height) if region else (0, 0, width, height)
         factor = _reduction(w, h, size)

@@ -7,6 +7,8 @@ import numpy as np
 
 from resnext.errors import UserError
 
+from .walk import to_bytes
+
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -15,13 +17,14 @@ class ImageSet:
     images: np.ndarray
     labels: np.ndarray
     classes: tuple[str, ...]
+    notes: tuple[str, ...] = ()  # warnings of what was left out
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def fingerprint(self) -> str:
         """Hash of pictures, labels and classes, to tell whether the data is still the same."""
-        digest = hashlib.sha256("\n".join(self.classes).encode())
+        digest = hashlib.sha256(to_bytes("\n".join(self.classes)))
         digest.update(np.ascontiguousarray(self.images))
         digest.update(np.ascontiguousarray(self.labels))
         return digest.hexdigest()[:16]

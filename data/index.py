@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .walk import EXTENSIONS, to_bytes, to_text
+
 TICK = 3 * 10**9  # nanoseconds; the coarsest clock of common file systems ticks every 2 seconds
 
 
@@ -24,11 +26,12 @@ def _place(folder: Path) -> Path:
 
 
 def _header(classes: tuple[str, ...]) -> np.ndarray:
-    return np.array(hashlib.sha256("/".join(classes).encode("utf-8", "surrogateescape")).hexdigest())
+    """Of lists made for these classes by the rules of this version."""
+    return np.array(hashlib.sha256(to_bytes("/".join(classes + EXTENSIONS))).hexdigest())
 
 
-def cached(folder: Path, classes: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray] | None:
-    """(paths, labels) of a folder as they were remembered, None where there is nothing or it has changed."""
+def cached(folder: Path, classes: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]] | None:
+    """(paths, labels, warnings) as they were remembered, None where there is nothing or it has changed."""
     try:
         with np.load(_place(folder), allow_pickle=False) as stored:
             if stored["classes"] != _header(classes):
@@ -36,7 +39,7 @@ def cached(folder: Path, classes: tuple[str, ...]) -> tuple[np.ndarray, np.ndarr
             for directory, changed in zip(stored["directories"], stored["changed"], strict=True):
                 if os.stat(os.fsdecode(directory)).st_mtime_ns != changed:
                     return None
-            return stored["paths"], stored["labels"]
+            return stored["paths"], stored["labels"], tuple(map(to_text, stored["notes"].tolist()))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, RuntimeError):
         return None
 
@@ -46,7 +49,8 @@ def remember(
     classes: tuple[str, ...],
     paths: np.ndarray,
     labels: np.ndarray,
-    directories: dict[str, int],
+    notes: tuple[str, ...],
+    directories: dict[bytes, int],
 ) -> None:
     """Keep a list; `directories` are all folders below, with their times from before they were listed."""
     if max(directories.values()) > time.time_ns() - TICK:
@@ -62,7 +66,8 @@ def remember(
                     classes=_header(classes),
                     paths=paths,
                     labels=labels,
-                    directories=np.array([os.fsencode(d) for d in directories]),
+                    notes=np.array([to_bytes(note) for note in notes], "S"),
+                    directories=np.array(list(directories)),
                     changed=np.array(list(directories.values())),
                 )
             os.replace(temporary, place)

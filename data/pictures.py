@@ -17,26 +17,32 @@ from resnext.config import Data
 from resnext.errors import UserError
 
 from .decode import check_decoder, decode
-from .folder import EXTENSIONS, fit
+from .folder import fit
+from .walk import FORMATS, is_hidden, left_out, walk
 
 LARGEST_FILE = 1 << 30  # bytes; what is larger is not read
 
 # ---------------------------------------------------------------------------- which files
 
 
-def find_pictures(names: Iterable[str], lines: Iterable[bytes]) -> tuple[list[str], list[str]]:
-    """(paths of files, what could not be found), each picture once, in the order of `names`.
+def find_pictures(names: Iterable[str], lines: Iterable[bytes]) -> tuple[list[str], list[str], list[str]]:
+    """(paths of files, what could not be found, warnings), each picture once, in the order of `names`.
 
     A name is a file, a folder (all pictures below it, sorted by path), a pattern such as "DIR/*.jpg"
     (sorted), or "-" for the names in `lines`. Raises UserError where there is no picture at all.
     """
     found: dict[str, None] = {}
     problems: list[str] = []
+    notes: list[str] = []
     for name in expand(names, lines, problems):
         if os.path.isdir(name):
-            inside = files_below(name, problems)
-            if not inside:
-                problems.append(f"{name}: holds no pictures ({', '.join(EXTENSIONS)})")
+            below = walk([os.fsencode(name)])
+            inside = list(map(os.fsdecode, below.pictures[0]))
+            notes += left_out(below, name)
+            for path, error in below.unreadable.items():
+                problems.append(f"{os.fsdecode(path)}: cannot be read ({error.strerror})")
+            if not inside and not below.unreadable:
+                problems.append(f"{name}: holds no pictures ({FORMATS})")
             found |= dict.fromkeys(inside)
         elif os.path.isfile(name):
             found[name] = None
@@ -50,7 +56,7 @@ def find_pictures(names: Iterable[str], lines: Iterable[bytes]) -> tuple[list[st
         raise UserError(
             f"{what}; name pictures, folders, quoted patterns, or - for names from standard input"
         )
-    return list(found), problems
+    return list(found), problems, notes
 
 
 def expand(names: Iterable[str], lines: Iterable[bytes], problems: list[str]) -> Iterator[str]:
@@ -64,26 +70,10 @@ def expand(names: Iterable[str], lines: Iterable[bytes], problems: list[str]) ->
             yield path
             continue
         matches = sorted(glob.glob(path, recursive=True))
+        matches = [match for match in matches if not is_hidden(os.path.basename(os.fsencode(match)))]
         if not matches:
             problems.append(f"{name}: matches no file")
         yield from matches
-
-
-def files_below(folder: str, problems: list[str]) -> list[str]:
-    """The pictures in a folder and below, sorted by path; links are followed, but never in a circle."""
-    found, visited = [], set()
-
-    def refused(error: OSError) -> None:
-        problems.append(f"{error.filename}: cannot be read ({error.strerror})")
-
-    for directory, folders, files in os.walk(folder, onerror=refused, followlinks=True):
-        real = os.path.realpath(directory)
-        if real in visited:
-            folders.clear()
-            continue
-        visited.add(real)
-        found += [os.path.join(directory, name) for name in files if name.lower().endswith(EXTENSIONS)]
-    return sorted(found, key=os.fsencode)
 
 
 # ---------------------------------------------------------------------------- batches
@@ -150,5 +140,5 @@ def load_picture(path: str, data: Data) -> np.ndarray:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if data.pipeline == "memory":
-        return np.array(fit(decode(content, path), data.image_size))
+        return np.array(fit(decode(content, path, max_pixels=data.max_pixels), data.image_size))
     return eval_images(content, path, data, ten=False)[0]

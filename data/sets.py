@@ -1,5 +1,7 @@
 """The choice of a data set: what `data.dataset` stands for."""
 
+from collections.abc import Sequence
+
 from resnext.config import Data
 from resnext.errors import UserError
 
@@ -11,7 +13,7 @@ from .images import ImageSet, take_evenly
 def load_set(config: Data, split: str, classes: tuple[str, ...] | None = None) -> ImageSet | FileSet:
     """The "train" or "val" part of the configured data set.
 
-    A folder's classes are those of train/, or the given ones, of which val/ may lack some.
+    A folder's classes are those of train/, or the given ones.
     """
     limit = config.train_images if split == "train" else config.val_images
     if config.dataset == "glyphs":
@@ -19,10 +21,19 @@ def load_set(config: Data, split: str, classes: tuple[str, ...] | None = None) -
     if config.dir is None:
         raise UserError(f"data.dir: {config.dataset} needs a folder; give --data DIR")
     if config.dataset == "folder":
+        files = folder.list_set(config.dir, split, limit, classes, config.class_order)
         if config.pipeline == "memory":
-            return folder.read_set(config.dir, split, config.image_size, limit, classes)
-        return folder.list_set(config.dir, split, limit, classes)
+            return folder.read_set(files, config.image_size, config.max_pixels)
+        return files
     return take_evenly(cifar.read_set(config.dataset, config.dir, split, config.download), limit)
+
+
+def training_classes(config: Data, before: Sequence[str] | None) -> tuple[str, ...] | None:
+    """The class folders of train/; those of a run that goes on in its order. None for other sets."""
+    if config.dataset != "folder" or config.dir is None:
+        return None
+    names = folder.class_names(config.dir, config.class_order)
+    return tuple(before) if before and set(before) == set(names) else names
 
 
 def check_classes(model_classes: int | None, image_set: ImageSet | FileSet) -> int:

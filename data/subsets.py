@@ -11,12 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
+from resnext.classes import name_outputs, output_numbers
 from resnext.config import Data
 from resnext.errors import UserError
 
-from .folder import FileSet, list_set
+from .folder import FileSet, class_folders, list_set, one_folder_too_many, read_set, split_folder
 from .images import ImageSet
 from .sets import load_set
+from .walk import to_text
 
 MAX_SPLITS = 50
 IMAGENET_WNIDS = Path(__file__).with_name("imagenet_wnids.txt")  # in the order of the outputs
@@ -32,19 +34,19 @@ def read_text(option: str, name: str) -> str:
         raise UserError(f"{option} {name}: cannot be read ({error.strerror}); check the path") from None
 
 
-def read_classes(name: str) -> dict[str, int]:
+def read_classes(option: str, name: str) -> dict[str, int]:
     """Class name → line of a file with one a line; # begins a comment."""
     wanted: dict[str, int] = {}
-    for number, line in enumerate(read_text("--classes", name).split("\n"), 1):
+    for number, line in enumerate(read_text(option, name).split("\n"), 1):
         word = re.sub(r"(^|\s)#.*", "", line).strip()
         if word in wanted:
             raise UserError(
-                f"--classes {name}, line {number}: {word[:80]!r} is on line {wanted[word]} too; keep one"
+                f"{option} {name}, line {number}: {word[:80]!r} is on line {wanted[word]} too; keep one"
             )
         if word:
             wanted[word] = number
     if not wanted:
-        raise UserError(f"--classes {name}: names no class; write one name a line")
+        raise UserError(f"{option} {name}: names no class; write one name a line")
     return wanted
 
 
@@ -82,28 +84,24 @@ def read_splits(name: str) -> list[tuple[int, str, str]]:
 # ---------------------------------------------------------------------------- the pictures
 
 
-def known_classes(data: Data, count: int) -> tuple[str, ...]:
-    """The classes of a network whose file does not name them: ImageNet's wnids, or those of the data.
-
-    All such programs number the sorted folder names.
-    """
+def known_classes(data: Data, outputs: int, origin: str) -> tuple[tuple[str, ...], list[str]]:
+    """(classes of a network whose file does not name them, warnings): ImageNet's, or those of the data."""
     if data.dir is None:
         raise UserError("--data: is missing; give --data DIR with val/CLASS/*.jpg")
     if data.dataset != "folder":
-        return load_set(data, "val").classes
-    val = Path(data.dir).expanduser() / "val"
-    if not val.is_dir():
-        raise UserError(f"--data {data.dir}: has no val/; it must hold val/CLASS/*.jpg")
-    found = sorted(entry.name for entry in os.scandir(val) if entry.is_dir())
+        return load_set(data, "val").classes, []
+    found = class_folders(split_folder(data.dir, "val"))
     wnids = tuple(IMAGENET_WNIDS.read_text().split())
-    if count == len(wnids) and set(found) <= set(wnids):
-        return wnids
-    if len(found) != count:
+    numbered = output_numbers(found, outputs) is not None and data.class_order is None
+    if outputs == len(wnids) and (numbered or set(found) <= set(wnids)):
+        return wnids, []
+    try:
+        return name_outputs(found, outputs, origin, data.class_order, "--class-order ")
+    except UserError as error:
         raise UserError(
-            f"--data {data.dir}: val/ has {len(found)} classes and the network {count}, which its file does "
-            "not name; give all that it was trained on"
-        )
-    return tuple(found)
+            f"--data {data.dir}: val/ {error}; or name the classes in the order of the outputs with "
+            "--class-names FILE"
+        ) from None
 
 
 def find_columns(wanted: dict[str, int], classes: Sequence[str], name: str) -> list[int]:
@@ -118,49 +116,42 @@ def find_columns(wanted: dict[str, int], classes: Sequence[str], name: str) -> l
     return sorted(known[word] for word in wanted)
 
 
-def load_val(data: Data, classes: tuple[str, ...], partial: bool) -> ImageSet | FileSet:
-    """The validation set with the network's classes; `partial`: some may have no pictures."""
-    if data.dataset == "folder" and data.dir is not None:
-        check_folders(data.dir, classes, partial)
-    val_set = load_set(data, "val", classes)
-    if val_set.classes != classes:
-        raise other_classes(data.dir, val_set.classes, classes)
-    return val_set
+def load_val(
+    data: Data, classes: tuple[str, ...], wanted: Collection[int] | None = None
+) -> tuple[ImageSet | FileSet, Sequence[str]]:
+    """(the validation set with the network's classes, names of its pictures).
+
+    Classes, or the `wanted` among them, without pictures are a warning. Folders called 0…N-1, as
+    ImageNet-V2's, are the network's outputs. Names are paths below val/, or numbers where there are no files.
+    """
+    if data.dataset != "folder":
+        val_set = load_set(data, "val", classes)
+        if val_set.classes != classes:
+            raise other_classes(data.dir, val_set.classes, classes)
+        return val_set, list(map(str, range(len(val_set))))
+    if data.dir is None:
+        raise UserError("--data: is missing; give --data DIR with val/CLASS/*.jpg")
+    val = split_folder(data.dir, "val")
+    found = class_folders(val)
+    names = classes
+    if not set(found) <= set(classes):
+        numbers = output_numbers(found, len(classes))
+        if numbers is None:
+            raise other_classes(data.dir, found, classes, one_folder_too_many(val, found))
+        names = tuple(numbers.get(output, str(output)) for output in range(len(classes)))
+    files = list_set(data.dir, "val", data.val_images, names, wanted=wanted)
+    val_set = read_set(files, data.image_size, data.max_pixels) if data.pipeline == "memory" else files
+    return replace(val_set, classes=classes), [to_text(path) for path in files.paths]
 
 
-def check_folders(root: str, classes: tuple[str, ...], partial: bool) -> None:
-    """Whether the class folders of val/ are the network's; it needs no train/."""
-    base = Path(root).expanduser()
-    if not base.is_dir():
-        raise UserError(f"data.dir {base}: no such folder; give --data DIR with val/CLASS/*.jpg")
-    if not (base / "val").is_dir():
-        raise UserError(f"data.dir {base}: has no val/; it must hold val/CLASS/*.jpg")
-    found = {entry.name for entry in os.scandir(base / "val") if entry.is_dir()}
-    if not found <= set(classes):
-        raise other_classes(root, found, classes)
-    missing = sorted(set(classes) - found)
-    if found and missing and not partial:
-        raise UserError(
-            f"--data {root}: val/ has no {missing[0]!r} and lacks {len(missing)} of the network's "
-            f"{len(classes)} classes; complete it, or name those to score with --classes FILE"
-        )
-
-
-def other_classes(root: str | None, found: Collection[str], classes: Collection[str]) -> UserError:
+def other_classes(
+    root: str | None, found: Collection[str], classes: Collection[str], hint: str = ""
+) -> UserError:
     example = "".join(f", such as {name!r}" for name in sorted(set(found) - set(classes))[:1])
     return UserError(
         f"--data {root}: its classes ({len(found)}) are not those that the network was trained on "
-        f"({len(classes)}){example}; give the data of the run"
+        f"({len(classes)}){example}; {hint or 'give the data of the run'}"
     )
-
-
-def picture_names(data: Data, val_set: ImageSet | FileSet) -> Sequence[str]:
-    """Paths below val/, or numbers where there are no files."""
-    if data.dataset != "folder":
-        return list(map(str, range(len(val_set))))
-    if not isinstance(val_set, FileSet):  # read into memory from the same list
-        val_set = list_set(data.dir, "val", data.val_images, val_set.classes)
-    return [os.fsdecode(path) for path in val_set.paths]
 
 
 def restrict(

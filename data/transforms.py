@@ -85,8 +85,9 @@ def train_image(
         return box or (0, 0, width, height)
 
     if data.pipeline == "fast":
-        return resize(decode(content, path, data.decoder, region, size), size, size, data.interpolation)
-    crop = decode(content, path, data.decoder, region).astype(np.float32)
+        crop = decode(content, path, data.decoder, region, size, data.max_pixels)
+        return resize(crop, size, size, data.interpolation)
+    crop = decode(content, path, data.decoder, region, None, data.max_pixels).astype(np.float32)
     if fallback:
         check_shape(crop, size, path)
         return _crops(torch7_shorter_side(crop, size), size, ten=False)[0]
@@ -95,7 +96,7 @@ def train_image(
 
 def eval_images(content: bytes, path: Path | str, data: Data, ten: bool) -> list[np.ndarray]:
     """The evaluation crop of an image file, or its ten; each (S, S, 3) as in `train_image`."""
-    image = decode(content, path, data.decoder)
+    image = decode(content, path, data.decoder, max_pixels=data.max_pixels)
     check_shape(image, data.resize, path)
     if data.pipeline == "torch7":
         image = torch7_shorter_side(image.astype(np.float32), data.resize)

@@ -104,6 +104,14 @@ class Data:
         at_least=0,
         at_most=256,
     )
+    class_order: Literal["string", "natural"] | None = _key(
+        None,
+        "of class folders: string (10 before 2), natural (2 before 10; timm); null: string, but 0…N-1 "
+        "as numbers",
+    )
+    max_pixels: int = _key(
+        178_956_970, "a picture with more is refused, as it could fill the memory", at_least=1
+    )
     skip_broken: bool = _key(
         False, "fast, torch7: in place of a training file that cannot be decoded take the next, and log it"
     )
@@ -171,8 +179,10 @@ class Train:
     )
     sync_bn: bool = _key(False, "BN statistics over the whole batch of all GPUs")
     label_smoothing: float = _key(0.0, "share of the target spread over all classes", at_least=0, below=1)
-    precision: Literal["fp32", "tf32", "bf16", "fp16"] = _key(
-        "fp32", "fp32, tf32, or autocast to bf16 or fp16 (with loss scaling)"
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = _key(
+        "fp32",
+        "fp32, tf32, or autocast to bf16 or fp16 (with loss scaling); auto: bf16 where the hardware has it, "
+        "else fp32",
     )
     channels_last: bool | None = _key(None, "memory layout; null: on where measured faster")
     compile: bool = _key(False, "torch.compile: minutes to start, then faster steps")

@@ -15,6 +15,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .batchnorm import slice_sizes
-from .config import Train
+from .config import Config, Train
 from .errors import TORCHRUN, UserError, report_error
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -226,14 +227,55 @@ def check_ranks(train: Train, ranks: int) -> None:
         )
 
 
-def check_last_batch(train: Train, images: int, ranks: int) -> None:
-    """A UserError where SyncBN would have a process without an image in an epoch's last batch."""
+def check_last_batch(config: Config, images: int, ranks: int) -> None:
+    """A UserError where BatchNorm cannot work on the batches of an epoch, of which the last is smaller.
+
+    It needs two values per channel; and SyncBN an image in each process.
+    """
+    train = config.train
     last = (images - 1) % train.batch_size + 1
     if train.sync_bn and any(0 in part for part in shares(last, train, ranks) if any(part)):
         raise UserError(
             f"train.sync_bn: the last batch of an epoch has {last} images, too few for {ranks} processes; "
             "choose another train.batch_size"
         )
+    if _batchnorm_works(config, images, ranks):
+        return
+    others = sorted(range(2, 2 * train.batch_size + 1), key=lambda size: abs(size - train.batch_size))
+    works = (
+        size
+        for size in others
+        if _can_be_shared(replace(train, batch_size=size), ranks)
+        and _batchnorm_works(replace(config, train=replace(train, batch_size=size)), images, ranks)
+    )
+    remedy = next((f"choose another, such as train.batch_size={size}" for size in works), "add images")
+    raise UserError(
+        f"train.batch_size: with {images:,} training images and batches of {train.batch_size} the last has "
+        f"{last}, and BatchNorm somewhere a single value per channel (one image, of 1x1 at the end of the "
+        f"network), which has no variance; {remedy}, or a larger data.image_size"
+    )
+
+
+def _batchnorm_works(config: Config, images: int, ranks: int) -> bool:
+    """Whether BatchNorm has two values per channel or more in all batches of an epoch of so many images."""
+    train, model = config.train, config.model
+    strides = 32 if model.stem == "imagenet" else 4
+    if config.data.train_size > strides or train.frozen_stages == len(model.stages):
+        return True
+    slices = train.accumulation_steps * (1 if train.sync_bn else _groups(train, ranks))
+    last = (images - 1) % train.batch_size + 1
+    return all(max(1, batch // slices) > 1 for batch in {last, min(images, train.batch_size)})
+
+
+def _can_be_shared(train: Train, ranks: int) -> bool:
+    part, rest = divmod(train.batch_size, train.accumulation_steps)
+    if rest or (train.bn_group and (part < train.bn_group or part % train.bn_group)):
+        return False
+    try:
+        check_ranks(train, ranks)
+    except UserError:
+        return False
+    return True
 
 
 def _groups(train: Train, ranks: int) -> int:
@@ -326,6 +368,39 @@ def share_cores() -> None:
     several = int(os.environ["LOCAL_WORLD_SIZE"]) if dist.is_initialized() else 1
     if several > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // several))
+
+
+def has_instructions(device: torch.device, precision: str) -> bool:
+    """Whether a device computes in a precision itself; else it is emulated, many times slower than fp32."""
+    if precision not in ("bf16", "fp16"):
+        return True
+    if device.type == "cuda":
+        return precision == "fp16" or torch.cuda.is_bf16_supported(including_emulation=False)
+    # The first heeds ATEN_CPU_CAPABILITY; the second counts AVX-512 without instructions for bf16.
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
+        return False
+    if precision == "fp16":
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return native and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """What `auto` stands for: bf16 where the devices of all processes have it, else fp32."""
+    if precision != "auto":
+        return precision
+    return "bf16" if all(gather(has_instructions(device, "bf16"))) else "fp32"
+
+
+def slow_precision(precision: str, device: torch.device, option: str) -> list[str]:
+    """A warning where the device emulates a precision that was asked for; `option` is how it was."""
+    if has_instructions(device, precision):
+        return []
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
+    return [
+        f"warning: {option.strip('= ')}: {name} has no {precision} instructions and emulates them, ten times "
+        f"slower than fp32; use {option}fp32"
+    ]
 
 
 def set_numerics(precision: str, deterministic: bool) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .batchnorm import frozen_running_statistics
 from .config import Config
-from .distributed import check_ranks, gather, rank, shares, world_size
+from .distributed import check_last_batch, check_ranks, gather, rank, shares, world_size
 from .errors import UserError
 from .evaluation import at_least_float32
 from .model import build_model
@@ -176,6 +176,7 @@ def check_data(
         return Data(None, None, None, None, None)
     train_set, val_set, _ = sets
     report.add(*sets_findings(config, train_set, val_set))
+    report_notes(report, [*train_set.notes, *val_set.notes])
     shareable = config
     try:
         check_ranks(config.train, world_size())
@@ -192,6 +193,9 @@ def check_data(
         reading = report.attempt(lambda batches=batches: batches and read_batches(batches, device))
         report.add(*(batch_findings(name, reading, config) if reading else ()))
         readings.append(reading)
+    if config.data.pipeline != "memory":
+        finding = report.attempt(lambda: made[1] and validation_finding(made[1]))
+        report.add(*([finding] if finding else []))
     report_notes(report, broken[-1:])  # the last counts them
     resident = made if config.data.pipeline == "memory" else None  # of others the workers end here
     return Data(len(train_set), *readings, resident, shortage)
@@ -243,6 +247,13 @@ def read_batches(batches: Any, device: torch.device) -> Reading:
     return Reading(images, labels, first, each, workers, batches.steps)
 
 
+def validation_finding(batches: Any) -> Finding:
+    """That every validation file can be decoded; a UserError for the first that cannot."""
+    for _ in batches:
+        pass
+    return Finding("ok", f"validation files: all {batches.images:,} can be decoded")
+
+
 def sets_findings(config: Config, train_set: Any, val_set: Any) -> list[Finding]:
     """How many images and classes there are, and whether some class is left without."""
     counts = [np.bincount(part.labels, minlength=len(train_set.classes)) for part in (train_set, val_set)]
@@ -255,7 +266,7 @@ def sets_findings(config: Config, train_set: Any, val_set: Any) -> list[Finding]
     findings = [Finding("ok", text)]
     for count, key in zip(counts, ("train_images", "val_images"), strict=True):
         empty = np.flatnonzero(count == 0)
-        if len(empty):
+        if len(empty) and getattr(config.data, key) is not None:  # else the data set itself has said so
             text = f"{_count(len(empty), 'class', 'es')} without any ({train_set.classes[empty[0]]})"
             limit = getattr(config.data, key)
             findings.append(Finding("warning", f"data.{key}: {limit} images leave {text}; raise it"))
@@ -362,6 +373,8 @@ def check_training(
     progress = training.progress if training else Progress()
     steps = -(-data.images // config.train.batch_size) if data.images else 100
     step, seconds = None, None
+    if training and data.images:
+        report.attempt(lambda: check_last_batch(config, data.images, world_size()))
     if training:
         epochs, epoch = config.train.epochs, min(progress.epoch, config.train.epochs)
         rate = learning_rate(config.schedule, config.optimizer.lr, epochs, epoch, progress.step, steps)

@@ -113,10 +113,8 @@ class Training:
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     """The context in which a forward pass runs at a precision."""
-    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    if precision not in kinds:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, kinds[precision])
+    kind = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch.autocast(device.type, kind) if kind else contextlib.nullcontext()
 
 
 def place(model: nn.Module, config: Config, device: torch.device) -> nn.Module:

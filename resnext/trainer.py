@@ -7,6 +7,7 @@ device; labels are classes, or shares of all classes where pictures were mixed.
 
 import contextlib
 import math
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -49,7 +50,7 @@ def train(
     Returns whether the end was reached.
     """
     progress, config = training.progress, training.config
-    check_last_batch(config.train, train_batches.images, world_size())
+    check_last_batch(config, train_batches.images, world_size())
     rehearse(training)
     clock = Clock(progress.seconds, progress.epoch - 1 + progress.step / train_batches.steps)
     while progress.epoch <= config.train.epochs:
@@ -300,15 +301,24 @@ def validate(
     What is evaluated is what is saved: the running statistics of the first process.
     """
     training.settle_buffers()
-    reporter.open_bar("validation", batches.steps)
+    shown = with_bar("validation", batches, reporter)
+    return evaluate(training.evaluated_model, shown, training.autocast, should_stop)
 
-    def advancing() -> Iterator:
+
+def read_through(batches: Any, reporter: Reporter, should_stop: Callable[[], bool]) -> None:
+    """Decode all validation files once, so that a broken one is found now and not after the first epoch."""
+    for _ in with_bar("trying the validation files", batches, reporter):
+        if should_stop():
+            return
+
+
+def with_bar(title: str, batches: Any, reporter: Reporter) -> Iterator:
+    """The batches, with a progress bar on a terminal."""
+    reporter.open_bar(title, batches.steps)
+    try:
         for batch in batches:
             yield batch
             reporter.advance()
-
-    try:
-        return evaluate(training.evaluated_model, advancing(), training.autocast, should_stop)
     finally:
         reporter.close_bar()
 
@@ -383,5 +393,5 @@ def summary(training: Training, folder: Path, signal: Any) -> str:
                 f"({row['top5_errors']}/{row['images']}), epoch {row['epoch']}"
             )
     lines.append(f"checkpoints: {folder / 'checkpoints'}; log, metrics and curves: {folder}")
-    following = f"python evaluate.py {folder}" if finished else f"python train.py --resume {folder}"
-    return "\n".join([*lines, f"next: {following}"])
+    following = ["evaluate.py"] if finished else ["train.py", "--resume"]
+    return "\n".join([*lines, f"next: {shlex.join(['python', *following, str(folder)])}"])

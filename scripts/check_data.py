@@ -1,11 +1,10 @@
-"""Check class folders before training on them: decode every picture, report what is wrong or odd.
+"""Check class folders before training on them: what training would say, every picture decoded, what is odd.
 
     python scripts/check_data.py DIR                       DIR has train/CLASS/ and val/CLASS/
     python scripts/check_data.py DIR --json report.json    the complete lists too
 
-Exit status 0: fit for training; odd files (gray, CMYK, rotated …) are listed and do no harm.
-1: broken files, a class that is empty or not in both train/ and val/, pictures outside class folders, or the
-same file in train/ and val/.
+Exit status 0: fit for training; warnings are those of training, odd files (gray, CMYK, rotated …) do no harm.
+1: training would refuse the folders, files are broken, or the same file is in train/ and val/.
 2: wrong usage, such as a folder that is not there.
 """
 
@@ -21,40 +20,49 @@ import stat
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from PIL import Image
 
-from data.decode import decode
-from data.folder import EXTENSIONS
+from data.decode import MAX_PIXELS, decode
+from data.folder import Listing, absent_classes, class_folders, class_names, list_split, split_folder
+from data.walk import FORMATS, to_text
 from resnext.errors import UserError, run_command
 
 SPLITS = ("train", "val")
-FORMATS = {"JPEG": (".jpg", ".jpeg"), "MPO": (".jpg", ".jpeg"), "PNG": (".png",), "PPM": (".ppm",)}
-FORMATS |= {"BMP": (".bmp",), "DIB": (".bmp",)}
+ENDINGS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "MPO": (".jpg", ".jpeg"),
+    "PNG": (".png",),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "BMP": (".bmp",),
+    "DIB": (".bmp",),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "JPEG2000": (".jp2",),
+    "AVIF": (".avif",),
+}
 ODD = {  # a bit of a record's flags each, in this order
     "gray": "gray",
     "cmyk": "CMYK",
     "deep": "16 bits a channel",
     "format": "another format than the name says",
     "orientation": "EXIF orientation, which is ignored",
+    "alpha": "transparency, which is dropped: the colours below it show",
+    "frames": "several pictures in a file, of which the first is taken",
     "small": "a side under 32 pixels",
     "large": "a side over 10,000 pixels",
     "aspect": "one side over 5 times the other",
 }
 PROBLEMS = {
+    "refused": "training ends with this error",
     "broken": "broken files",
-    "only_train": "classes that only train/ has",
-    "only_val": "classes that only val/ has",
-    "empty": "class folders without pictures",
-    "loose": "pictures outside class folders, which training leaves out",
     "train_and_val": "the same file in train/ and val/",
 }
 RECORD = np.dtype(
@@ -73,19 +81,27 @@ def main() -> int:
     parser.add_argument("folder", metavar="DIR", help="folder with train/ and val/")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
     parser.add_argument("--json", metavar="FILE", help="write everything that was found there")
+    parser.add_argument(
+        "--max-pixels",
+        type=int,
+        default=MAX_PIXELS,
+        metavar="N",
+        help=f"refuse pictures with more (data.max_pixels; default: {MAX_PIXELS:,})",
+    )
     arguments = parser.parse_args()
     if arguments.workers is not None and arguments.workers < 1:
         raise UserError(f"--workers: must be at least 1, not {arguments.workers}")
+    for split in SPLITS:
+        split_folder(arguments.folder, split)
     root = Path(arguments.folder).expanduser()
-    for folder in (root, *(root / split for split in SPLITS)):
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; DIR must hold train/CLASS/*.jpg and val/CLASS/*.jpg")
     if arguments.json:
         check_target(Path(arguments.json))
-    listings = {split: list_split(root, split) for split in SPLITS}
-    paths = np.concatenate([listings[split].paths for split in SPLITS])
-    records, reasons = inspect_all(root, paths, arguments.workers or count_cores())
-    report = summarise(root, listings, paths, records, reasons)
+    classes, refusals = find_classes(root)
+    listings = {split: list_split(root / split, classes) for split in SPLITS}
+    paths = np.concatenate([np.char.add(f"{split}/".encode(), listings[split].paths) for split in SPLITS])
+    records, reasons = inspect_all(root, paths, arguments.workers or count_cores(), arguments.max_pixels)
+    report = summarise(root, classes, listings, paths, records, reasons)
+    report["problems"]["refused"][:0] = refusals
     print_report(report, arguments.json)
     if arguments.json:
         try:
@@ -112,81 +128,32 @@ def count_cores() -> int:
 # Which files there are
 
 
-@dataclass
-class Listing:
-    """What lies below train/ or val/. Paths begin with train/ or val/."""
-
-    paths: np.ndarray  # of the pictures, as bytes: a million Python strings would take ten times the memory
-    classes: dict[str, int]  # name → number of pictures
-    loose: list[str] = field(default_factory=list)  # pictures outside class folders
-    ignored: list[str] = field(default_factory=list)  # other files
-    unreadable: dict[str, str] = field(default_factory=dict)  # folder → reason
-
-
-def list_split(root: Path, split: str) -> Listing:
-    """The pictures that training would read, by the rules of data.folder, without stopping at anything."""
-    listing = Listing(np.empty(0, "S1"), {})
-    found: list[bytes] = []
-    entries = sorted(os.scandir(root / split), key=lambda entry: entry.name)
-    for entry in entries:
-        if not is_folder(entry):
-            picture = entry.name.lower().endswith(EXTENSIONS)
-            (listing.loose if picture else listing.ignored).append(f"{split}/{entry.name}")
-            continue
-        pictures = sorted(walk(root, f"{split}/{entry.name}", (), listing))
-        listing.classes[entry.name] = len(pictures)
-        found += pictures
-    if found:
-        listing.paths = np.array(found)
-    return listing
-
-
-def walk(root: Path, folder: str, above: tuple, listing: Listing) -> Iterator[bytes]:
-    """Pictures in `folder` and below; `above` are the folders on the way, for links that lead back."""
+def find_classes(root: Path) -> tuple[tuple[str, ...], list[str]]:
+    """(the classes of train/, why training would not take them)."""
     try:
-        status = os.stat(root / folder)
-        entries = list(os.scandir(root / folder))
-    except OSError as error:
-        listing.unreadable[folder] = f"cannot be read ({error.strerror})"
-        return
-    if (status.st_dev, status.st_ino) in above:
-        listing.unreadable[folder] = "is a link to a folder above it; remove the link"
-        return
-    for entry in entries:
-        path = f"{folder}/{entry.name}"
-        if is_folder(entry):
-            yield from walk(root, path, (*above, (status.st_dev, status.st_ino)), listing)
-        elif entry.name.lower().endswith(EXTENSIONS):
-            yield os.fsencode(path)
-        else:
-            listing.ignored.append(path)
-
-
-def is_folder(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
+        return class_names(str(root)), []
+    except UserError as error:
+        return tuple(class_folders(root / "train")), [str(error)]
 
 
 # ---------------------------------------------------------------------------------------------------------
 # One file after another, in other processes
 
 
-def inspect(root: Path, paths: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
+def inspect(root: Path, paths: np.ndarray, max_pixels: int) -> tuple[np.ndarray, dict[int, str]]:
     """A RECORD of each file, and the reasons why some are broken."""
     records = np.zeros(len(paths), RECORD)
     reasons = {}
     for number, path in enumerate(paths):
         name = os.fsdecode(path)
         try:
-            records[number] = inspect_file(root / name, name)
+            records[number] = inspect_file(root / name, name, max_pixels)
         except UserError as error:
             reasons[number] = str(error).removeprefix(f"{name}: ")
     return records, reasons
 
 
-def inspect_file(path: Path, name: str) -> tuple:
+def inspect_file(path: Path, name: str, max_pixels: int) -> tuple:
     """The fields of a RECORD; a UserError for a broken file."""
     try:
         status = path.stat()
@@ -199,7 +166,7 @@ def inspect_file(path: Path, name: str) -> tuple:
         raise UserError(f"cannot be read ({error.strerror})") from None
     if not content:
         raise UserError("empty")
-    height, width, _ = decode(content, name).shape
+    height, width, _ = decode(content, name, max_pixels=max_pixels).shape
     digest = np.frombuffer(hashlib.blake2b(content, digest_size=16).digest(), "u8")
     short, long = sorted((height, width))
     odd = {"small": short < 32, "large": long > 10_000, "aspect": long > 5 * short}
@@ -213,6 +180,8 @@ def look_at_header(content: bytes, name: str) -> dict[str, bool]:
     try:
         with Image.open(io.BytesIO(content)) as image:
             mode, kind = image.mode, image.format
+            alpha = image.has_transparency_data
+            frames = kind != "MPO" and getattr(image, "n_frames", 1) > 1
             orientation = image.getexif().get(274, 1)
     except Exception:  # the pixels were decoded; EXIF data may still be damaged in any way
         orientation = 1
@@ -222,12 +191,16 @@ def look_at_header(content: bytes, name: str) -> dict[str, bool]:
         "gray": mode in ("1", "L", "LA", "La") or mode.startswith("I"),
         "cmyk": mode == "CMYK",
         "deep": deep,
-        "format": not name.lower().endswith(FORMATS.get(kind, ())),
+        "format": not name.lower().endswith(ENDINGS.get(kind, ())),
+        "alpha": alpha,
+        "frames": frames,
         "orientation": orientation not in (0, 1),
     }
 
 
-def inspect_all(root: Path, paths: np.ndarray, workers: int) -> tuple[np.ndarray, dict[int, str]]:
+def inspect_all(
+    root: Path, paths: np.ndarray, workers: int, max_pixels: int
+) -> tuple[np.ndarray, dict[int, str]]:
     """RECORDs of all files and why some are broken, whatever happens to the processes that look at them."""
     records = np.zeros(len(paths), RECORD)
     reasons: dict[int, str] = {}
@@ -245,19 +218,21 @@ def inspect_all(root: Path, paths: np.ndarray, workers: int) -> tuple[np.ndarray
                 with worker_pool(workers) as pool:
                     while spans or running:
                         while spans and len(running) < 2 * workers:
-                            future = pool.submit(inspect, root, paths[spans[-1] : spans[-1] + CHUNK])
+                            chunk = paths[spans[-1] : spans[-1] + CHUNK]
+                            future = pool.submit(inspect, root, chunk, max_pixels)
                             running[future] = spans.pop()
                         for future in wait(running, return_when=FIRST_COMPLETED).done:
                             result = future.result()
                             store(running.pop(future), *result)
             except BrokenProcessPool:  # a process has died: find the file that does it
                 for start in running.values():
-                    inspect_singly(root, paths, range(start, min(start + CHUNK, len(paths))), store)
+                    numbers = range(start, min(start + CHUNK, len(paths)))
+                    inspect_singly(root, paths, numbers, max_pixels, store)
                 running.clear()
     return records, reasons
 
 
-def inspect_singly(root: Path, paths: np.ndarray, numbers: range, store: Callable) -> None:
+def inspect_singly(root: Path, paths: np.ndarray, numbers: range, max_pixels: int, store: Callable) -> None:
     """One file at a time, so that one that kills its process takes no other along."""
     left = list(numbers)[::-1]
     while left:
@@ -268,7 +243,8 @@ def inspect_singly(root: Path, paths: np.ndarray, numbers: range, store: Callabl
                 raise UserError("worker processes die as they start; is there enough memory?") from None
             try:
                 while left:
-                    store(left[-1], *pool.submit(inspect, root, paths[left[-1] : left[-1] + 1]).result())
+                    found = pool.submit(inspect, root, paths[left[-1] : left[-1] + 1], max_pixels)
+                    store(left[-1], *found.result())
                     left.pop()
             except BrokenProcessPool:
                 reason = "the process that decoded it died (a decoder's crash, or out of memory)"
@@ -305,7 +281,6 @@ def worker_pool(workers: int) -> Iterator[WorkerPool]:
 
 def start_worker() -> None:
     """In a new process of the pool."""
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large pictures are ours to report
 
     def follow_parent() -> None:
         multiprocessing.parent_process().join()
@@ -351,6 +326,7 @@ class Progress:
 
 def summarise(
     root: Path,
+    classes: tuple[str, ...],
     listings: dict[str, Listing],
     paths: np.ndarray,
     records: np.ndarray,
@@ -359,27 +335,27 @@ def summarise(
     """Everything that was found, as plain values for JSON."""
 
     def names(numbers: Iterable[int]) -> list[str]:
-        return [os.fsdecode(paths[number]) for number in numbers]
+        return [to_text(paths[number]) for number in numbers]
 
-    classes = {split: listing.classes for split, listing in listings.items()}
+    counts = {
+        split: dict(zip(classes, np.bincount(part.labels, minlength=len(classes)).tolist(), strict=True))
+        for split, part in listings.items()
+    }
     broken = dict(zip(names(sorted(reasons)), (reasons[number] for number in sorted(reasons)), strict=True))
-    for listing in listings.values():
-        broken |= listing.unreadable
     groups: dict[str, list] = {"train_and_val": [], "train": [], "val": []}
     for group in sorted(same_files(records), key=lambda group: group[0]):
         found = names(group)
         splits = {name.partition("/")[0] for name in found}
         groups["train_and_val" if len(splits) == 2 else splits.pop()].append(found)
-    empty = [f"{split}/{name}" for split in SPLITS for name, count in classes[split].items() if not count]
     problems = {
+        "refused": [error for listing in listings.values() for error in listing.errors],
         "broken": broken,
-        "only_train": sorted(classes["train"].keys() - classes["val"].keys()),
-        "only_val": sorted(classes["val"].keys() - classes["train"].keys()),
-        "empty": empty if any(classes.values()) else ["train/", "val/"],
-        "loose": [path for listing in listings.values() for path in listing.loose],
         "train_and_val": groups.pop("train_and_val"),
     }
     odd = {kind: names(np.flatnonzero(records["flags"] & (1 << bit))) for bit, kind in enumerate(ODD)}
+    absent = absent_classes(root / "val", listings["val"].labels, classes)
+    notes = [*listings["train"].notes, *listings["val"].notes, *absent]
+    others = [path for part in listings.values() for path in part.found.others]
     sizes, start = {}, 0
     for split, listing in listings.items():
         part = records[start : start + len(listing.paths)]
@@ -389,11 +365,12 @@ def summarise(
         "folder": str(root),
         "pictures": {split: len(listing.paths) for split, listing in listings.items()},
         "problems": problems,
+        "warnings": [note.removeprefix("warning: ") for note in notes],
         "odd": odd,
         "duplicates": groups,
-        "ignored": [path for listing in listings.values() for path in listing.ignored],
+        "ignored": [to_text(os.path.relpath(path, os.fsencode(root))) for path in others],
         "sizes": sizes,
-        "classes": classes,
+        "classes": counts,
     }
 
 
@@ -438,14 +415,10 @@ def print_report(report: dict, json_file: str | None) -> None:
     more = f"in {json_file}" if json_file else "with --json FILE"
     print_lists("Problems", PROBLEMS, report["problems"], 10, more)
     within = {split: f"the same file several times in {split}/" for split in SPLITS}
-    ignored = {"ignored": f"ignored, as not {', '.join(EXTENSIONS)}"}
+    ignored = {"ignored": f"ignored, as not {FORMATS}"}
     remarks = report["odd"] | report["duplicates"] | {"ignored": report["ignored"]}
+    print_lists("Warnings", {"warnings": "training says too"}, report, 10, more)
     print_lists("Odd, but no obstacle", ODD | within | ignored, remarks, 3, more)
-    if any(path.startswith("val/") for path in report["problems"]["loose"]):
-        print(
-            "\nFor pictures of ImageNet's validation set outside class folders, with the devkit in TARS:\n"
-            f"python scripts/prepare_imagenet.py TARS {report['folder']} --flat-val {report['folder']}/val"
-        )
     bad = any(report["problems"].values())
     print("\nnot fit for training: see Problems" if bad else "\nfit for training")
 

@@ -92,11 +92,13 @@ def find_inputs(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
     check_source(arguments.weights)
     if arguments.output:
         check_target("--output", Path(arguments.output))
-    paths, broken = find_pictures(arguments.pictures, sys.stdin.buffer if "-" in arguments.pictures else ())
+    paths, broken, notes = find_pictures(
+        arguments.pictures, sys.stdin.buffer if "-" in arguments.pictures else ()
+    )
     if arguments.output:
         check_kept(Path(arguments.output), [arguments.weights, *paths])
-    for problem in broken:
-        warn(problem)
+    for problem in [*broken, *notes]:
+        warn(problem.removeprefix("warning: "))
     return paths, broken
 
 

@@ -572,7 +572,7 @@ def test_extensions_nesting_and_other_files(tmp_path):
         (cat / name).write_text("no picture")
     (root / "train" / "list.txt").write_text("beside the class folders")
     (root / "val" / "cat" / "0.png").write_bytes((root / "val" / "dog" / "0.png").read_bytes())
-    paths, labels = data.folder.list_files(root / "train", ("cat", "dog"))
+    paths, labels, _ = data.folder.list_files(root / "train", ("cat", "dog"))
     below = [os.fsdecode(path) for path in paths]
     assert below == [
         "cat/Z.JPG",

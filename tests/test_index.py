@@ -42,7 +42,7 @@ def age(root: Path, seconds: float = 3600) -> None:
 
 
 def listed(root: Path, classes: tuple[str, ...] = CLASSES) -> list[tuple[str, int]]:
-    paths, labels = list_files(root, classes)
+    paths, labels, _ = list_files(root, classes)
     assert paths.dtype.kind == "S" and labels.dtype == np.int64
     return [(os.fsdecode(path), label) for path, label in zip(paths, labels.tolist(), strict=True)]
 
