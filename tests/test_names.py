@@ -487,6 +487,29 @@ def test_nothing_in_a_file_is_executed(name, zipped, tmp_path):
     assert not marker.exists()
 
 
+@pytest.mark.parametrize("format", ["", "resnext checkpoint"], ids=["theirs", "ours"])
+def test_tensors_of_untyped_storages(format, tmp_path):
+    """float8 of a shape that its numbers do not fill, of a type that they do not make, of what is no type."""
+    buffer = io.BytesIO()
+    torch.save({"format": format, "conv1.weight": torch.ones(2, 3).to(torch.float8_e5m2)}, buffer)
+    shape, kind = b"K\x02K\x03\x86", b"ctorch\nfloat8_e5m2\n"
+    changes = [
+        (shape, b"J\xff\xff\xff\x7fK\x03\x86"),
+        (kind, b"ctorch\nDoubleStorage\n"),
+        (kind, b"cos\nsystem\n"),
+    ]
+    for old, new in changes:
+        with zipfile.ZipFile(buffer) as whole, zipfile.ZipFile(tmp_path / "w.pt", "w") as archive:
+            for name in whole.namelist():
+                content = whole.read(name)
+                if name.endswith("data.pkl"):
+                    assert content.count(old) == 1
+                    content = content.replace(old, new)
+                archive.writestr(name, content)
+        with pytest.raises(UserError, match=r"w\.pt: .*(damaged|does not fit|not a checkpoint)"):
+            load_weights(tmp_path / "w.pt")
+
+
 def test_opcodes_that_call(tmp_path):
     """Every way a pickle can name a function."""
     marker = tmp_path / "executed"
