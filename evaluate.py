@@ -115,7 +115,7 @@ def run(
     if columns:
         val_set, names = subsets.restrict(val_set, names, columns, arguments.classes)
     members = subsets.find_members(splits, names, arguments.splits) if splits else {}
-    model = place(model.float(), config, device)
+    model = place(model, config, device)
     score, predictions = measure(model, config, val_set, columns, device, arguments)
     if rank() != 0:
         return

@@ -21,7 +21,7 @@ def load_weights(path):
     from resnext import load_weights
 
     model, _ = load_weights(path)
-    return model.float()
+    return model
 
 
 def _entry_point(name):
@@ -49,7 +49,7 @@ def _load_as(name, constructor, weights, options):
     from resnext.checkpoint import check_state
 
     model, info = load_weights(weights)
-    model, found = model.float(), info.config.model
+    found = info.config.model
     known = {
         "classes": model.fc.out_features,
         "form": found.block,

@@ -219,7 +219,7 @@ def start_from(training: Training, source: ResNeXt, info: Info) -> list[str]:
     """
     own, theirs = training.config, info.config
     check_architecture(theirs.model, own.model, f"model.pretrained: {info.file}")
-    state = in_form(source.float().state_dict(), theirs.model, own.model)
+    state = in_form(source.state_dict(), theirs.model, own.model)
     fits = len(state["fc.bias"]) == len(training.classes) and info.classes in (None, training.classes)
     kept = fits and not own.model.reset_classifier
     if not kept:
@@ -278,7 +278,7 @@ def continue_lua(training: Training, run: LuaState) -> list[str]:
             f"{where}: has {classes} classes and the data {len(training.classes)}; give the data of that run "
             "with --data"
         )
-    state = in_form(run.model.float().state_dict(), run.info.config.model, config.model)
+    state = in_form(run.model.state_dict(), run.info.config.model, config.model)
     check_state(own, state, run.info.file)
     own.load_state_dict(state)
     if training.ema:

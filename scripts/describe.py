@@ -192,7 +192,7 @@ def one_network(source: str) -> dict[str, Any]:
         from resnext import load_weights
 
         model, info = load_weights(source)
-        network, model = totals(source, info.config, model.float().to("meta"))
+        network, model = totals(source, info.config, model.to("meta"))
     network["training_bytes_per_image"] = training_bytes(model, network["image_size"])
     return network
 

@@ -43,7 +43,6 @@ def main() -> None:
     from resnext import load_weights
 
     original, info = load_weights(arguments.weights)
-    original = original.float()
     network, config = in_form_c(original, info.config)
     size = arguments.image_size or config.data.image_size
     pictures = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))

@@ -132,7 +132,7 @@ def load_network(arguments: argparse.Namespace) -> Network:
         data=replace(config.data, workers=arguments.workers),
     )
     set_numerics(config.train.precision, config.run.deterministic)
-    return Network(place(model.float(), config, device), info, config, device)
+    return Network(place(model, config, device), info, config, device)
 
 
 def scores(

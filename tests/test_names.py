@@ -182,7 +182,6 @@ WRAPPERS = {
     "old files": lambda state: {
         key: v for key, v in state.items() if not key.endswith("num_batches_tracked")
     },
-    "half": lambda state: {key: v.half() if v.is_floating_point() else v for key, v in state.items()},
 }
 
 
@@ -190,8 +189,6 @@ WRAPPERS = {
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_torchvision_in_all_wrappings(wrap, zipped, tmp_path):
     theirs = unusual(small_torchvision())
-    if wrap == "half":
-        theirs = theirs.half().float()
     path = tmp_path / "w.pth"
     torch.save(WRAPPERS[wrap](theirs.state_dict()), path, _use_new_zipfile_serialization=zipped)
     info = check(path, theirs)
@@ -312,6 +309,52 @@ def test_torchvision_by_name(tmp_path, monkeypatch):
         load_weights("torchvision:resnext101_32x8d")
 
 
+# ---------------------------------------------------------------------------- types of numbers
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+SAVERS = {
+    "zip": torch.save,
+    "legacy": lambda state, path: torch.save(state, path, _use_new_zipfile_serialization=False),
+    "safetensors": save_file,
+}
+
+
+def cast(state, kinds, integers=False):
+    """The tensors in types that take turns."""
+    return {
+        key: value.to(kinds[number % len(kinds)]) if value.is_floating_point() or integers else value
+        for number, (key, value) in enumerate(state.items())
+    }
+
+
+@pytest.mark.parametrize("save", SAVERS.values(), ids=SAVERS)
+@pytest.mark.parametrize("kinds", [*((kind,) for kind in FLOATS), FLOATS], ids=str)
+@pytest.mark.parametrize("make", [small_torchvision, Pycls], ids=["torchvision", "pycls"])
+def test_all_types_become_float32(make, kinds, save, tmp_path):
+    theirs, path = unusual(make()), tmp_path / "w"
+    for norm in (module for module in theirs.modules() if isinstance(module, nn.BatchNorm2d)):
+        norm.num_batches_tracked.fill_(24)  # in all types
+    for integers in (False, True):  # half() leaves them alone, a script may not
+        state = cast(theirs.state_dict(), kinds, integers)
+        theirs.load_state_dict(state)
+        save(state, path)
+        check(path, theirs, reverse=make is Pycls)
+        found = load_weights(path)[0].state_dict()
+        for key, value in found.items():
+            assert value.dtype == (torch.int64 if key.endswith("num_batches_tracked") else torch.float32)
+            assert value.dtype == torch.float32 or value == 24
+    if make is small_torchvision:
+        assert all(torch.equal(value, theirs.state_dict()[key]) for key, value in found.items())
+
+
+def test_double_precision_on_request(tmp_path):
+    theirs = unusual(small_torchvision()).double()
+    theirs.conv1.weight.data += 1e-12  # which float32 cannot hold
+    torch.save(theirs.state_dict(), tmp_path / "w.pth")
+    found, _ = load_weights(tmp_path / "w.pth", dtype=torch.float64)
+    assert all(torch.equal(value, theirs.state_dict()[key]) for key, value in found.state_dict().items())
+
+
 # ---------------------------------------------------------------------------- what is refused
 
 
@@ -329,6 +372,7 @@ WRONG = {
     "numbers only": ({"epoch": 3}, "no state_dict"),
     "a list": ([1, 2], "no state_dict"),
     "a whole model": (small_torchvision(), "save the state_dict"),
+    "quantised": (state_without(**{"fc.weight": torch.ones(10, 2048, dtype=torch.int8)}), "torch.int8, not"),
     "one channel": (state_without(**{"conv1.weight": torch.ones(64, 1, 7, 7)}), "first convolutions"),
     "expanded": (
         state_without(**{"fc.weight": torch.ones(1, 1).expand(10**9, 2048), "fc.bias": torch.ones(1)}),
