@@ -79,9 +79,10 @@ def main() -> None:
     splits = subsets.read_splits(arguments.splits) if arguments.splits else []
 
     from resnext.distributed import process_group
-    from resnext.weights import load_weights
+    from resnext.weights import check_classifier, load_weights
 
     model, info = load_weights(arguments.source)
+    check_classifier(info)
     config = adapt(info.config, arguments)
     if info.classes is None and (Path(config.data.dir or "").expanduser() / "val").is_dir():
         # Not the CIFAR set that a network of such a stem and so many classes is likely of.

@@ -15,8 +15,9 @@ dependencies = ["torch", "numpy", "yaml"]
 def load_weights(path):
     """The network in a file of weights or a run directory, whoever wrote it, in evaluation mode.
 
-    Takes what evaluate.py takes. Input is float32 (N, 3, H, W), (pixels 0...255 - mean) / std; output are
-    raw scores (N, classes). Raises resnext.UserError for what cannot be read.
+    Takes what evaluate.py takes, and files without a last layer. Input is float32 (N, 3, H, W), (pixels
+    0...255 - mean) / std; output are raw scores (N, classes), without a last layer the pooled features
+    (N, channels). Raises resnext.UserError for what cannot be read.
     """
     from resnext import load_weights
 
@@ -51,7 +52,7 @@ def _load_as(name, constructor, weights, options):
     model, info = load_weights(weights)
     found = info.config.model
     known = {
-        "classes": model.fc.out_features,
+        "classes": info.outputs,
         "form": found.block,
         "shortcut": found.shortcut,
         "preactivation": found.preactivation,

@@ -215,12 +215,12 @@ def parameter_groups(model: ResNeXt, optimizer: Optimizer) -> list[dict[str, Any
 def start_from(training: Training, source: ResNeXt, info: Info) -> list[str]:
     """Trained weights for a fresh run (-retrain, -resetClassifier); lines for the log.
 
-    The last layer is taken along where the classes are the same, otherwise it starts anew.
+    The last layer is taken along where there is one and the classes are the same, otherwise it starts anew.
     """
     own, theirs = training.config, info.config
     check_architecture(theirs.model, own.model, f"model.pretrained: {info.file}")
     state = in_form(source.state_dict(), theirs.model, own.model)
-    fits = len(state["fc.bias"]) == len(training.classes) and info.classes in (None, training.classes)
+    fits = info.outputs == len(training.classes) and info.classes in (None, training.classes)
     kept = fits and not own.model.reset_classifier
     if not kept:
         fresh = training.model.state_dict()
@@ -230,6 +230,8 @@ def start_from(training: Training, source: ResNeXt, info: Info) -> list[str]:
     if training.ema:
         training.ema.module.load_state_dict(state)
     last = "last layer included" if kept else f"a new last layer of {len(training.classes)} classes"
+    if info.outputs is None:
+        last += " (the file has none)"
     if kept and info.classes is None:
         last += " (the file names no classes: if they are others, set model.reset_classifier=true)"
     lines = [f"starting from the {info.weights} of {info.file} ({info.origin}), {last}"]

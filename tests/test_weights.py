@@ -164,6 +164,23 @@ def test_own_files_in_other_types(tmp_path, finished_run, kind):
             assert value.dtype == expected[key].dtype and torch.equal(value, expected[key]), key
 
 
+@pytest.mark.parametrize("form", ["C", "B"])
+def test_a_file_without_a_last_layer(tmp_path, finished_run, folder_run, form):
+    """Its backbone stays as it is, to the bit; the last layer is a new one that learns."""
+    backbone = load_weights(finished_run)[0].state_dict()
+    del backbone["fc.weight"], backbone["fc.bias"]
+    torch.save(backbone, tmp_path / "w.pth")
+    keys = ["data.dataset=folder", f"data.dir={folder_run.parent / 'pictures'}", f"model.block={form}"]
+    keys += ["data.train_images=null", "data.val_images=null", "train.frozen_stages=3", "train.ema_decay=0.5"]
+    result, _ = start_from(tmp_path, finished_run, *keys, f"model.pretrained={tmp_path / 'w.pth'}")
+    assert result.status == 0, result.error
+    assert "(torchvision or timm), a new last layer of 2 classes (the file has none)" in result.output
+    after = load_weights(tmp_path / "new")[0]
+    assert after.fc.weight.shape == (2, 1024)
+    state = convert_form(after.state_dict(), 1, form, "C")
+    assert all(torch.equal(value, state[key]) for key, value in backbone.items())
+
+
 def test_files_of_before_the_key_had_its_name(tmp_path, finished_run):
     text = (finished_run / "config.yaml").read_text()
     lines = [line for line in text.splitlines() if not line.startswith("  pretrained:")]

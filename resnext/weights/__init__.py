@@ -1,8 +1,8 @@
 """Trained weights, whoever wrote them: `load_weights` tells by content what a file is.
 
-Read are checkpoints of this program, state_dicts of torchvision, timm, mmpretrain, pycls and the CIFAR
-models of bearpaw and prlz77 (.pt, .pth, .safetensors), and Torch7's .t7. Nothing in a file is executed,
-and a small file takes little memory. The network is inferred from the tensors.
+Read are checkpoints of this program, state_dicts of torchvision, timm, mmpretrain, pycls, MoCo, SwAV and
+the CIFAR models of bearpaw and prlz77 (.pt, .pth, .safetensors), and Torch7's .t7. Nothing in a file is
+executed, and a small file takes little memory. The network is inferred from the tensors.
 """
 
 import contextlib
@@ -45,6 +45,11 @@ class Info:
     classes: tuple[str, ...] | None
     steps: int | None = None
 
+    @property
+    def outputs(self) -> int | None:
+        """Size of the last layer; None where the file has none."""
+        return len(self.classes or ()) or self.config.model.classes
+
 
 @dataclass(frozen=True)
 class LuaState:
@@ -66,6 +71,7 @@ def load_weights(source: Path | str, dtype: torch.dtype = torch.float32) -> tupl
 
     "torchvision:NAME", NAME such as resnext50_32x4d or resnext50_32x4d:IMAGENET1K_V1, is downloaded once.
     The network is in evaluation mode, on the CPU, in `dtype`, whatever the file's floating-point types are.
+    That of a file without a last layer has an Identity in its place, and puts out the pooled features.
     Raises UserError for whatever cannot be read.
     """
     by_name = str(source).startswith(TORCHVISION)
@@ -102,11 +108,20 @@ def preprocessing(info: Info) -> str:
     resized = {"memory": "", "torch7": ", resized as in Torch7"}
     how = resized.get(data.pipeline, f", resized {data.interpolation}")
     mean, std = (", ".join(f"{value:g}" for value in values) for values in (data.mean, data.std))
-    classes = model.classes or len(info.classes or ())
+    last = "no last layer" if info.outputs is None else f"{info.outputs:,} classes"
     return (
-        f"weights of {info.origin}: {network_name(model)}, {classes:,} classes; their pictures, as is usual "
-        f"there: {data.image_size} pixels{how}, mean {mean}, deviation {std} of 0...255"
+        f"weights of {info.origin}: {network_name(model)}, {last}; their pictures, as is usual there: "
+        f"{data.image_size} pixels{how}, mean {mean}, deviation {std} of 0...255"
     )
+
+
+def check_classifier(info: Info) -> None:
+    """A UserError where the file has no last layer, for those who want classes."""
+    if info.outputs is None:
+        raise UserError(
+            f"{info.file}: has no last layer, so it names no classes; train one with "
+            f"model.pretrained={info.file}"
+        )
 
 
 def find_weights(path: Path) -> Path:
@@ -289,7 +304,7 @@ def _infer(
 def _network(state: dict[str, Any], info: Info, dtype: torch.dtype = torch.float32) -> ResNeXt:
     """The network with these weights, which become `dtype`, and whole numbers int64."""
     with torch.device("meta"):  # no memory before the shapes are known to be the file's
-        model = build_model(info.config.model, len(info.classes or ()) or info.config.model.classes).to(dtype)
+        model = build_model(info.config.model, info.outputs).to(dtype)
     for key, own in model.state_dict().items():
         value = state.get(key)
         # Whole numbers where weights should be are quantised, and refused.
