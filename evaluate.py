@@ -104,11 +104,12 @@ def main() -> None:
     splits = subsets.read_splits(arguments.splits) if arguments.splits else []
 
     from resnext.distributed import process_group
-    from resnext.weights import load_weights
+    from resnext.weights import check_classifier, load_weights
 
     model, info = load_weights(arguments.source)
+    check_classifier(info)
     if names:
-        info = name_classes(info, names, model.fc.out_features, arguments.class_names)
+        info = name_classes(info, names, arguments.class_names)
     config = adapt(info.config, arguments)
     if info.classes is None and (Path(config.data.dir or "").expanduser() / "val").is_dir():
         # Not the CIFAR set that a network of such a stem and so many classes is likely of.
@@ -145,7 +146,7 @@ def run(
     with first_on_machine():  # which downloads what is missing
         classes, notes = info.classes, slow_precision(precision, device, "--precision ")
         if classes is None:
-            classes, warnings = subsets.known_classes(config.data, model.fc.out_features, info.origin)
+            classes, warnings = subsets.known_classes(config.data, info.outputs, info.origin)
             notes += warnings
         columns = subsets.find_columns(wanted, classes, arguments.classes) if wanted else None
         val_set, names = subsets.load_val(config.data, classes, columns)
@@ -154,7 +155,7 @@ def run(
     for note in [*notes, *val_set.notes] if rank() == 0 else ():
         print(note, file=sys.stderr)
     members = subsets.find_members(splits, names, arguments.splits) if splits else {}
-    model = place(model.float(), config, device)
+    model = place(model, config, device)
     score, predictions = measure(model, config, val_set, columns, device, arguments)
     if rank() != 0:
         return
@@ -244,14 +245,14 @@ def check_target(option: str, path: Path) -> None:
         raise UserError(f"{option} {path}: cannot be written; name a file in a folder that exists")
 
 
-def name_classes(info: Any, names: tuple[str, ...], outputs: int, file: str) -> Any:
+def name_classes(info: Any, names: tuple[str, ...], file: str) -> Any:
     """What is known of weights, with the user's names for their outputs."""
     if info.classes is not None:
         raise UserError(f"--class-names: {info.file} names its classes; leave the option out")
-    if len(names) != outputs:
+    if len(names) != info.outputs:
         raise UserError(
             f"--class-names {file}: names {len(names)} classes, and the network of {info.file} has "
-            f"{outputs}; write one name a line, in the order of the outputs"
+            f"{info.outputs}; write one name a line, in the order of the outputs"
         )
     return replace(info, classes=names)
 

@@ -15,13 +15,14 @@ dependencies = ["torch", "numpy", "yaml"]
 def load_weights(path):
     """The network in a file of weights or a run directory, whoever wrote it, in evaluation mode.
 
-    Takes what evaluate.py takes. Input is float32 (N, 3, H, W), (pixels 0...255 - mean) / std; output are
-    raw scores (N, classes). Raises resnext.UserError for what cannot be read.
+    Takes what evaluate.py takes, and files without a last layer. Input is float32 (N, 3, H, W), (pixels
+    0...255 - mean) / std; output are raw scores (N, classes), without a last layer the pooled features
+    (N, channels). Raises resnext.UserError for what cannot be read.
     """
     from resnext import load_weights
 
     model, _ = load_weights(path)
-    return model.float()
+    return model
 
 
 def _entry_point(name):
@@ -49,9 +50,9 @@ def _load_as(name, constructor, weights, options):
     from resnext.checkpoint import check_state
 
     model, info = load_weights(weights)
-    model, found = model.float(), info.config.model
+    found = info.config.model
     known = {
-        "classes": model.fc.out_features,
+        "classes": info.outputs,
         "form": found.block,
         "shortcut": found.shortcut,
         "preactivation": found.preactivation,

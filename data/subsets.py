@@ -99,7 +99,7 @@ def known_classes(data: Data, outputs: int, origin: str) -> tuple[tuple[str, ...
         return name_outputs(found, outputs, origin, data.class_order, "--class-order ")
     except UserError as error:
         raise UserError(
-            f"--data {data.dir}: val/ {error}; or name the classes in the order of the outputs with "
+            f"--data {data.dir}: val/: {error}; or name the classes in the order of the outputs with "
             "--class-names FILE"
         ) from None
 

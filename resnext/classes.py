@@ -61,11 +61,14 @@ def name_outputs(
             f"it was trained on folders in the order {some(string)}, as by torchvision, give {option}string"
         ]
     if len(names) != outputs:
-        raise UserError(f"has {len(names)} classes and the network {outputs}, which its file does not name")
+        raise UserError(
+            f"there are {len(names)} class folders, and the network has {outputs} classes, which its file does "
+            "not name"
+        )
     order = order or known
     if order is None and string != natural:
         raise UserError(
-            f"in timm's order its classes are {some(natural)}, in torchvision's {some(string)}, and the "
+            f"the class folders are {some(natural)} in timm's order, {some(string)} in torchvision's, and the "
             f"weights do not say who trained them; give {option}natural (timm) or {option}string "
             "(torchvision, mmpretrain, this program)"
         )

@@ -139,10 +139,11 @@ class ResNeXt(nn.Module):
         stem: "imagenet" (7x7/2, max-pool) or "cifar" (3x3).
         form: "A", "B" or "C" (Fig. 3).
         shortcut: "A", "B" or "C" (see config.Model).
-        classes: size of the output.
+        classes: size of the output; None for a backbone without a last layer (`fc` is an Identity).
 
-    Input is a float tensor (N, 3, H, W), normalised; output (N, classes) raw scores. Any H and
-    W work; the original's are 224 and 32. `activation_checkpointing` may be set at any time.
+    Input is a float tensor (N, 3, H, W), normalised; output (N, classes) raw scores, of a backbone the
+    pooled features (N, channels). Any H and W work; the original's are 224 and 32.
+    `activation_checkpointing` may be set at any time.
     """
 
     def __init__(
@@ -150,7 +151,7 @@ class ResNeXt(nn.Module):
         stages: Sequence[int] = (3, 4, 6, 3),
         cardinality: int = 32,
         base_width: int = 4,
-        classes: int = 1000,
+        classes: int | None = 1000,
         *,
         stem: str = "imagenet",
         form: str = "C",
@@ -202,7 +203,7 @@ class ResNeXt(nn.Module):
             self.add_module(f"layer{number}", stage)
         self.stages = len(stages)
         self.final_bn = nn.BatchNorm2d(channels) if preactivation else None
-        self.fc = nn.Linear(channels, classes)
+        self.fc = nn.Identity() if classes is None else nn.Linear(channels, classes)
         _initialise(self, zero_gamma)
 
     def freeze(self, stages: int) -> None:
@@ -288,12 +289,12 @@ def _check_arguments(stages, cardinality, base_width, classes, stem, form, short
         "base_width": base_width,
         "classes": classes,
     }.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise UserError(f"{name} must be at least 1, not {value}")
 
 
-def build_model(config: Model, classes: int) -> ResNeXt:
-    """The network that a configuration describes."""
+def build_model(config: Model, classes: int | None) -> ResNeXt:
+    """The network that a configuration describes; without a last layer where `classes` is None."""
     return ResNeXt(
         config.stages,
         config.cardinality,

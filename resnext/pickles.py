@@ -24,7 +24,8 @@ KEYS = (str, int, float, bool, bytes, type(None))  # of a dict: to hash nested t
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_START = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 
-STORAGES = {
+# What a pickle calls a type of numbers: a class of storages or, beside an untyped one, the dtype.
+NUMBERS = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
     "HalfStorage": torch.float16,
@@ -35,6 +36,11 @@ STORAGES = {
     "CharStorage": torch.int8,
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
+    "UntypedStorage": torch.uint8,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "float8_e4m3fnuz": torch.float8_e4m3fnuz,
+    "float8_e5m2": torch.float8_e5m2,
+    "float8_e5m2fnuz": torch.float8_e5m2fnuz,
 }
 
 
@@ -234,13 +240,15 @@ class _Unpickler(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         # New functions and classes each time: a hostile file may set attributes on what it gets.
-        if module in ("torch", "torch.cuda", "torch.storage") and name in STORAGES:
-            return _Kind(STORAGES[name])
+        if module in ("torch", "torch.cuda", "torch.storage") and name in NUMBERS:
+            return _Kind(NUMBERS[name])
         if (module, name) in (
             ("torch._utils", "_rebuild_tensor_v2"),
             ("torch._utils", "_rebuild_tensor"),
         ):
-            return lambda storage, offset, sizes, strides, *_: self.tensor(storage, offset, sizes, strides)
+            return lambda *arguments: self.tensor(*arguments[:4])
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v3"):  # of an untyped storage: float8
+            return lambda *arguments: self.tensor(*arguments[:4], arguments[6])
         if (module, name) == ("collections", "OrderedDict"):
             return lambda *_: Plain()
         if self.strict:
@@ -267,18 +275,19 @@ class _Unpickler(pickle._Unpickler):
             storage = view(storage, offset, [count], [1])
         return Stored(storage)
 
-    def tensor(self, storage: Any, offset: Any, sizes: Any, strides: Any) -> Any:
+    def tensor(self, storage: Any, offset: Any, sizes: Any, strides: Any, kind: Any = None) -> Any:
         if not isinstance(storage, Stored) or storage.tensor.ndim != 1:
             raise Unreadable("a tensor without its numbers")
         if not self.checked:
             return None
         if not all(type(number) is int for number in (offset, *sizes, *strides)):
             raise Unreadable("a tensor whose shape is no numbers")
-        return Stored(view(storage.tensor, offset, list(sizes), list(strides)))
+        numbers = storage.tensor if kind is None else storage.tensor.view(kind.dtype)
+        return Stored(view(numbers, offset, list(sizes), list(strides)))
 
 
 class _Kind:
-    """A class of storages, for persistent_load."""
+    """A type of numbers, for persistent_load and tensor."""
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype

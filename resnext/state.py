@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .batchnorm import use_group_batchnorm
 from .checkpoint import check_state
+from .classes import name_outputs
 from .config import Config, Model, Optimizer, network_name, to_text, to_yaml
 from .distributed import check_ranks, gradient_group, world_size
 from .errors import UserError
@@ -213,14 +214,19 @@ def parameter_groups(model: ResNeXt, optimizer: Optimizer) -> list[dict[str, Any
 def start_from(training: Training, source: ResNeXt, info: Info) -> list[str]:
     """Trained weights for a fresh run (-retrain, -resetClassifier); lines for the log.
 
-    The last layer is taken along where the classes are the same, otherwise it starts anew.
+    The last layer is taken along where there is one and the classes are the same, perhaps in another order;
+    otherwise it starts anew.
     """
     own, theirs = training.config, info.config
     check_architecture(theirs.model, own.model, f"model.pretrained: {info.file}")
-    state = in_form(source.float().state_dict(), theirs.model, own.model)
-    fits = len(state["fc.bias"]) == len(training.classes) and info.classes in (None, training.classes)
-    kept = fits and not own.model.reset_classifier
-    if not kept:
+    state = in_form(source.state_dict(), theirs.model, own.model)
+    outputs, lines = pretrained_classes(info, own, training.classes)
+    kept = outputs is not None
+    if kept:
+        row = {name: output for output, name in enumerate(outputs)}
+        order = torch.tensor([row[name] for name in training.classes])
+        state |= {key: state[key][order] for key in ("fc.weight", "fc.bias")}
+    else:
         fresh = training.model.state_dict()
         state |= {key: fresh[key] for key in ("fc.weight", "fc.bias")}
     check_state(training.model, state, info.file)
@@ -228,9 +234,11 @@ def start_from(training: Training, source: ResNeXt, info: Info) -> list[str]:
     if training.ema:
         training.ema.module.load_state_dict(state)
     last = "last layer included" if kept else f"a new last layer of {len(training.classes)} classes"
+    if info.outputs is None:
+        last += " (the file has none)"
     if kept and info.classes is None:
         last += " (the file names no classes: if they are others, set model.reset_classifier=true)"
-    lines = [f"starting from the {info.weights} of {info.file} ({info.origin}), {last}"]
+    lines.append(f"starting from the {info.weights} of {info.file} ({info.origin}), {last}")
     keys = ["mean", "std"]
     if "memory" not in (own.data.pipeline, theirs.data.pipeline):
         keys += ["pipeline", "interpolation"]
@@ -242,6 +250,25 @@ def start_from(training: Training, source: ResNeXt, info: Info) -> list[str]:
     if settings:
         lines.append(f"warning: they are meant for {' '.join(settings)}, and this run has others")
     return lines
+
+
+def pretrained_classes(
+    info: Info, config: Config, classes: tuple[str, ...]
+) -> tuple[tuple[str, ...] | None, list[str]]:
+    """(names of the outputs of weights, warnings); None where they are not a training's `classes`."""
+    if info.outputs != len(classes) or config.model.reset_classifier:
+        return None, []
+    if info.classes is not None:
+        return (info.classes if set(info.classes) == set(classes) else None), []
+    if config.data.dataset != "folder":
+        return classes, []
+    try:
+        return name_outputs(classes, info.outputs, info.origin, config.data.class_order, "data.class_order=")
+    except UserError as error:
+        raise UserError(
+            f"model.pretrained: {info.file}: {error}, or start a new last layer with "
+            "model.reset_classifier=true"
+        ) from None
 
 
 def in_form(state: dict[str, Tensor], source: Model, target: Model) -> dict[str, Tensor]:
@@ -276,7 +303,7 @@ def continue_lua(training: Training, run: LuaState) -> list[str]:
             f"{where}: has {classes} classes and the data {len(training.classes)}; give the data of that run "
             "with --data"
         )
-    state = in_form(run.model.float().state_dict(), run.info.config.model, config.model)
+    state = in_form(run.model.state_dict(), run.info.config.model, config.model)
     check_state(own, state, run.info.file)
     own.load_state_dict(state)
     if training.ema:

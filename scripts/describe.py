@@ -104,7 +104,7 @@ def totals(name: str, config: Config, model: Any = None) -> tuple[dict[str, Any]
     costs = {
         "name": name,
         "network": network_name(config.model),
-        "classes": model.fc.out_features,
+        "classes": getattr(model.fc, "out_features", None),
         "image_size": config.data.image_size,
         "parameters": parameters,
         "macs": macs,
@@ -192,7 +192,7 @@ def one_network(source: str) -> dict[str, Any]:
         from resnext import load_weights
 
         model, info = load_weights(source)
-        network, model = totals(source, info.config, model.float().to("meta"))
+        network, model = totals(source, info.config, model.to("meta"))
     network["training_bytes_per_image"] = training_bytes(model, network["image_size"])
     return network
 
@@ -230,7 +230,8 @@ def table_of_layers(network: dict[str, Any]) -> str:
     ]
     rows.append(["total", "", "", *(f"{network[column]:,}" for column in columns)])
     kept = network["training_bytes_per_image"] / MIB
-    about = f"{network['network']}, {network['classes']} classes, input 3 x {size} x {size}"
+    last = "no last layer" if network["classes"] is None else f"{network['classes']} classes"
+    about = f"{network['network']}, {last}, input 3 x {size} x {size}"
     lines = [
         f"{network['name']}: {about}",
         "",

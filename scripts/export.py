@@ -40,10 +40,10 @@ def main() -> None:
 
     import torch
 
-    from resnext import load_weights
+    from resnext.weights import check_classifier, load_weights
 
     original, info = load_weights(arguments.weights)
-    original = original.float()
+    check_classifier(info)
     network, config = in_form_c(original, info.config)
     size = arguments.image_size or config.data.image_size
     pictures = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))

@@ -63,7 +63,7 @@ def main() -> None:
         )
     paths, broken = find_inputs(arguments)
     named = len(paths) + len(broken)
-    network = load_network(arguments)
+    network = load_network(arguments, classifier=False)
     taken = watch(network.model, arguments.layer, pool=not arguments.no_pool)
     collect(network, taken, paths, arguments, broken)
     report_broken(broken, named)

@@ -43,7 +43,7 @@ def main() -> None:
     named = len(paths) + len(broken)
     suffix = Path(arguments.output or "").suffix.lower().removeprefix(".")
     kind = arguments.format or (suffix if suffix in FORMATS else "table")
-    network = load_network(arguments)
+    network = load_network(arguments, classifier=True)
     with writer(arguments.output) as write:
         for text in FORMATS[kind](predictions(network, paths, arguments, broken)):
             write(text)
@@ -118,13 +118,18 @@ class Network(NamedTuple):
     device: Any
 
 
-def load_network(arguments: argparse.Namespace) -> Network:
-    """The weights, ready to be used on the device and at the precision that the options ask for."""
+def load_network(arguments: argparse.Namespace, classifier: bool) -> Network:
+    """The weights, ready to be used on the device and at the precision that the options ask for.
+
+    With `classifier`, a UserError where they have no last layer.
+    """
     from resnext.distributed import choose_device, set_numerics
     from resnext.state import place
-    from resnext.weights import load_weights, preprocessing
+    from resnext.weights import check_classifier, load_weights, preprocessing
 
     model, info = load_weights(arguments.weights)
+    if classifier:
+        check_classifier(info)
     if info.origin != "this program":
         print(preprocessing(info), file=sys.stderr)
     config, device = info.config, choose_device(arguments.device)
@@ -134,7 +139,7 @@ def load_network(arguments: argparse.Namespace) -> Network:
         data=replace(config.data, workers=arguments.workers),
     )
     set_numerics(config.train.precision, config.run.deterministic)
-    return Network(place(model.float(), config, device), info, config, device)
+    return Network(place(model, config, device), info, config, device)
 
 
 def scores(

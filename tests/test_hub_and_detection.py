@@ -62,6 +62,17 @@ def test_hub_loads_weights(tmp_path, finished_run):
             hub(name, weights=source, **options)
 
 
+def test_hub_loads_a_backbone(tmp_path):
+    state = resnext.resnext50_32x4d(classes=None).state_dict()
+    torch.save(state, tmp_path / "w.pth")
+    for name, argument in (("load_weights", "path"), ("resnext50_32x4d", "weights")):
+        network = hub(name, **{argument: tmp_path / "w.pth"})
+        assert isinstance(network.fc, torch.nn.Identity) and network.state_dict().keys() == state.keys()
+        assert network(torch.zeros(1, 3, 32, 32)).shape == (1, 2048)
+    with pytest.raises(UserError, match=r"as resnext50_32x4d: has no fc\.weight"):
+        hub("resnext50_32x4d", weights=tmp_path / "w.pth", classes=3)
+
+
 def test_hub_takes_the_form_of_the_weights(tmp_path, monkeypatch):
     source = write_weights(tmp_path, SMALL.format("B"), 5)
     with pytest.raises(UserError, match="as resnext50_32x4d: "):

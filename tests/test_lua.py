@@ -341,17 +341,45 @@ def test_variants_of_files(change, ascii, tmp_path):
     assert_same(model, load_weights(tmp_path / "m.t7")[0])
 
 
-def test_double_precision_is_kept_and_half_widened(tmp_path):
-    model, tree = changed_tree(lambda tree, model: network_tree(model.double()))
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16])
+@pytest.mark.parametrize("ascii", [False, True], ids=["binary", "text"])
+def test_doubles_and_halves(kind, ascii, tmp_path):
+    torch.manual_seed(0)
+    model, tree = changed_tree(lambda tree, model: network_tree(rounding(model, kind)))
+    (tmp_path / "m.t7").write_bytes(to_t7(tree, ascii=ascii))
+    found, expected = load_weights(tmp_path / "m.t7")[0].state_dict(), model.float().state_dict()
+    for key, value in expected.items():
+        assert found[key].dtype == value.dtype and torch.equal(found[key], value), key
+
+
+def rounding(model, kind):
+    """With values that float32 cannot hold, in another type."""
+    for value in model.double().parameters():
+        value.data += 1e-12
+    return model.to(kind)
+
+
+def test_exact_in_double_precision(tmp_path):
+    model, tree = changed_tree(lambda tree, model: network_tree(rounding(model, torch.float64)))
     (tmp_path / "m.t7").write_bytes(to_t7(tree))
-    found, _ = load_weights(tmp_path / "m.t7")
-    assert found.conv1.weight.dtype == torch.float64
+    found, _ = load_weights(tmp_path / "m.t7", dtype=torch.float64)
+    assert torch.equal(found.fc.bias, model.fc.bias)
     assert_same(model, found, tolerance=1e-12)
-    model, tree = changed_tree(lambda tree, model: network_tree(model.half()))
+
+
+def test_statistics_of_halves(tmp_path):
+    """What is added to a variance is not lost in its rounding."""
+
+    def change(tree, model):
+        tree = network_tree(model.half())
+        for module in find(tree, "nn.SpatialBatchNormalization"):
+            module.fields["eps"] = 1.1e-4
+        return tree
+
+    model, tree = changed_tree(change)
     (tmp_path / "m.t7").write_bytes(to_t7(tree))
     found, _ = load_weights(tmp_path / "m.t7")
-    assert found.conv1.weight.dtype == torch.float32
-    assert torch.equal(found.conv1.weight, model.conv1.weight.float())
+    assert torch.equal(found.bn1.running_var, (model.bn1.running_var.double() + 1e-4).float())
 
 
 def test_zero_padded_shortcuts(tmp_path):

@@ -3,10 +3,12 @@
 import argparse
 import collections
 import io
+import json
 import os
 import pickle
 import resource
 import struct
+import sys
 import zipfile
 
 import numpy as np
@@ -15,14 +17,21 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from commands import call, draw_folders
+from commands import ROOT, call, draw_folders, message
 from oracle import relative_error
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
 import evaluate
 from resnext import ResNeXt, UserError, load_weights
 from resnext.checkpoint import read_checkpoint
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import describe
+import export
+import extract_features
+import predict
 
 # ---------------------------------------------------------------------------- their networks
 
@@ -182,7 +191,6 @@ WRAPPERS = {
     "old files": lambda state: {
         key: v for key, v in state.items() if not key.endswith("num_batches_tracked")
     },
-    "half": lambda state: {key: v.half() if v.is_floating_point() else v for key, v in state.items()},
 }
 
 
@@ -190,8 +198,6 @@ WRAPPERS = {
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_torchvision_in_all_wrappings(wrap, zipped, tmp_path):
     theirs = unusual(small_torchvision())
-    if wrap == "half":
-        theirs = theirs.half().float()
     path = tmp_path / "w.pth"
     torch.save(WRAPPERS[wrap](theirs.state_dict()), path, _use_new_zipfile_serialization=zipped)
     info = check(path, theirs)
@@ -312,6 +318,156 @@ def test_torchvision_by_name(tmp_path, monkeypatch):
         load_weights("torchvision:resnext101_32x8d")
 
 
+# ---------------------------------------------------------------------------- without a last layer
+
+
+def without_fc(model, name="fc"):
+    """The network that puts out pooled features."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, nn.Identity())
+    return unusual(model)
+
+
+def moco(head):
+    """A checkpoint of main_moco.py: two encoders, each with a head in place of fc, and the queue."""
+
+    def checkpoint(state):
+        encoder = state | {f"fc.{key}": value for key, value in head.state_dict().items()}
+        found = {f"module.encoder_q.{key}": value for key, value in encoder.items()}
+        found |= {f"module.encoder_k.{key}": torch.zeros_like(value) for key, value in encoder.items()}
+        found |= {"module.queue": torch.rand(128, 16), "module.queue_ptr": torch.zeros(1, dtype=torch.long)}
+        return {"epoch": 200, "arch": "resnext", "state_dict": found, "optimizer": {"state": {}}}
+
+    return checkpoint
+
+
+def swav(state):
+    """The network of main_swav.py: projection_head and prototypes in place of fc."""
+    head = nn.Sequential(nn.Linear(2048, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 8)).state_dict()
+    state = state | {f"projection_head.{key}": value for key, value in head.items()}
+    state["prototypes.weight"] = torch.rand(30, 8)
+    return {f"module.{key}": value for key, value in state.items()}
+
+
+def below(prefix, **others):
+    return lambda state: {"state_dict": {f"{prefix}{key}": value for key, value in state.items()} | others}
+
+
+BACKBONES = {
+    "bare": (lambda state: state, "torchvision or timm"),
+    "mmpretrain": (below("backbone."), "mmpretrain"),
+    "mmpretrain, neck": (below("backbone.", **{"neck.fc0.weight": torch.ones(2, 2)}), "mmpretrain"),
+    "MoCo v1": (moco(nn.Linear(2048, 128)), "MoCo"),
+    "MoCo v2": (moco(nn.Sequential(nn.Linear(2048, 64), nn.ReLU(), nn.Linear(64, 128))), "MoCo"),
+    "SwAV": (swav, "SwAV"),
+}
+
+
+@pytest.mark.parametrize(("wrap", "origin"), BACKBONES.values(), ids=BACKBONES)
+def test_backbones(wrap, origin, tmp_path):
+    theirs = without_fc(small_torchvision())
+    content = wrap(theirs.state_dict())
+    torch.save(content, tmp_path / "w.pth")
+    save_file(content.get("state_dict", content), tmp_path / "w.safetensors")
+    for name in ("w.pth", "w.safetensors"):
+        info = check(tmp_path / name, theirs)
+        assert info.origin == origin and info.outputs is None and info.classes is None
+        found = load_weights(tmp_path / name)[0]
+        assert isinstance(found.fc, nn.Identity) and found.state_dict().keys() == theirs.state_dict().keys()
+        assert all(torch.equal(value, theirs.state_dict()[key]) for key, value in found.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("make", "size"),
+    [
+        (lambda: unusual(timm.create_model("resnext50_32x4d", pretrained=False, num_classes=0)), 64),
+        (lambda: without_fc(Pycls(), "head.fc"), 64),
+        (lambda: without_fc(Bearpaw(), "classifier"), 32),
+        (lambda: without_fc(ResNeXt((1, 2, 1), 3, 8, 7, stem="cifar", preactivation=True, form="B")), 32),
+        (lambda: without_fc(ResNeXt((1, 1, 1), 1, 8, 7, stem="cifar", shortcut="C", form="A")), 32),
+    ],
+    ids=["timm", "pycls", "bearpaw", "ours, pre-activation", "ours, form A"],
+)
+def test_other_backbones(make, size, tmp_path):
+    theirs = make()
+    torch.save(theirs.state_dict(), tmp_path / "w.pth")
+    assert check(tmp_path / "w.pth", theirs, size, reverse=isinstance(theirs, Pycls)).outputs is None
+
+
+def test_what_a_backbone_is_good_for(tmp_path):
+    """Its features can be had; who wants classes is told that there are none."""
+    theirs, path, output = without_fc(small_torchvision()), tmp_path / "w.pth", tmp_path / "features.npz"
+    torch.save(theirs.state_dict(), path)
+    folders = draw_folders(tmp_path / "pictures", {"cat": 2, "dog": 1}, size=256)
+    cats = sorted((folders / "val" / "cat").iterdir())
+    result = call(extract_features.main, path, *cats, "--output", output, "--workers", 0)
+    assert result.status == 0 and "(4x6d), no last layer; " in result.error, result.error
+    pixels = np.stack([np.asarray(Image.open(cat), np.float32)[16:240, 16:240] / 255 for cat in cats])
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    images = torch.tensor((pixels - mean) / std, dtype=torch.float32).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        assert relative_error(np.load(output)["features"], theirs(images)) <= 1e-5
+    for main, *arguments in (
+        (evaluate.main, "--data", folders),
+        (predict.main, cats[0]),
+        (export.main, tmp_path / "out.pth"),
+    ):
+        text = message(call(main, path, *arguments))
+        advice = f"train one with model.pretrained={path}"
+        assert text == f"{path}: has no last layer, so it names no classes; {advice}"
+    assert not (tmp_path / "out.pth").exists()
+    result = call(describe.main, path, "--json", tmp_path / "costs.json")
+    assert result.status == 0 and "(4x6d), no last layer, input" in result.output
+    costs = json.loads((tmp_path / "costs.json").read_text())
+    assert costs["classes"] is None and costs["parameters"] == sum(p.numel() for p in theirs.parameters())
+
+
+# ---------------------------------------------------------------------------- types of numbers
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+SAVERS = {
+    "zip": torch.save,
+    "legacy": lambda state, path: torch.save(state, path, _use_new_zipfile_serialization=False),
+    "safetensors": save_file,
+}
+
+
+def cast(state, kinds, integers=False):
+    """The tensors in types that take turns."""
+    return {
+        key: value.to(kinds[number % len(kinds)]) if value.is_floating_point() or integers else value
+        for number, (key, value) in enumerate(state.items())
+    }
+
+
+@pytest.mark.parametrize("save", SAVERS.values(), ids=SAVERS)
+@pytest.mark.parametrize("kinds", [*((kind,) for kind in FLOATS), FLOATS], ids=str)
+@pytest.mark.parametrize("make", [small_torchvision, Pycls], ids=["torchvision", "pycls"])
+def test_all_types_become_float32(make, kinds, save, tmp_path):
+    theirs, path = unusual(make()), tmp_path / "w"
+    for norm in (module for module in theirs.modules() if isinstance(module, nn.BatchNorm2d)):
+        norm.num_batches_tracked.fill_(24)  # in all types
+    for integers in (False, True):  # half() leaves them alone, a script may not
+        state = cast(theirs.state_dict(), kinds, integers)
+        theirs.load_state_dict(state)
+        save(state, path)
+        check(path, theirs, reverse=make is Pycls)
+        found = load_weights(path)[0].state_dict()
+        for key, value in found.items():
+            assert value.dtype == (torch.int64 if key.endswith("num_batches_tracked") else torch.float32)
+            assert value.dtype == torch.float32 or value == 24
+    if make is small_torchvision:
+        assert all(torch.equal(value, theirs.state_dict()[key]) for key, value in found.items())
+
+
+def test_double_precision_on_request(tmp_path):
+    theirs = unusual(small_torchvision()).double()
+    theirs.conv1.weight.data += 1e-12  # which float32 cannot hold
+    torch.save(theirs.state_dict(), tmp_path / "w.pth")
+    found, _ = load_weights(tmp_path / "w.pth", dtype=torch.float64)
+    assert all(torch.equal(value, theirs.state_dict()[key]) for key, value in found.state_dict().items())
+
+
 # ---------------------------------------------------------------------------- what is refused
 
 
@@ -329,10 +485,16 @@ WRONG = {
     "numbers only": ({"epoch": 3}, "no state_dict"),
     "a list": ([1, 2], "no state_dict"),
     "a whole model": (small_torchvision(), "save the state_dict"),
+    "quantised": (state_without(**{"fc.weight": torch.ones(10, 2048, dtype=torch.int8)}), "torch.int8, not"),
     "one channel": (state_without(**{"conv1.weight": torch.ones(64, 1, 7, 7)}), "first convolutions"),
     "expanded": (
         state_without(**{"fc.weight": torch.ones(1, 1).expand(10**9, 2048), "fc.bias": torch.ones(1)}),
         "larger than the file",
+    ),
+    "more than a classifier": (state_without(**{"prototypes.weight": torch.ones(1)}), "has prototypes"),
+    "another last layer": (
+        state_without("fc.weight", "fc.bias", **{"last_linear.weight": torch.ones(10, 2048)}),
+        r"has last_linear\.weight, which this network lacks",
     ),
     "many blocks": (state_without(**{"layer1.99999.conv1.weight": torch.ones(1)}), "blocks are missing"),
 }
@@ -485,6 +647,29 @@ def test_nothing_in_a_file_is_executed(name, zipped, tmp_path):
         with pytest.raises(UserError):
             load_weights(tmp_path / "w.pt")
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("format", ["", "resnext checkpoint"], ids=["theirs", "ours"])
+def test_tensors_of_untyped_storages(format, tmp_path):
+    """float8 of a shape that its numbers do not fill, of a type that they do not make, of what is no type."""
+    buffer = io.BytesIO()
+    torch.save({"format": format, "conv1.weight": torch.ones(2, 3).to(torch.float8_e5m2)}, buffer)
+    shape, kind = b"K\x02K\x03\x86", b"ctorch\nfloat8_e5m2\n"
+    changes = [
+        (shape, b"J\xff\xff\xff\x7fK\x03\x86"),
+        (kind, b"ctorch\nDoubleStorage\n"),
+        (kind, b"cos\nsystem\n"),
+    ]
+    for old, new in changes:
+        with zipfile.ZipFile(buffer) as whole, zipfile.ZipFile(tmp_path / "w.pt", "w") as archive:
+            for name in whole.namelist():
+                content = whole.read(name)
+                if name.endswith("data.pkl"):
+                    assert content.count(old) == 1
+                    content = content.replace(old, new)
+                archive.writestr(name, content)
+        with pytest.raises(UserError, match=r"w\.pt: .*(damaged|does not fit|not a checkpoint)"):
+            load_weights(tmp_path / "w.pt")
 
 
 def test_opcodes_that_call(tmp_path):

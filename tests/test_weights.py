@@ -1,8 +1,12 @@
 """A run that starts from trained weights: all of them, other classes, parts that stay (model.pretrained)."""
 
+import sys
+
 import pytest
 import torch
-from commands import call, message
+from commands import ROOT, call, message
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import train
 from resnext.checkpoint import read_checkpoint
@@ -11,6 +15,9 @@ from resnext.model import convert_form
 from resnext.state import prepare
 from resnext.trainer import train_step
 from resnext.weights import load_weights
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import export
 
 
 def assert_close(model, reference, tolerance):
@@ -133,6 +140,45 @@ def test_weights_of_another_program_and_form(tmp_path, finished_run):
     state = convert_form(after.state_dict(), 1, "B", "C")
     for name, parameter in before.named_parameters():  # at a rate of 1e-9 nothing moves
         torch.testing.assert_close(state[name], parameter, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.float8_e4m3fn], ids=str)
+def test_own_files_in_other_types(tmp_path, finished_run, kind):
+    """A checkpoint and an exported file that somebody has cast are read as float32, of the rounded values."""
+
+    def cast(state):
+        return {key: value.to(kind) if value.is_floating_point() else value for key, value in state.items()}
+
+    content = read_checkpoint(finished_run / "checkpoints" / "best.pt")
+    expected = {key: value.to(content["model"][key]) for key, value in cast(content["model"]).items()}
+    torch.save(content | {"model": cast(content["model"])}, tmp_path / "w.pt")
+    exported = tmp_path / "w.safetensors"
+    assert call(export.main, finished_run, exported).status == 0
+    with safe_open(exported, "pt") as file:
+        metadata, state = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    save_file(cast(state), exported, metadata)
+    for path in (tmp_path / "w.pt", exported):
+        model, info = load_weights(path)
+        assert info.origin == "this program" and info.classes == tuple("0123456789")
+        for key, value in model.state_dict().items():
+            assert value.dtype == expected[key].dtype and torch.equal(value, expected[key]), key
+
+
+@pytest.mark.parametrize("form", ["C", "B"])
+def test_a_file_without_a_last_layer(tmp_path, finished_run, folder_run, form):
+    """Its backbone stays as it is, to the bit; the last layer is a new one that learns."""
+    backbone = load_weights(finished_run)[0].state_dict()
+    del backbone["fc.weight"], backbone["fc.bias"]
+    torch.save(backbone, tmp_path / "w.pth")
+    keys = ["data.dataset=folder", f"data.dir={folder_run.parent / 'pictures'}", f"model.block={form}"]
+    keys += ["data.train_images=null", "data.val_images=null", "train.frozen_stages=3", "train.ema_decay=0.5"]
+    result, _ = start_from(tmp_path, finished_run, *keys, f"model.pretrained={tmp_path / 'w.pth'}")
+    assert result.status == 0, result.error
+    assert "(torchvision or timm), a new last layer of 2 classes (the file has none)" in result.output
+    after = load_weights(tmp_path / "new")[0]
+    assert after.fc.weight.shape == (2, 1024)
+    state = convert_form(after.state_dict(), 1, form, "C")
+    assert all(torch.equal(value, state[key]) for key, value in backbone.items())
 
 
 def test_files_of_before_the_key_had_its_name(tmp_path, finished_run):

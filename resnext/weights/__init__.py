@@ -1,8 +1,8 @@
 """Trained weights, whoever wrote them: `load_weights` tells by content what a file is.
 
-Read are checkpoints of this program, state_dicts of torchvision, timm, mmpretrain, pycls and the CIFAR
-models of bearpaw and prlz77 (.pt, .pth, .safetensors), and Torch7's .t7. Nothing in a file is executed,
-and a small file takes little memory. The network is inferred from the tensors.
+Read are checkpoints of this program, state_dicts of torchvision, timm, mmpretrain, pycls, MoCo, SwAV and
+the CIFAR models of bearpaw and prlz77 (.pt, .pth, .safetensors), and Torch7's .t7. Nothing in a file is
+executed, and a small file takes little memory. The network is inferred from the tensors.
 """
 
 import contextlib
@@ -45,6 +45,11 @@ class Info:
     classes: tuple[str, ...] | None
     steps: int | None = None
 
+    @property
+    def outputs(self) -> int | None:
+        """Size of the last layer; None where the file has none."""
+        return len(self.classes or ()) or self.config.model.classes
+
 
 @dataclass(frozen=True)
 class LuaState:
@@ -61,40 +66,27 @@ class LuaState:
     options: dict[str, Any]
 
 
-def load_weights(source: Path | str) -> tuple[ResNeXt, Info]:
+def load_weights(source: Path | str, dtype: torch.dtype = torch.float32) -> tuple[ResNeXt, Info]:
     """The network in a file, run directory or Lua checkpoint directory, and what is known of it.
 
     "torchvision:NAME", NAME such as resnext50_32x4d or resnext50_32x4d:IMAGENET1K_V1, is downloaded once.
-    The network is in evaluation mode, on the CPU, in float32; in float64 if the file is. Raises
-    UserError for whatever cannot be read.
+    The network is in evaluation mode, on the CPU, in `dtype`, whatever the file's floating-point types are.
+    That of a file without a last layer has an Identity in its place, and puts out the pooled features.
+    Raises UserError for whatever cannot be read.
     """
-    if str(source).startswith(TORCHVISION):
-        return _torchvision(str(source))
-    path = find_weights(Path(source).expanduser())
-    if not path.is_file():
-        raise UserError(f"{path}: is no file; give a .pt, .pth, .safetensors or .t7")
+    by_name = str(source).startswith(TORCHVISION)
+    path = Path(source) if by_name else find_weights(Path(source).expanduser())
     with _readable(path):
-        with open(path, "rb") as file:
-            head = file.read(64)
-        if head.startswith(b"PK"):
-            verify_archive(path)
-            return _own(path) if _is_own(path) else _pickled(path, pickles.read_archive(path))
-        if head.startswith(pickles.LEGACY_START):
-            return _pickled(path, pickles.read_legacy(path.read_bytes()))
-        if head[8:9] == b"{" and not torch7.is_binary(head):
-            return _safetensors(path)
-        if torch7.is_t7(head):
-            return _build(lua.read_network(path).state, path, "Torch7", "weights")
-    raise UserError(
-        f"{path}: is {'not a file of weights' if head else 'empty'}; give a .pt, .pth, .safetensors or .t7"
-    )
+        state, info = _torchvision(str(source)) if by_name else _read(path)
+        return _network(state, info, dtype), info
 
 
 def load_lua_run(folder: Path) -> LuaState:
     """The state in a directory that checkpoints.lua wrote: latest.t7, model_N.t7, optimState_N.t7."""
     with _readable(folder):
         run = lua.read_run(folder)
-        model, info = _build(run.network.state, folder, "Torch7", "weights")
+        state, info = _infer(run.network.state, folder, "Torch7", "weights")
+        model = _network(state, info)
         flat, momentum = run.optimizer.get("dfdx"), None
         shapes = {key: run.network.state[key].shape for key in run.network.parameters}
         if isinstance(flat, Tensor):
@@ -116,11 +108,20 @@ def preprocessing(info: Info) -> str:
     resized = {"memory": "", "torch7": ", resized as in Torch7"}
     how = resized.get(data.pipeline, f", resized {data.interpolation}")
     mean, std = (", ".join(f"{value:g}" for value in values) for values in (data.mean, data.std))
-    classes = model.classes or len(info.classes or ())
+    last = "no last layer" if info.outputs is None else f"{info.outputs:,} classes"
     return (
-        f"weights of {info.origin}: {network_name(model)}, {classes:,} classes; their pictures, as is usual "
-        f"there: {data.image_size} pixels{how}, mean {mean}, deviation {std} of 0...255"
+        f"weights of {info.origin}: {network_name(model)}, {last}; their pictures, as is usual there: "
+        f"{data.image_size} pixels{how}, mean {mean}, deviation {std} of 0...255"
     )
+
+
+def check_classifier(info: Info) -> None:
+    """A UserError where the file has no last layer, for those who want classes."""
+    if info.outputs is None:
+        raise UserError(
+            f"{info.file}: has no last layer, so it names no classes; train one with "
+            f"model.pretrained={info.file}"
+        )
 
 
 def find_weights(path: Path) -> Path:
@@ -157,6 +158,26 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------- one kind of file each
+# Each gives a state_dict under our names, of whatever types, and the Info.
+
+
+def _read(path: Path) -> tuple[dict[str, Any], Info]:
+    if not path.is_file():
+        raise UserError(f"{path}: is no file; give a .pt, .pth, .safetensors or .t7")
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if head.startswith(b"PK"):
+        verify_archive(path)
+        return _own(path) if _is_own(path) else _pickled(path, pickles.read_archive(path))
+    if head.startswith(pickles.LEGACY_START):
+        return _pickled(path, pickles.read_legacy(path.read_bytes()))
+    if head[8:9] == b"{" and not torch7.is_binary(head):
+        return _safetensors(path)
+    if torch7.is_t7(head):
+        return _infer(lua.read_network(path).state, path, "Torch7", "weights")
+    raise UserError(
+        f"{path}: is {'not a file of weights' if head else 'empty'}; give a .pt, .pth, .safetensors or .t7"
+    )
 
 
 def _is_own(path: Path) -> bool:
@@ -166,13 +187,12 @@ def _is_own(path: Path) -> bool:
         return any(FORMAT.encode() in archive.read(name) for name in names_)
 
 
-def _own(path: Path) -> tuple[ResNeXt, Info]:
+def _own(path: Path) -> tuple[dict[str, Any], Info]:
     content = read_checkpoint(path)
     config = parse_config(content["config"], str(path))
     averaged = "averaged weights" if content["ema"] is not None else "weights"
     classes, steps = tuple(content["classes"]), content["progress"]["global_step"]
-    info = Info(str(path), "this program", averaged, config, classes, steps)
-    return _load(evaluated_state(content), path, info)
+    return evaluated_state(content), Info(str(path), "this program", averaged, config, classes, steps)
 
 
 def evaluated_state(content: dict[str, Any]) -> dict[str, Any]:
@@ -184,15 +204,15 @@ def evaluated_state(content: dict[str, Any]) -> dict[str, Any]:
     return {key.removeprefix(prefix): value for key, value in average.items()}
 
 
-def _pickled(path: Path, content: Any) -> tuple[ResNeXt, Info]:
+def _pickled(path: Path, content: Any) -> tuple[dict[str, Tensor], Info]:
     state, which, others = names.find_state(content)
     if sum(value.numel() for value in state.values()) > path.stat().st_size:
         raise Unreadable("its tensors are larger than the file")
     origin, state = names.translate(state, others)
-    return _build(state, path, origin, which, names.class_names(others))
+    return _infer(state, path, origin, which, names.class_names(others))
 
 
-def _safetensors(path: Path) -> tuple[ResNeXt, Info]:
+def _safetensors(path: Path) -> tuple[dict[str, Tensor], Info]:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
@@ -211,10 +231,12 @@ def _safetensors(path: Path) -> tuple[ResNeXt, Info]:
     for key, value in state.items():
         names.add(plain, names.unwrapped(key), value)
     origin, plain = names.translate(plain, {})
-    return _build(plain, path, origin, "weights")
+    return _infer(plain, path, origin, "weights")
 
 
-def _exported(state: dict[str, Tensor], path: Path, metadata: Mapping[str, str]) -> tuple[ResNeXt, Info]:
+def _exported(
+    state: dict[str, Tensor], path: Path, metadata: Mapping[str, str]
+) -> tuple[dict[str, Tensor], Info]:
     """scripts/export.py's own."""
     try:
         config = parse_config(metadata["config"], str(path))
@@ -223,11 +245,10 @@ def _exported(state: dict[str, Tensor], path: Path, metadata: Mapping[str, str])
         raise Unreadable("its metadata is not scripts/export.py's") from None
     if classes is not None and not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
         raise Unreadable("its metadata's classes are no names")
-    info = Info(str(path), "this program", "exported weights", config, classes and tuple(classes))
-    return _load(state, path, info)
+    return state, Info(str(path), "this program", "exported weights", config, classes and tuple(classes))
 
 
-def _torchvision(source: str) -> tuple[ResNeXt, Info]:
+def _torchvision(source: str) -> tuple[dict[str, Tensor], Info]:
     """Weights that torchvision publishes, with the preprocessing that it states for them."""
     import torchvision
 
@@ -247,8 +268,7 @@ def _torchvision(source: str) -> tuple[ResNeXt, Info]:
         raise UserError(
             f"{source}: {weights.url} cannot be had ({reason}); fetch it yourself and give the file"
         ) from None
-    with _readable(Path(source)):
-        model, info = _build(state, source, "torchvision", f"{weights}")
+    state, info = _infer(state, source, "torchvision", f"{weights}")
     view = weights.transforms()
     data = replace(
         info.config.data,
@@ -259,39 +279,37 @@ def _torchvision(source: str) -> tuple[ResNeXt, Info]:
         mean=tuple(255 * value for value in view.mean),
         std=tuple(255 * value for value in view.std),
     )
-    return model, replace(info, config=complete(replace(info.config, data=data)))
+    return state, replace(info, config=complete(replace(info.config, data=data)))
 
 
 # ---------------------------------------------------------------------------- the network
 
 
-def _build(
+def _infer(
     state: dict[str, Tensor],
     path: Path | str,
     origin: str,
     which: str,
     classes: tuple[str, ...] | None = None,
-) -> tuple[ResNeXt, Info]:
-    """The network inferred from tensors under our names; those of another number type become ours."""
-    double = state.get("conv1.weight", torch.empty(0)).dtype == torch.float64
-    kind = torch.float64 if double else torch.float32
+) -> tuple[dict[str, Tensor], Info]:
+    """Network and preprocessing of tensors under our names, and these whole."""
     network = names.architecture(state)
     config = names.configuration(network, origin)
     for key in [key for key in state if key.endswith("running_mean")]:
         state.setdefault(key.replace("running_mean", "num_batches_tracked"), torch.tensor(0))  # old files
-    state = {
-        key: value.to(kind) if value.is_floating_point() else value.to(torch.int64)
-        for key, value in state.items()
-    }
     classes = classes if classes and len(classes) == network.classes else None
-    return _load(state, path, Info(str(path), origin, which, config, classes), kind)
+    return state, Info(str(path), origin, which, config, classes)
 
 
-def _load(
-    state: dict[str, Tensor], path: Path | str, info: Info, kind: torch.dtype = torch.float32
-) -> tuple[ResNeXt, Info]:
+def _network(state: dict[str, Any], info: Info, dtype: torch.dtype = torch.float32) -> ResNeXt:
+    """The network with these weights, which become `dtype`, and whole numbers int64."""
     with torch.device("meta"):  # no memory before the shapes are known to be the file's
-        model = build_model(info.config.model, len(info.classes or ()) or info.config.model.classes).to(kind)
-    check_state(model, state, path)
+        model = build_model(info.config.model, info.outputs).to(dtype)
+    for key, own in model.state_dict().items():
+        value = state.get(key)
+        # Whole numbers where weights should be are quantised, and refused.
+        if isinstance(value, Tensor) and (value.is_floating_point() or not own.is_floating_point()):
+            state[key] = value.to(own.dtype)
+    check_state(model, state, info.file)
     model.load_state_dict({key: value.contiguous() for key, value in state.items()}, assign=True)
-    return model.eval(), info
+    return model.eval()

@@ -404,7 +404,7 @@ def _tensors(module: Object, name: str) -> tuple[dict[str, Tensor], dict[str, Te
     mean, variance = _tensor(module, "running_mean"), _tensor(module, "running_var")
     eps, deviation = _number(module, "eps", EPS), _tensor(module, "running_std")
     if variance is None and deviation is not None:  # before version 2: 1 / sqrt(variance + eps)
-        variance = deviation**-2 - eps
+        variance = deviation.double() ** -2 - eps
     if mean is None or variance is None or mean.shape != variance.shape:
         raise Unreadable(f"{name}: has no running statistics")
     learned = {
@@ -412,7 +412,7 @@ def _tensors(module: Object, name: str) -> tuple[dict[str, Tensor], dict[str, Te
         "bias": torch.zeros_like(mean) if bias is None else bias,
     }
     if eps != EPS:  # ours adds its own
-        variance = variance + (eps - EPS)
+        variance = variance.double() + (eps - EPS)
     return learned, {"running_mean": mean, "running_var": variance}
 
 

@@ -4,6 +4,10 @@
     mmpretrain           the same below backbone., and head.fc
     pycls                stem.conv, s1.b1.f.a ... s1.b1.proj, head.fc; its pictures are BGR
     bearpaw, prlz77      conv_1_3x3, stage_1.stage_1_bottleneck_0.conv_reduce ... classifier (CIFAR)
+    MoCo                 our own below encoder_q., whose fc is no classifier
+    SwAV                 our own without fc
+
+Any file may lack the last layer, and then has an Identity there.
 
 Tensors do not tell everything: variants that only pool, activate or stride otherwise (timm's resnetaa,
 Caffe's stride in the first 1x1) look like the plain network, unless a configuration in the file says so.
@@ -53,12 +57,17 @@ BEARPAW = (
     (r"classifier\.", "fc."),
 )
 MMPRETRAIN = ((r"backbone\.", ""), (r"head\.fc\.", "fc."))
+MOCO = ((r"encoder_q\.fc\.", "projection_head."), (r"encoder_q\.", ""))
+# What self-supervised training (MoCo, SwAV, mmpretrain) has beside the backbone.
+PRETEXT = re.compile(r"(projection_head|prototypes|encoder_k|neck)\..*|queue(_ptr)?")
 
 # origin: (a key that tells, patterns of names)
 STYLES = {
     "mmpretrain": ("backbone.conv1.weight", MMPRETRAIN),
     "pycls": ("stem.conv.weight", PYCLS),
     "bearpaw": ("conv_1_3x3.weight", BEARPAW),
+    "MoCo": ("encoder_q.conv1.weight", MOCO),
+    "SwAV": ("prototypes.weight", ()),
     "torchvision or timm": ("conv1.weight", ()),
 }
 BEARPAW_STATISTICS = ((125.307, 122.961, 113.8575), (51.5865, 50.847, 51.255))  # its only ones
@@ -133,12 +142,24 @@ def translate(state: Mapping[str, Tensor], others: Mapping[str, Any]) -> tuple[s
             if hits:
                 break
         add(renamed, key, value)
+    if "fc.weight" not in renamed:
+        renamed = {key: value for key, value in renamed.items() if not PRETEXT.fullmatch(key)}
     _check_variant(origin, others)
     if origin == "pycls":
         renamed["conv1.weight"] = renamed["conv1.weight"].flip(1)
     if origin == "bearpaw" and "best_acc" not in others:  # the trainer; prlz77's files are bare
         origin = "prlz77"
+    if origin == "torchvision or timm":
+        origin = _trainer(others) or origin
     return origin, renamed
+
+
+def _trainer(others: Mapping[str, Any]) -> str | None:
+    """Whose program saved a checkpoint, told by what is beside the weights; None where nothing tells."""
+    if isinstance(others.get("version"), int) and "arch" in others:
+        return "timm"
+    # torchvision's references, and PyTorch's ImageNet example, which reads folders with torchvision too.
+    return "torchvision" if "lr_scheduler" in others or "best_acc1" in others else None
 
 
 def _check_variant(origin: str, others: Mapping[str, Any]) -> None:
@@ -189,7 +210,7 @@ def architecture(state: Mapping[str, Tensor]) -> Model:
         block=block,
         shortcut="A" if not shortcuts else "B" if shortcuts <= first_blocks else "C",
         preactivation="final_bn.weight" in state,
-        classes=_shape(state, "fc.weight", 2)[0],
+        classes=_shape(state, "fc.weight", 2)[0] if "fc.weight" in state else None,
     )
 
 
