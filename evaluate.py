@@ -108,6 +108,9 @@ def main() -> None:
 
     model, info = load_weights(arguments.source)
     check_classifier(info)
+    if info.classes is not None and (names or arguments.class_order):
+        option = "--class-names" if names else "--class-order"
+        raise UserError(f"{option}: {info.file} names its classes; leave the option out")
     if names:
         info = name_classes(info, names, arguments.class_names)
     config = adapt(info.config, arguments)
@@ -247,8 +250,6 @@ def check_target(option: str, path: Path) -> None:
 
 def name_classes(info: Any, names: tuple[str, ...], file: str) -> Any:
     """What is known of weights, with the user's names for their outputs."""
-    if info.classes is not None:
-        raise UserError(f"--class-names: {info.file} names its classes; leave the option out")
     if len(names) != info.outputs:
         raise UserError(
             f"--class-names {file}: names {len(names)} classes, and the network of {info.file} has "

@@ -62,14 +62,14 @@ def name_outputs(
         ]
     if len(names) != outputs:
         raise UserError(
-            f"there are {len(names)} class folders, and the network has {outputs} classes, which its file does "
-            "not name"
+            f"there are {len(names)} class folders, and the network has {outputs} classes, which its file "
+            "does not name"
         )
     order = order or known
     if order is None and string != natural:
         raise UserError(
-            f"the class folders are {some(natural)} in timm's order, {some(string)} in torchvision's, and the "
-            f"weights do not say who trained them; give {option}natural (timm) or {option}string "
+            f"the class folders are {some(natural)} in timm's order, {some(string)} in torchvision's, and "
+            f"the weights do not say who trained them; give {option}natural (timm) or {option}string "
             "(torchvision, mmpretrain, this program)"
         )
     return (natural if order == "natural" else string), []
