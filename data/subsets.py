@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from resnext.classes import name_outputs, output_numbers
+from resnext.classes import name_outputs, output_numbers, some
 from resnext.config import Data
 from resnext.errors import UserError
 
@@ -84,6 +84,11 @@ def read_splits(name: str) -> list[tuple[int, str, str]]:
 # ---------------------------------------------------------------------------- the pictures
 
 
+def imagenet_classes() -> tuple[str, ...]:
+    """ImageNet's wnids in the order of the outputs."""
+    return tuple(IMAGENET_WNIDS.read_text().split())
+
+
 def known_classes(data: Data, outputs: int, origin: str) -> tuple[tuple[str, ...], list[str]]:
     """(classes of a network whose file does not name them, warnings): ImageNet's, or those of the data."""
     if data.dir is None:
@@ -91,7 +96,7 @@ def known_classes(data: Data, outputs: int, origin: str) -> tuple[tuple[str, ...
     if data.dataset != "folder":
         return load_set(data, "val").classes, []
     found = class_folders(split_folder(data.dir, "val"))
-    wnids = tuple(IMAGENET_WNIDS.read_text().split())
+    wnids = imagenet_classes()
     numbered = output_numbers(found, outputs) is not None and data.class_order is None
     if outputs == len(wnids) and (numbered or set(found) <= set(wnids)):
         return wnids, []
@@ -133,15 +138,21 @@ def load_val(
         raise UserError("--data: is missing; give --data DIR with val/CLASS/*.jpg")
     val = split_folder(data.dir, "val")
     found = class_folders(val)
-    names = classes
+    names, notes = classes, []
     if not set(found) <= set(classes):
         numbers = output_numbers(found, len(classes))
-        if numbers is None:
+        if numbers is None or any(name.isdecimal() for name in classes):
             raise other_classes(data.dir, found, classes, one_folder_too_many(val, found))
+        if classes != imagenet_classes():
+            notes.append(
+                f"warning: class folders 0…{len(classes) - 1} are taken for the numbers of the network's "
+                f"outputs, {some(classes)}"
+            )
         names = tuple(numbers.get(output, str(output)) for output in range(len(classes)))
     files = list_set(data.dir, "val", data.val_images, names, wanted=wanted)
     val_set = read_set(files, data.image_size, data.max_pixels) if data.pipeline == "memory" else files
-    return replace(val_set, classes=classes), [to_text(path) for path in files.paths]
+    val_set = replace(val_set, classes=classes, notes=(*notes, *val_set.notes))
+    return val_set, [to_text(path) for path in files.paths]
 
 
 def other_classes(
