@@ -26,16 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from resnext.config import Config, network_name
-from resnext.errors import UserError, run_command
+from resnext.errors import UserError, command_parser, run_command
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "log.txt")
 
 
 def parse_arguments() -> argparse.Namespace:
-    summary, _, details = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("source", metavar="RUN|CHECKPOINT|WEIGHTS", help="a run directory, or a file of weights")
     add("--data", metavar="DIR", help="where the data is; default: where it was")

@@ -27,14 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from resnext.config import Config, Data, find_config, network_name, parse_config, read_config, to_yaml
-from resnext.errors import UserError, launched_as, run_command
+from resnext.errors import UserError, command_parser, launched_as, run_command
 
 
 def parse_arguments() -> argparse.Namespace:
-    summary, _, details = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--config", metavar="NAME|FILE", help="a file, or the name of one in configs/")
     parser.add_argument("--data", metavar="DIR", help="where the data is (data.dir)")
     parser.add_argument("--output", metavar="DIR", help="run directory; default: runs/<config name>")

@@ -1,5 +1,6 @@
-"""The one exception for what a user can cause and mend, and how the command lines report it."""
+"""What the command lines share: the one exception for what a user can cause and mend, help, exit status."""
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
@@ -13,6 +14,14 @@ class UserError(Exception):
 
 class Unreadable(ValueError):
     """Why a file cannot be read; whoever knows its name makes it a UserError."""
+
+
+def command_parser(document: str | None) -> argparse.ArgumentParser:
+    """A parser whose help is a script's docstring, which `python -OO` leaves out."""
+    summary, _, details = (document or "").partition("\n")
+    return argparse.ArgumentParser(
+        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def launched_as(name: str) -> int:

@@ -9,7 +9,6 @@ same file in train/ and val/.
 2: wrong usage, such as a folder that is not there.
 """
 
-import argparse
 import contextlib
 import hashlib
 import io
@@ -34,7 +33,7 @@ from PIL import Image
 
 from data.decode import decode
 from data.folder import EXTENSIONS
-from resnext.errors import UserError, run_command
+from resnext.errors import UserError, command_parser, run_command
 
 SPLITS = ("train", "val")
 FORMATS = {"JPEG": (".jpg", ".jpeg"), "MPO": (".jpg", ".jpeg"), "PNG": (".png",), "PPM": (".ppm",)}
@@ -66,10 +65,7 @@ QUANTILES = (0, 0.05, 0.5, 0.95, 1)
 
 
 def main() -> int:
-    summary, _, details = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("folder", metavar="DIR", help="folder with train/ and val/")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
     parser.add_argument("--json", metavar="FILE", help="write everything that was found there")

@@ -4,22 +4,18 @@ python scripts/plot_curves.py runs/demo                         writes runs/demo
 python scripts/plot_curves.py runs/a runs/b --output both.svg
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from resnext.errors import UserError, run_command
+from resnext.errors import UserError, command_parser, run_command
 
 FORMATS = (".png", ".svg", ".pdf")
 
 
 def main() -> None:
-    summary, _, details = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
     parser.add_argument("--output", metavar="FILE", help="picture to write: .png, .svg or .pdf")
     arguments = parser.parse_args()

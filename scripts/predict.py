@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from data.pictures import find_pictures, picture_batches
 from data.subsets import IMAGENET_WNIDS
 from evaluate import check_source, check_target, say
-from resnext.errors import UserError, run_command
+from resnext.errors import UserError, command_parser, run_command
 
 
 def main() -> None:
@@ -53,12 +53,9 @@ def main() -> None:
 # ---------------------------------------------------------------------------- shared with extract_features.py
 
 
-def argument_parser(document: str) -> argparse.ArgumentParser:
+def argument_parser(document: str | None) -> argparse.ArgumentParser:
     """A parser of what both scripts take, described by a module's docstring."""
-    summary, _, details = document.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(document)
     add = parser.add_argument
     add(
         "weights",

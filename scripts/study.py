@@ -7,7 +7,6 @@ The same command goes on where it was stopped; finished runs are not repeated. W
 curves.png (means over the seeds) into --output, beside the run directories.
 """
 
-import argparse
 import signal
 import statistics
 import subprocess
@@ -20,14 +19,11 @@ sys.path.insert(0, str(ROOT))
 from plot_curves import draw, epoch_rows
 
 from resnext.config import Config, differences, find_config, read_config, to_text
-from resnext.errors import UserError, run_command
+from resnext.errors import UserError, command_parser, run_command
 
 
 def main() -> int:
-    summary, _, details = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("configs", nargs="+", metavar="CONFIG", help="files, or names in configs/")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="run seeds 0...N-1 (default: 1)")
     parser.add_argument("--output", default="studies/study", metavar="DIR", help="default: studies/study")
