@@ -20,7 +20,6 @@ at all.
 import argparse
 import json
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -151,7 +150,7 @@ def run(
         if arguments.json:
             write_whole("--json", arguments.json, json.dumps(result, indent=2) + "\n")
     finally:  # neither a full disk nor a closed pipe takes the other results along
-        say(report(result, arguments.per_class))
+        print(report(result, arguments.per_class), flush=True)
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
@@ -282,12 +281,6 @@ def write_whole(option: str, name: str, text: str) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{option} {name}: cannot be written ({error.strerror}); name another file") from None
-
-
-def say(text: str) -> None:
-    """Print; a class may be called what a folder may, also what the terminal cannot show."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 if __name__ == "__main__":

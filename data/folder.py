@@ -49,7 +49,7 @@ class FileSet:
 
     def fingerprint(self) -> str:
         """Hash of names, labels and classes (not of the pictures: reading them would take minutes)."""
-        digest = hashlib.sha256("\n".join(self.classes).encode())
+        digest = hashlib.sha256("\n".join(self.classes).encode("utf-8", "surrogateescape"))
         digest.update(self.paths.tobytes())
         digest.update(self.labels.tobytes())
         return digest.hexdigest()[:16]

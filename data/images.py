@@ -21,7 +21,7 @@ class ImageSet:
 
     def fingerprint(self) -> str:
         """Hash of pictures, labels and classes, to tell whether the data is still the same."""
-        digest = hashlib.sha256("\n".join(self.classes).encode())
+        digest = hashlib.sha256("\n".join(self.classes).encode("utf-8", "surrogateescape"))
         digest.update(np.ascontiguousarray(self.images))
         digest.update(np.ascontiguousarray(self.labels))
         return digest.hexdigest()[:16]

@@ -36,6 +36,8 @@ def report_error(error: UserError) -> None:
 
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command line: a UserError or a file's OSError becomes one `error:` message, status 2."""
+    if hasattr(sys.stdout, "reconfigure"):  # names may have what the console cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main() or 0)
     except UserError as error:

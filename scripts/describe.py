@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from evaluate import check_source, check_target, say, write_whole
+from evaluate import check_source, check_target, write_whole
 from resnext.config import CONFIG_FOLDER, Config, find_config, network_name, read_config
 from resnext.errors import UserError, command_parser, run_command
 
@@ -39,7 +39,7 @@ def main() -> None:
         if arguments.json:
             write_whole("--json", arguments.json, json.dumps(result, indent=2) + "\n")
     finally:
-        say(text)
+        print(text, flush=True)
 
 
 def check_arguments(source: str | None, target: str | None) -> None:

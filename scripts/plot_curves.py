@@ -55,6 +55,7 @@ def draw(curves: dict[str, list[list[dict]]], target: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
     highest = 0.0
     for number, (label, seeds) in enumerate(curves.items()):
+        name = label.encode("utf-8", "backslashreplace").decode()  # a folder's name may be any bytes
         epochs = min(map(len, seeds))
         marker = "o" if epochs < 3 else None
         for part, style in (("train", "--"), ("val", "-")):
@@ -67,7 +68,7 @@ def draw(curves: dict[str, list[list[dict]]], target: Path) -> None:
                 linewidth=1.5 if part == "val" else 1.0,
                 marker=marker,
                 markersize=4,
-                label=f"{label}, {'validation' if part == 'val' else 'training'} ({mean[-1]:.2f} %)",
+                label=f"{name}, {'validation' if part == 'val' else 'training'} ({mean[-1]:.2f} %)",
             )
             highest = max(highest, *mean)
     axes.set(xlabel="epoch", ylabel="top-1 error (%)", ylim=(0, min(100, highest * 1.05)))

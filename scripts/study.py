@@ -145,7 +145,7 @@ def report(plan: list[tuple[str, Config, int, str]], output: Path) -> None:
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     lines += ["", "Errors after the last epoch and times: means over the seeds (± standard deviation).", ""]
     text = "\n".join(lines)
-    (output / "table.md").write_text(text, encoding="utf-8")
+    (output / "table.md").write_text(text, encoding="utf-8", errors="backslashreplace")
     draw(curves, output / "curves.png")
     print(f"\n{text}\nwrote {output / 'table.md'} and {output / 'curves.png'}")
 
