@@ -20,10 +20,12 @@ at all.
 import argparse
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for python -P
 from resnext.config import Config, network_name
 from resnext.errors import UserError, command_parser, run_command
 

@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for python -P
 from resnext.config import Config, Data, find_config, network_name, parse_config, read_config, to_yaml
 from resnext.errors import UserError, command_parser, launched_as, run_command
 

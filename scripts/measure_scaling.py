@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # its own folder too, for python -P
 from scaling import CLASSES, EXAMPLE, add_number, exposed_seconds, markdown, percent, ring_bytes, titled
 
 from resnext.errors import UserError, command_parser, run_command

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # its own folder too, for python -P
 from plot_curves import draw, epoch_rows
 
 from resnext.config import Config, differences, find_config, read_config, to_text
