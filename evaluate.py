@@ -25,17 +25,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for python -P
 from resnext.config import Config, network_name
-from resnext.errors import UserError, run_command
+from resnext.errors import UserError, command_parser, run_command
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "log.txt")
 
 
 def parse_arguments() -> argparse.Namespace:
-    summary, _, details = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     add = parser.add_argument
     path = os.path.expanduser
     add("source", type=path, metavar="RUN|CHECKPOINT|WEIGHTS", help="a run directory, or a file of weights")
@@ -197,7 +195,7 @@ def run(
         if arguments.json:
             write_whole("--json", arguments.json, json.dumps(result, indent=2) + "\n")
     finally:  # neither a full disk nor a closed pipe takes the other results along
-        say(report(result, arguments.per_class))
+        print(report(result, arguments.per_class), flush=True)
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
@@ -342,12 +340,6 @@ def write_whole(option: str, name: str, text: str) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{option} {name}: cannot be written ({error.strerror}); name another file") from None
-
-
-def say(text: str) -> None:
-    """Print; a class may be called what a folder may, also what the terminal cannot show."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 if __name__ == "__main__":

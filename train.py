@@ -27,16 +27,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for python -P
 from data.walk import to_text
 from resnext.config import Config, Data, find_config, network_name, parse_config, read_config, to_yaml
-from resnext.errors import UserError, launched_as, run_command
+from resnext.errors import UserError, command_parser, launched_as, run_command
 
 
 def parse_arguments() -> argparse.Namespace:
-    summary, _, details = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     path, add = os.path.expanduser, parser.add_argument
     add("--config", type=path, metavar="NAME|FILE", help="a file, or the name of one in configs/")
     add("--data", type=path, metavar="DIR", help="where the data is (data.dir)")

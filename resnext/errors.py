@@ -1,5 +1,6 @@
-"""The one exception for what a user can cause and mend, and how the command lines report it."""
+"""What the command lines share: the one exception for what a user can cause and mend, help, exit status."""
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
@@ -15,6 +16,14 @@ class Unreadable(ValueError):
     """Why a file cannot be read; whoever knows its name makes it a UserError."""
 
 
+def command_parser(document: str | None) -> argparse.ArgumentParser:
+    """A parser whose help is a script's docstring, which `python -OO` leaves out."""
+    summary, _, details = (document or "").partition("\n")
+    return argparse.ArgumentParser(
+        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
 def launched_as(name: str) -> int:
     """RANK or LOCAL_RANK of a process that torchrun started, else 0; costs no import of torch."""
     return int(os.environ[name]) if all(variable in os.environ for variable in TORCHRUN) else 0
@@ -27,6 +36,8 @@ def report_error(error: UserError) -> None:
 
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command line: a UserError or a file's OSError becomes one `error:` message, status 2."""
+    if hasattr(sys.stdout, "reconfigure"):  # names may have what the console cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main() or 0)
     except UserError as error:

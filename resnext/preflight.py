@@ -11,7 +11,6 @@ import os
 import shlex
 import shutil
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -99,11 +98,9 @@ class Report:
 
 
 def say(text: str) -> None:
-    """A line on the first process's console, in whatever characters that has."""
+    """A line on the first process's console."""
     if rank() == 0:
-        encoding = sys.stdout.encoding or "utf-8"
-        line = " ".join(text.splitlines())
-        print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+        print(" ".join(text.splitlines()), flush=True)
 
 
 def everywhere(function: Callable[[], Any]) -> list[Any]:

@@ -74,7 +74,9 @@ class Reporter:
         self.terminal = sys.stdout.isatty()
         self.bar: tqdm | None = None
         try:
-            self.log_file = open(folder / "log.txt", "a", encoding="utf-8")  # noqa: SIM115
+            self.log_file = open(  # noqa: SIM115
+                folder / "log.txt", "a", encoding="utf-8", errors="backslashreplace"
+            )
             fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.rows = _keep_rows(folder / "metrics.jsonl", rows)
             self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115

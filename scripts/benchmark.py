@@ -12,7 +12,6 @@ Keys change what is measured: model.depth=101 train.batch_size=64. --json FILE w
 hardware and versions, --chart FILE.png draws them. Nothing is asserted: machines are noisy.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -20,15 +19,12 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from resnext.errors import UserError, run_command
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # its own folder too, for python -P
+from resnext.errors import UserError, command_parser, run_command
 
 
 def main() -> None:
-    summary, _, details = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     kinds = ["data", "end-to-end", "train", "eval", "memory", "cifar", "batchnorm"]
     parser.add_argument("what", choices=kinds)
     parser.add_argument("--data", metavar="DIR", help="class folders below DIR/train/")

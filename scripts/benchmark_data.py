@@ -148,7 +148,6 @@ def timm_variants(folder: str) -> list[Variant]:
 def decoding(folder: str) -> list[Variant]:
     """Whole pictures to RGB, by each library that is installed."""
     import simplejpeg
-    from torchvision import io as torchvision_io
 
     files = list_set(folder, "train")
     indices = range(len(files))
@@ -161,14 +160,9 @@ def decoding(folder: str) -> list[Variant]:
         image.draft("RGB", (image.width // 2, image.height // 2))
         np.asarray(image.convert("RGB"))
 
-    def torchvision(content: bytes) -> None:
-        pixels = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        torchvision_io.decode_image(pixels, torchvision_io.ImageReadMode.RGB)
-
     readers = {
         "Pillow": pillow,
         "Pillow, halved by draft": half,
-        "torchvision.io": torchvision,
         "simplejpeg": simplejpeg.decode_jpeg,
         "simplejpeg, halved": lambda content: simplejpeg.decode_jpeg(content, min_height=120, min_factor=2),
     }
@@ -180,28 +174,10 @@ def decoding(folder: str) -> list[Variant]:
         cv2.setNumThreads(0)
         flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
         readers["OpenCV"] = lambda content: cv2.imdecode(np.frombuffer(content, np.uint8), flags)
-    variants = [
+    return [
         Variant(name, len(files), lambda read=read: [read(files.read(i)) for i in indices])
         for name, read in readers.items()
     ]
-    if torch.cuda.is_available():
-        variants.append(nvjpeg(files))
-    return variants
-
-
-def nvjpeg(files) -> Variant:
-    """torchvision.io's batched decoder on the GPU."""
-    from torchvision.io import ImageReadMode, decode_jpeg
-
-    def run() -> None:
-        for start in range(0, len(files), 64):
-            batch = [
-                torch.frombuffer(bytearray(files.read(i)), dtype=torch.uint8)
-                for i in range(start, min(start + 64, len(files)))
-            ]
-            decode_jpeg(batch, mode=ImageReadMode.RGB, device="cuda")
-
-    return Variant("torchvision.io on the GPU (nvJPEG)", len(files), run)
 
 
 def reencode(folder: Path, scratch: Path) -> Path:

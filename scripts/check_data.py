@@ -8,7 +8,6 @@ Exit status 0: fit for training; warnings are those of training, odd files (gray
 2: wrong usage, such as a folder that is not there.
 """
 
-import argparse
 import contextlib
 import hashlib
 import io
@@ -32,7 +31,7 @@ from PIL import Image
 from data.decode import MAX_PIXELS, decode
 from data.folder import Listing, absent_classes, class_folders, class_names, list_split, split_folder
 from data.walk import FORMATS, to_text
-from resnext.errors import UserError, run_command
+from resnext.errors import UserError, command_parser, run_command
 
 SPLITS = ("train", "val")
 ENDINGS = {
@@ -74,10 +73,7 @@ QUANTILES = (0, 0.05, 0.5, 0.95, 1)
 
 
 def main() -> int:
-    summary, _, details = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("folder", metavar="DIR", help="folder with train/ and val/")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
     parser.add_argument("--json", metavar="FILE", help="write everything that was found there")

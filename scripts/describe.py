@@ -9,7 +9,6 @@ convolutions' outputs (as the RegNet paper counts), both for one image. Nothing 
 and only weights that are read take memory. Configurations of class folders count 1000 classes.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -17,19 +16,16 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from evaluate import check_source, check_target, say, write_whole
+from evaluate import check_source, check_target, write_whole
 from resnext.config import CONFIG_FOLDER, Config, find_config, network_name, read_config
-from resnext.errors import UserError, run_command
+from resnext.errors import UserError, command_parser, run_command
 
 CLASSES = {"folder": 1000, "cifar10": 10, "cifar100": 100, "glyphs": 10}
 MIB = 2**20
 
 
 def main() -> None:
-    summary, _, details = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument(
         "source", nargs="?", metavar="CONFIG|RUN|WEIGHTS", help="default: a table of all configurations"
     )
@@ -43,7 +39,7 @@ def main() -> None:
         if arguments.json:
             write_whole("--json", arguments.json, json.dumps(result, indent=2) + "\n")
     finally:
-        say(text)
+        print(text, flush=True)
 
 
 def check_arguments(source: str | None, target: str | None) -> None:

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from evaluate import check_source
 from resnext.config import Config, network_name, to_yaml
-from resnext.errors import UserError, run_command
+from resnext.errors import UserError, command_parser, run_command
 
 NEEDED = {".pth": [], ".safetensors": ["safetensors"], ".pt2": [], ".onnx": ["onnx", "onnxscript"]}
 PROGRAMS = (".pt2", ".onnx")
@@ -65,10 +65,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    summary, _, details = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument(
         "weights", metavar="WEIGHTS", help="a run directory, a checkpoint or a file of weights"
     )

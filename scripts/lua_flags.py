@@ -8,7 +8,6 @@ Writes what differs from the defaults of this program, defaults of the Lua code 
 commands that run it. Where a flag means something else here, a comment says so. --output never overwrites.
 """
 
-import argparse
 import difflib
 import math
 import shlex
@@ -25,7 +24,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from resnext.config import SECTIONS, STAGES_BY_DEPTH, to_text
-from resnext.errors import UserError, run_command
+from resnext.errors import UserError, command_parser, run_command
 from resnext.strict_yaml import check_limits, convert
 
 
@@ -91,10 +90,7 @@ def main() -> None:
 
 def parse_arguments(arguments: list[str]) -> tuple[list[str], str | None]:
     """(words of the Lua command line, --output); argparse would take -depth for -d."""
-    summary, _, details = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("flags", nargs="+", metavar="-flag value", help="as they stood behind th main.lua")
     parser.add_argument("--output", metavar="FILE", help="write there; default: print")
     words = [part for word in arguments for part in split_output(word)]

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # its own folder too, for python -P
 from scaling import CLASSES, EXAMPLE, add_number, exposed_seconds, markdown, percent, ring_bytes, titled
 
-from resnext.errors import UserError, run_command
+from resnext.errors import UserError, command_parser, run_command
 
 PAUSES = (0.02, 0.05, 0.1, 0.2)  # seconds of the backward passes that --measure only pretends
 
@@ -39,10 +39,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    summary, _, details = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     add_number(parser, "--images", 4, "N", "of a step, in each process; default: 4", int)
     add_number(parser, "--processes", [1, 2, 3], "N", "how many; default: 1 2 3", int, several=True)
     add_number(

@@ -4,22 +4,18 @@ python scripts/plot_curves.py runs/demo                         writes runs/demo
 python scripts/plot_curves.py runs/a runs/b --output both.svg
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from resnext.errors import UserError, run_command
+from resnext.errors import UserError, command_parser, run_command
 
 FORMATS = (".png", ".svg", ".pdf")
 
 
 def main() -> None:
-    summary, _, details = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
     parser.add_argument("--output", metavar="FILE", help="picture to write: .png, .svg or .pdf")
     arguments = parser.parse_args()
@@ -59,6 +55,7 @@ def draw(curves: dict[str, list[list[dict]]], target: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
     highest = 0.0
     for number, (label, seeds) in enumerate(curves.items()):
+        name = label.encode("utf-8", "backslashreplace").decode()  # a folder's name may be any bytes
         epochs = min(map(len, seeds))
         marker = "o" if epochs < 3 else None
         for part, style in (("train", "--"), ("val", "-")):
@@ -71,7 +68,7 @@ def draw(curves: dict[str, list[list[dict]]], target: Path) -> None:
                 linewidth=1.5 if part == "val" else 1.0,
                 marker=marker,
                 markersize=4,
-                label=f"{label}, {'validation' if part == 'val' else 'training'} ({mean[-1]:.2f} %)",
+                label=f"{name}, {'validation' if part == 'val' else 'training'} ({mean[-1]:.2f} %)",
             )
             highest = max(highest, *mean)
     axes.set(xlabel="epoch", ylabel="top-1 error (%)", ylim=(0, min(100, highest * 1.05)))

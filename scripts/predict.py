@@ -19,6 +19,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,8 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data.pictures import find_pictures, picture_batches
 from data.subsets import IMAGENET_WNIDS
-from evaluate import check_source, check_target, say
-from resnext.errors import UserError, run_command
+from evaluate import check_source, check_target
+from resnext.errors import UserError, command_parser, run_command
 
 
 def main() -> None:
@@ -53,12 +54,9 @@ def main() -> None:
 # ---------------------------------------------------------------------------- shared with extract_features.py
 
 
-def argument_parser(document: str) -> argparse.ArgumentParser:
+def argument_parser(document: str | None) -> argparse.ArgumentParser:
     """A parser of what both scripts take, described by a module's docstring."""
-    summary, _, details = document.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(document)
     add = parser.add_argument
     add(
         "weights",
@@ -176,8 +174,7 @@ def warn(problem: str) -> None:
     """A warning on standard error, above the progress bar where there is one."""
     from tqdm import tqdm
 
-    text = f"warning: {problem}".encode("utf-8", "backslashreplace").decode()
-    tqdm.write(text, file=sys.stderr)
+    tqdm.write(f"warning: {problem}", file=sys.stderr)
 
 
 def report_broken(broken: list[str], named: int) -> None:
@@ -255,7 +252,7 @@ def class_names(info: Any, outputs: int) -> list[str]:
 def writer(name: str | None) -> Iterator[Callable[[str], None]]:
     """A function that writes a line, or several, to a file or standard output."""
     if name is None:
-        yield say
+        yield partial(print, flush=True)
         return
     options = {"encoding": "utf-8", "errors": "surrogateescape", "newline": "\n"}
     with whole_file(name) as path, open(path, "w", **options) as file:

@@ -32,12 +32,13 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # its own folder too, for python -P
 from check_data import Progress, count_cores, worker_pool
 from PIL import Image
 
 from data.decode import decode
-from resnext.errors import UserError, run_command
+from resnext.errors import UserError, command_parser, run_command
 
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
@@ -88,10 +89,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    summary, _, details = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("tars", metavar="TARS", help="folder with the archives")
     parser.add_argument("output", metavar="OUTPUT", help="folder to make, or to go on with")
     parser.add_argument("--max-side", type=int, metavar="N", help="scale larger pictures down; e.g. 500")

@@ -21,7 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from resnext.errors import UserError, run_command
+from resnext.errors import UserError, command_parser, run_command
 
 NETWORKS = (
     "resnet50",
@@ -65,10 +65,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    summary, _, details = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     add_number(
         parser, "--images-per-second", 1001.0, "X", "of one GPU in training; default: 1001 (timm, RTX 3090)"
     )

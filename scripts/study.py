@@ -7,7 +7,6 @@ The same command goes on where it was stopped; finished runs are not repeated. W
 curves.png (means over the seeds) into --output, beside the run directories.
 """
 
-import argparse
 import signal
 import statistics
 import subprocess
@@ -16,18 +15,15 @@ from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # its own folder too, for python -P
 from plot_curves import draw, epoch_rows
 
 from resnext.config import Config, differences, find_config, read_config, to_text
-from resnext.errors import UserError, run_command
+from resnext.errors import UserError, command_parser, run_command
 
 
 def main() -> int:
-    summary, _, details = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("configs", nargs="+", metavar="CONFIG", help="files, or names in configs/")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="run seeds 0...N-1 (default: 1)")
     parser.add_argument("--output", default="studies/study", metavar="DIR", help="default: studies/study")
@@ -149,7 +145,7 @@ def report(plan: list[tuple[str, Config, int, str]], output: Path) -> None:
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     lines += ["", "Errors after the last epoch and times: means over the seeds (± standard deviation).", ""]
     text = "\n".join(lines)
-    (output / "table.md").write_text(text, encoding="utf-8")
+    (output / "table.md").write_text(text, encoding="utf-8", errors="backslashreplace")
     draw(curves, output / "curves.png")
     print(f"\n{text}\nwrote {output / 'table.md'} and {output / 'curves.png'}")
 

@@ -137,8 +137,8 @@ def test_more_formats_and_those_that_are_left_out(folder):
         (folder / "train" / "cat" / name).touch()
     agree(
         TRAINED,
-        "data/train: left out are files whose names are of no known format: 4 (.heic 2, .psd 1, no ending 1), "
-        "such as cat/1.heic; convert them to JPEG or PNG",
+        "data/train: left out are files whose names are of no known format: 4 (.heic 2, .psd 1, no ending "
+        "1), such as cat/1.heic; convert them to JPEG or PNG",
     )
     result = call(predict.main, "run", "data/train/cat", "--top", "1", "--format", "csv")
     assert result.status == 0 and len(result.output.splitlines()) == 5
@@ -216,8 +216,8 @@ def test_one_folder_too_many(folder, inner):
         (folder / part).mkdir()
         os.rename(folder / "moved", folder / part / name)
     refused(
-        f"data/train: has one class, '{inner}', where a classifier needs two; did you mean cat, dog, ship inside "
-        "it? Move them up into"
+        f"data/train: has one class, '{inner}', where a classifier needs two; did you mean cat, dog, ship "
+        "inside it? Move them up into"
     )
 
 
@@ -449,9 +449,9 @@ def test_a_last_batch_of_one_image(folder):
     """15 images in batches of 14 leave one, whose last maps are single pixels."""
     changes = IMAGENET | {"train__batch_size": "14"}
     said = (
-        "train.batch_size: with 15 training images and batches of 14 the last has 1, and BatchNorm somewhere a "
-        "single value per channel (one image, of 1x1 at the end of the network), which has no variance; choose "
-        "another, such as train.batch_size=13, or a larger data.image_size"
+        "train.batch_size: with 15 training images and batches of 14 the last has 1, and BatchNorm somewhere "
+        "a single value per channel (one image, of 1x1 at the end of the network), which has no variance; "
+        "choose another, such as train.batch_size=13, or a larger data.image_size"
     )
     result = trained(**changes)
     assert message(result) == said and "step" not in Path("run/metrics.jsonl").read_text()
