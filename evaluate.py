@@ -35,9 +35,8 @@ RUN_FILES = ("config.yaml", "metrics.jsonl", "log.txt")
 def parse_arguments() -> argparse.Namespace:
     parser = command_parser(__doc__)
     add = parser.add_argument
-    path = os.path.expanduser
-    add("source", type=path, metavar="RUN|CHECKPOINT|WEIGHTS", help="a run directory, or a file of weights")
-    add("--data", type=path, metavar="DIR", help="where the data is; default: where it was")
+    add("source", metavar="RUN|CHECKPOINT|WEIGHTS", help="a run directory, or a file of weights")
+    add("--data", metavar="DIR", help="where the data is; default: where it was")
     add("--ten-crop", action="store_true", help="sum the scores of ten crops an image (sets of files)")
     add("--image-size", type=int, metavar="N", help="crop N pixels instead of the run's (sets of files)")
     add(
@@ -53,11 +52,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     add(
         "--classes",
-        type=path,
         metavar="FILE",
         help="score only these classes, one name a line; only they compete",
     )
-    add("--splits", type=path, metavar="FILE", help="CSV with header path,split: a score for each split too")
+    add("--splits", metavar="FILE", help="CSV with header path,split: a score for each split too")
     add(
         "--class-order",
         choices=["string", "natural"],
@@ -66,15 +64,13 @@ def parse_arguments() -> argparse.Namespace:
     )
     add(
         "--class-names",
-        type=path,
         metavar="FILE",
         help="names of the network's outputs, one a line in their order, for weights that do not name them",
     )
     add("--per-class", action="store_true", help="the worst classes and the most confused pairs")
-    add("--json", type=path, metavar="FILE", help="write all results there too")
+    add("--json", metavar="FILE", help="write all results there too")
     add(
         "--csv",
-        type=path,
         metavar="FILE",
         help="write a row for each image there: label, predictions, confidence",
     )
@@ -106,9 +102,8 @@ def main() -> None:
 
     model, info = load_weights(arguments.source)
     check_classifier(info)
-    if info.classes is not None and (names or arguments.class_order):
-        option = "--class-names" if names else "--class-order"
-        raise UserError(f"{option}: {info.file} names its classes; leave the option out")
+    if info.classes is not None and arguments.class_order:
+        raise UserError(f"--class-order: {info.file} names its classes; leave the option out")
     if names:
         info = name_classes(info, names, arguments.class_names)
     config = adapt(info.config, arguments)
@@ -248,6 +243,8 @@ def check_target(option: str, path: Path) -> None:
 
 def name_classes(info: Any, names: tuple[str, ...], file: str) -> Any:
     """What is known of weights, with the user's names for their outputs."""
+    if info.classes is not None:
+        raise UserError(f"--class-names: {info.file} names its classes; leave the option out")
     if len(names) != info.outputs:
         raise UserError(
             f"--class-names {file}: names {len(names)} classes, and the network of {info.file} has "

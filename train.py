@@ -35,13 +35,12 @@ from resnext.errors import UserError, command_parser, launched_as, run_command
 
 def parse_arguments() -> argparse.Namespace:
     parser = command_parser(__doc__)
-    path, add = os.path.expanduser, parser.add_argument
-    add("--config", type=path, metavar="NAME|FILE", help="a file, or the name of one in configs/")
-    add("--data", type=path, metavar="DIR", help="where the data is (data.dir)")
-    add("--output", type=path, metavar="DIR", help="run directory; default: runs/<config name>")
+    add = parser.add_argument
+    add("--config", metavar="NAME|FILE", help="a file, or the name of one in configs/")
+    add("--data", metavar="DIR", help="where the data is (data.dir)")
+    add("--output", metavar="DIR", help="run directory; default: runs/<config name>")
     add(
         "--resume",
-        type=path,
         nargs="?",
         const="",
         metavar="DIR|FILE",

@@ -24,6 +24,12 @@ def command_parser(document: str | None) -> argparse.ArgumentParser:
     )
 
 
+def expand_home(word: str) -> str:
+    """A word of the command line with ~ expanded, which shells leave alone behind a =."""
+    name, equals, path = word.partition("=") if not word.startswith("~") else ("", "", word)
+    return f"{name}{equals}{os.path.expanduser(path)}"
+
+
 def launched_as(name: str) -> int:
     """RANK or LOCAL_RANK of a process that torchrun started, else 0; costs no import of torch."""
     return int(os.environ[name]) if all(variable in os.environ for variable in TORCHRUN) else 0
@@ -36,6 +42,7 @@ def report_error(error: UserError) -> None:
 
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command line: a UserError or a file's OSError becomes one `error:` message, status 2."""
+    sys.argv[1:] = map(expand_home, sys.argv[1:])
     if hasattr(sys.stdout, "reconfigure"):  # names may have what the console cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

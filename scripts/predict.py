@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data.pictures import find_pictures, picture_batches
-from data.subsets import IMAGENET_WNIDS
-from evaluate import check_source, check_target
+from data.subsets import imagenet_classes, read_classes
+from evaluate import check_source, check_target, name_classes
 from resnext.errors import UserError, command_parser, run_command
 
 
@@ -37,14 +37,22 @@ def main() -> None:
     add("--top", type=int, default=5, metavar="K", help="classes of each picture (default: 5)")
     add("--format", choices=list(FORMATS), help="default: as --output ends, else table")
     add("--output", metavar="FILE", help="write there instead of to standard output")
+    add(
+        "--class-names",
+        metavar="FILE",
+        help="names of the network's outputs, one a line in their order, for weights that do not name them",
+    )
     arguments = parser.parse_intermixed_args()
     if arguments.top < 1:
         raise UserError(f"--top: must be at least 1, not {arguments.top}")
+    names = read_classes("--class-names", arguments.class_names) if arguments.class_names else None
     paths, broken = find_inputs(arguments)
     named = len(paths) + len(broken)
     suffix = Path(arguments.output or "").suffix.lower().removeprefix(".")
     kind = arguments.format or (suffix if suffix in FORMATS else "table")
     network = load_network(arguments, classifier=True)
+    if names:
+        network = network._replace(info=name_classes(network.info, tuple(names), arguments.class_names))
     with writer(arguments.output) as write:
         for text in FORMATS[kind](predictions(network, paths, arguments, broken)):
             write(text)
@@ -77,13 +85,17 @@ def argument_parser(document: str | None) -> argparse.ArgumentParser:
         help="loader processes (data.workers; default: one a core, a quarter without a GPU)",
     )
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    add("--precision", choices=["fp32", "tf32", "bf16", "fp16"], help="default: the run's")
+    add("--precision", choices=["auto", "fp32", "tf32", "bf16", "fp16"], help="default: the run's")
+    add("--max-pixels", type=int, metavar="N", help="refuse pictures with more (data.max_pixels)")
     return parser
+
+
+LIMITS = {"batch_size": (1, 1 << 16), "workers": (0, 256), "max_pixels": (1, 1 << 40)}
 
 
 def find_inputs(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
     """(pictures, what was named and not found, warned of); wrong options are UserErrors, at once."""
-    for name, (low, high) in {"batch_size": (1, 1 << 16), "workers": (0, 256)}.items():
+    for name, (low, high) in LIMITS.items():
         value = getattr(arguments, name)
         if value is not None and not low <= value <= high:
             raise UserError(f"--{name.replace('_', '-')}: must be in {low}...{high}, not {value}")
@@ -121,7 +133,7 @@ def load_network(arguments: argparse.Namespace, classifier: bool) -> Network:
 
     With `classifier`, a UserError where they have no last layer.
     """
-    from resnext.distributed import choose_device, set_numerics
+    from resnext.distributed import choose_device, choose_precision, set_numerics, slow_precision
     from resnext.state import place
     from resnext.weights import check_classifier, load_weights, preprocessing
 
@@ -131,12 +143,16 @@ def load_network(arguments: argparse.Namespace, classifier: bool) -> Network:
     if info.origin != "this program":
         print(preprocessing(info), file=sys.stderr)
     config, device = info.config, choose_device(arguments.device)
+    precision = choose_precision(arguments.precision or config.train.precision, device)
+    for note in slow_precision(precision, device, "--precision "):
+        warn(note.removeprefix("warning: "))
+    max_pixels = arguments.max_pixels or config.data.max_pixels
     config = replace(
         config,
-        train=replace(config.train, precision=arguments.precision or config.train.precision),
-        data=replace(config.data, workers=arguments.workers),
+        train=replace(config.train, precision=precision),
+        data=replace(config.data, workers=arguments.workers, max_pixels=max_pixels),
     )
-    set_numerics(config.train.precision, config.run.deterministic)
+    set_numerics(precision, config.run.deterministic)
     return Network(place(model, config, device), info, config, device)
 
 
@@ -240,7 +256,7 @@ def class_names(info: Any, outputs: int) -> list[str]:
     known = info.classes
     if known is None and (outputs != 1000 or info.config.model.stem != "imagenet"):
         return [f"class {number}" for number in range(outputs)]
-    if known is not None and list(known) != IMAGENET_WNIDS.read_text().split():
+    if known is not None and known != imagenet_classes():
         return list(known)
     from torchvision.models import ResNet50_Weights
 

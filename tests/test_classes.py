@@ -3,12 +3,13 @@
 import argparse
 import json
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from commands import call, message, tiny
+from commands import ROOT, call, message, tiny
 from PIL import Image
 from timm.utils import natural_key as timm_key
 from torchvision.datasets import ImageFolder
@@ -238,3 +239,18 @@ def test_a_run_goes_on_in_the_order_that_it_had(numbered, tmp_path):
     )
     assert result.status == 0, result.error
     assert torch.load(tmp_path / "run/checkpoints/last.pt", weights_only=True)["classes"] == list(before)
+
+
+def test_prediction_with_names(numbered, tmp_path):
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import predict
+
+    (tmp_path / "names.txt").write_text("".join(f"n{k}\n" for k in NUMBERS))
+    picture = numbered / "val" / "11" / "0.png"
+    shown = ["--top", "1", "--format", "csv"]
+    result = call(predict.main, numbered / "bare.pth", picture, *shown)
+    assert result.output.splitlines()[1].split(",")[2] == "class 10"
+    result = call(
+        predict.main, numbered / "bare.pth", picture, *shown, "--class-names", tmp_path / "names.txt"
+    )
+    assert result.output.splitlines()[1].split(",")[2] == "n11"
