@@ -8,6 +8,7 @@ Decoding stops below the part that is asked for, and large pictures are reduced 
 
 import io
 import struct
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,9 @@ try:
     import simplejpeg
 except ImportError:  # Pillow alone is enough; see `check_decoder`
     simplejpeg = None
+
+# Remarks on large pictures and damaged EXIF data; what cannot be decoded is an error all the same.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 179 million; of larger ones Pillow makes an error
 

@@ -20,7 +20,6 @@ import stat
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -301,7 +300,6 @@ def worker_pool(workers: int) -> Iterator[WorkerPool]:
 
 def start_worker() -> None:
     """In a new process of the pool."""
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large pictures are ours to report
 
     def follow_parent() -> None:
         multiprocessing.parent_process().join()
