@@ -8,6 +8,7 @@ Decoding stops below the part that is asked for, and large pictures are reduced 
 
 import io
 import struct
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,9 @@ try:
     import simplejpeg
 except ImportError:  # Pillow alone is enough; see `check_decoder`
     simplejpeg = None
+
+# Remarks on large pictures and damaged EXIF data; what cannot be decoded is an error all the same.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 MAX_PIXELS = Data.max_pixels  # twice Pillow's MAX_IMAGE_PIXELS: where it makes an error
 
