@@ -71,7 +71,12 @@ CONFIGS = {
     "fraction": ("optimizer: {lr: 1/10}", "optimizer.lr", "a number", "not '1/10'"),
     "true in quotes": ("data: {download: 'true'}", "data.download", "true or false", "in quotes"),
     "list for a text": ("data: {dir: [a]}", "data.dir", "a text", "not a list"),
-    "unknown choice": ("train: {precision: fp8}", "train.precision", "auto, fp32, tf32, bf16, fp16", "not 'fp8'"),
+    "unknown choice": (
+        "train: {precision: fp8}",
+        "train.precision",
+        "auto, fp32, tf32, bf16, fp16",
+        "not 'fp8'",
+    ),
     "choice in capitals": ("train: {precision: BF16}", "train.precision", "did you mean bf16?"),
     # what YAML makes of plain words
     "no": ("run: {deterministic: no}", "run.deterministic", "true or false", "not 'no'"),
@@ -1213,3 +1218,14 @@ def test_resume_without_the_latest_checkpoint_names_another(run_copy):
     before = snapshot(run_copy)
     expect(message(call(train.main, "--resume", run_copy)), ("last.pt", "best.pt", "--output"))
     assert snapshot(run_copy) == before
+
+
+def test_half_of_the_first_checkpoint_is_no_checkpoint(run_copy):
+    """A run killed while it first saved starts anew."""
+    for path in (run_copy / "checkpoints").glob("*.pt"):
+        path.unlink()
+    (run_copy / "checkpoints" / ".writing.pt").write_bytes(b"half")
+    result = call(train.main, "--resume", run_copy)
+    assert result.status == 0, result.error
+    assert "finished: 2 epochs" in result.output
+    assert (run_copy / "checkpoints" / "last.pt").exists()
