@@ -172,7 +172,7 @@ def latest(folder: Path) -> Path | None:
     saved = folder / "checkpoints" / "last.pt"
     if saved.exists() or saved.with_name("previous.pt").exists():
         return saved
-    others = sorted(saved.parent.glob("*.pt"))
+    others = sorted(saved.parent.glob("[!.]*.pt"))  # a hidden one is half of what a killed run wrote
     if others:
         another = shlex.quote(str(others[0]))
         raise UserError(f"{saved}: is gone; go on from another with --resume {another} --output DIR")

@@ -80,14 +80,15 @@ def split_folder(root: str, split: str) -> Path:
     there = class_folders(base)
     renamed = [name for name in there if name.lower() in OTHER_NAMES[split]]
     nested = [name for name in there if (base / os.fsdecode(to_bytes(name)) / split).is_dir()]
+    classes = tuple(name for name in there if name not in OTHER_NAMES)
     hint = "it must hold train/CLASS/*.jpg and val/CLASS/*.jpg"
     if renamed:
         link = shlex.join(["ln", "-s", renamed[0], str(folder)])
         hint = f"did you mean {renamed[0]}/? Rename it, or make a link: {link}"
     elif nested:
         hint = f"did you mean --data {shlex.quote(str(base / nested[0]))}?"
-    elif there:
-        hint += f"; if {some(tuple(there))} are classes, divide their pictures between the two"
+    elif classes:
+        hint += f"; if {some(classes)} are classes, divide their pictures between the two"
     raise UserError(f"{where}: has no {split}/; {hint}")
 
 

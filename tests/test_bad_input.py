@@ -7,6 +7,7 @@ their own; the last tests start new processes.
 import errno
 import os
 import pickle
+import re
 import shutil
 import zipfile
 from dataclasses import dataclass
@@ -70,7 +71,12 @@ CONFIGS = {
     "fraction": ("optimizer: {lr: 1/10}", "optimizer.lr", "a number", "not '1/10'"),
     "true in quotes": ("data: {download: 'true'}", "data.download", "true or false", "in quotes"),
     "list for a text": ("data: {dir: [a]}", "data.dir", "a text", "not a list"),
-    "unknown choice": ("train: {precision: fp8}", "train.precision", "fp32, tf32, bf16, fp16", "not 'fp8'"),
+    "unknown choice": (
+        "train: {precision: fp8}",
+        "train.precision",
+        "auto, fp32, tf32, bf16, fp16",
+        "not 'fp8'",
+    ),
     "choice in capitals": ("train: {precision: BF16}", "train.precision", "did you mean bf16?"),
     # what YAML makes of plain words
     "no": ("run: {deterministic: no}", "run.deterministic", "true or false", "not 'no'"),
@@ -398,7 +404,10 @@ LINES = []
 
 
 def line(main, *fragments: str):
-    """A bad command line: the decorated function prepares a Place and returns the arguments."""
+    """A bad command line: the decorated function prepares a Place and returns the arguments.
+
+    In what the message must hold, DATA is the absolute path of data/.
+    """
 
     def add(prepare):
         LINES.append(pytest.param(main, prepare, fragments, id=prepare.__name__))
@@ -454,24 +463,24 @@ def no_cifar_folder_named(place):
     return place.train(data__dataset="cifar10", data__image_size="32")
 
 
-@line(train.main, "data.dir data: no such folder", "--data DIR")
+@line(train.main, "data.dir DATA: no such folder", "--data DIR")
 def missing_data(place):
     return place.on_pictures()
 
 
-@line(train.main, "data.dir data: no such folder", "--data DIR")
+@line(train.main, "data.dir DATA: is a file", "unpack it", "--data DIR")
 def data_is_a_file(place):
     (place.folder / "data").touch()
     return place.on_pictures()
 
 
-@line(train.main, "data.dir data: has no train/", "train/CLASS/")
+@line(train.main, "data.dir DATA: has no train/", "train/CLASS/")
 def no_train_folder(place):
     shutil.rmtree(place.pictures() / "train")
     return place.on_pictures()
 
 
-@line(train.main, "data/val: no such folder", "one folder a class")
+@line(train.main, "data.dir DATA: has no val/", "val/CLASS/")
 def no_val_folder(place):
     shutil.rmtree(place.pictures() / "val")
     return place.on_pictures()
@@ -479,9 +488,9 @@ def no_val_folder(place):
 
 @line(
     train.main,
-    "data/val: holds pictures",
+    "DATA/val: holds pictures",
     "class folders",
-    "python scripts/prepare_imagenet.py TARS data --flat-val data/val",
+    "python scripts/prepare_imagenet.py TARS DATA --flat-val DATA/val",
 )
 def flat_val(place):
     val = place.pictures() / "val"
@@ -492,7 +501,7 @@ def flat_val(place):
     return place.on_files()
 
 
-@line(train.main, "data/train: holds no class folders", "put pictures into")
+@line(train.main, "DATA/train: holds no class folders", "put pictures into")
 def flat_train(place):
     train = place.pictures() / "train"
     for path in sorted(train.rglob("*.png")):
@@ -502,45 +511,39 @@ def flat_train(place):
     return place.on_files()
 
 
-@line(train.main, "data/train/dog: holds no pictures", "add some")
+@line(train.main, "DATA/train/dog: holds no pictures", "add some")
 def empty_class_of_files(place):
     place.pictures(dog=0)
     return place.on_files()
 
 
-@line(train.main, "data/val: class folder 'zebra' is not in train/", "must be the same")
+@line(train.main, "DATA/val: class folder 'zebra' is not in train/", "must be the same")
 def class_only_in_val_of_files(place):
     (place.pictures() / "val" / "zebra").mkdir()
     return place.on_files()
 
 
-@line(train.main, "data/train: holds no class folders", "put pictures into")
+@line(train.main, "DATA/train: holds no class folders", "put pictures into")
 def no_classes(place):
     (place.folder / "data" / "train").mkdir(parents=True)
     return place.on_pictures()
 
 
-@line(train.main, "data/train/dog: holds no pictures", "add some")
+@line(train.main, "DATA/train/dog: holds no pictures", "add some")
 def empty_class(place):
     place.pictures(dog=0)
     return place.on_pictures()
 
 
-@line(train.main, "data/train/dog: holds no pictures", ".jpeg, .png")
+@line(train.main, "DATA/train/dog: holds no pictures (JPEG, PNG, WebP, GIF")
 def class_of_other_files(place):
     (place.pictures(dog=0) / "train" / "dog" / "notes.txt").write_text("no picture")
     return place.on_pictures()
 
 
-@line(train.main, "data/val: class folder 'zebra' is not in train/", "must be the same")
+@line(train.main, "DATA/val: class folder 'zebra' is not in train/", "must be the same")
 def class_only_in_val(place):
     (place.pictures() / "val" / "zebra").mkdir()
-    return place.on_pictures()
-
-
-@line(train.main, "data/val/dog: holds no pictures")
-def class_only_in_train(place):
-    shutil.rmtree(place.pictures() / "val" / "dog")
     return place.on_pictures()
 
 
@@ -555,13 +558,13 @@ def other_number_of_glyphs(place):
     return place.train(model__classes="100")
 
 
-@line(train.main, "data/train/cat/9.JPEG: cannot be decoded", "replace or remove the file")
+@line(train.main, "DATA/train/cat/9.JPEG: cannot be decoded", "replace or remove the file")
 def no_jpeg_at_all(place):
     (place.pictures() / "train" / "cat" / "9.JPEG").write_bytes(b"GARBAGE" * 100)
     return place.on_pictures()
 
 
-@line(train.main, "data/val/dog/9.jpg: cannot be decoded", "replace or remove the file")
+@line(train.main, "DATA/val/dog/9.jpg: cannot be decoded", "replace or remove the file")
 def truncated_jpeg(place):
     path = place.pictures() / "val" / "dog" / "9.jpg"
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
@@ -570,13 +573,13 @@ def truncated_jpeg(place):
     return place.on_pictures()
 
 
-@line(train.main, "data/train/dog/9.png: cannot be decoded", "replace or remove the file")
+@line(train.main, "DATA/train/dog/9.png: cannot be decoded", "replace or remove the file")
 def empty_picture(place):
     (place.pictures() / "train" / "dog" / "9.png").touch()
     return place.on_pictures()
 
 
-@line(train.main, "data/train/dog/9.png: cannot be read", "No such file")
+@line(train.main, "DATA/train/dog/9.png: cannot be read", "No such file")
 def dangling_link(place):
     (place.pictures() / "train" / "dog" / "9.png").symlink_to("nowhere.png")
     return place.on_pictures()
@@ -599,7 +602,7 @@ def glyphs_larger_than_memory(place):
 
 
 @line(
-    train.main, "data.dir data: cifar10 is missing", "data.download=true", "cifar-10-python.tar.gz into data"
+    train.main, "data.dir DATA: cifar10 is missing", "data.download=true", "cifar-10-python.tar.gz into DATA"
 )
 def cifar_missing(place):
     return place.train(
@@ -609,7 +612,7 @@ def cifar_missing(place):
 
 @line(
     train.main,
-    "data.dir data: cifar10",
+    "data.dir DATA: cifar10",
     "damaged",
     "cifar-10-python.tar.gz",
     "delete it",
@@ -624,7 +627,7 @@ def cifar_damaged(place):
     )
 
 
-@line(train.main, "data.dir data: cifar100", "cifar-100-python.tar.gz")
+@line(train.main, "data.dir DATA: cifar100", "cifar-100-python.tar.gz")
 def cifar_folder_is_a_file(place):
     (place.folder / "data").touch()
     return place.train("--data", "data", data__dataset="cifar100", data__image_size="32")
@@ -865,7 +868,32 @@ def evaluate_on_classes_with_other_names(place):
 @pytest.mark.parametrize(("main", "prepare", "fragments"), LINES)
 def test_bad_command_line(main, prepare, fragments, place):
     arguments = prepare(place)
+    fragments = [fragment.replace("DATA", str(place.folder / "data")) for fragment in fragments]
     expect(refused(place.folder, main, *arguments), fragments)
+
+
+def test_a_split_is_not_taken_for_a_class(place):
+    """The message on a missing train/ or val/ asks of other folders whether they are classes."""
+    data, wanted = place.folder / "data", "it must hold train/CLASS/*.jpg and val/CLASS/*.jpg"
+    for missing, other in (("train", "val"), ("val", "train")):
+        shutil.rmtree(place.pictures() / missing)
+        text = refused(place.folder, train.main, *place.on_pictures())
+        assert text == f"data.dir {data}: has no {missing}/; {wanted}"
+        shutil.rmtree(data / other)
+
+
+def test_class_only_in_train(place):
+    """Its absence is told, and errors are those of the pictures that there are."""
+    shutil.rmtree(place.pictures() / "val" / "dog")
+    val = place.folder / "data" / "val"
+    for arguments in (place.on_pictures(train__epochs="1"), place.on_files(train__epochs="1")):
+        result = call(train.main, *arguments)
+        assert result.status == 0, result.error
+        told = f"warning: {val}: has no pictures of 1 of 2 classes (dog); errors are over the others"
+        assert result.output.splitlines().count(told) == 1
+        assert "folder: 6 training and 3 validation images, 2 classes" in result.output
+        assert re.search(r"^last validation error: top-1 \S+ \([0-3]/3\)", result.output, re.MULTILINE)
+        shutil.rmtree(place.folder / "out")
 
 
 def test_no_folder_is_left_behind(place):
@@ -1190,3 +1218,14 @@ def test_resume_without_the_latest_checkpoint_names_another(run_copy):
     before = snapshot(run_copy)
     expect(message(call(train.main, "--resume", run_copy)), ("last.pt", "best.pt", "--output"))
     assert snapshot(run_copy) == before
+
+
+def test_half_of_the_first_checkpoint_is_no_checkpoint(run_copy):
+    """A run killed while it first saved starts anew."""
+    for path in (run_copy / "checkpoints").glob("*.pt"):
+        path.unlink()
+    (run_copy / "checkpoints" / ".writing.pt").write_bytes(b"half")
+    result = call(train.main, "--resume", run_copy)
+    assert result.status == 0, result.error
+    assert "finished: 2 epochs" in result.output
+    assert (run_copy / "checkpoints" / "last.pt").exists()

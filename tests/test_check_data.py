@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,10 @@ import pytest
 from commands import ROOT, Result, draw_folders, message, run_script, snapshot
 from PIL import Image
 
+from data.walk import FORMATS
+
 SCRIPT = "scripts/check_data.py"
-ODD = ("gray", "cmyk", "deep", "format", "orientation", "small", "large", "aspect")
+ODD = ("gray", "cmyk", "deep", "format", "orientation", "alpha", "frames", "small", "large", "aspect")
 
 
 @pytest.fixture
@@ -56,6 +59,7 @@ def test_a_good_set(folder):
     assert report["pictures"] == {"train": 6, "val": 6}
     assert report["classes"] == {"train": {"cat": 3, "dog": 3}, "val": {"cat": 3, "dog": 3}}
     assert not problems(report) and not any(report["odd"].values()) and not any(report["duplicates"].values())
+    assert report["warnings"] == report["ignored"] == []
     assert snapshot(folder, folders=True) == before
 
 
@@ -99,12 +103,14 @@ def test_broken_files(folder):
     )
     assert problems(report).keys() == {"broken"}
     broken = report["problems"]["broken"]
-    assert broken.keys() == {*(f"train/cat/{name}" for name in names), "val/cat/empty.png", "train/dog/back"}
+    assert broken.keys() == {*(f"train/cat/{name}" for name in names), "val/cat/empty.png"}
     assert broken["train/cat/empty.png"] == "empty"
     assert broken["train/cat/text.jpeg"].startswith("cannot be decoded")
     assert "No such file" in broken["train/cat/link.png"]
-    assert "link to a folder above" in broken["train/dog/back"]
-    assert "broken files: 10" in result.output and "train/cat/empty.png: empty" in result.output
+    back = "left out are links to what is there already: 1, such as dog/back to dog"
+    assert report["warnings"] == [f"{folder / 'train'}: {back}"]
+    assert f"Warnings\n  training says too: 1\n    {folder / 'train'}: {back}\n" in result.output
+    assert "broken files: 9" in result.output and "train/cat/empty.png: empty" in result.output
     assert "not fit for training" in result.output
 
 
@@ -125,6 +131,9 @@ def test_odd_files_do_no_harm(folder):
     draw(cat / "turned.jpg", kind="JPEG", exif=exif)
     exif[274] = 1
     draw(cat / "upright.jpg", kind="JPEG", exif=exif)
+    draw(cat / "glass.png", mode="RGBA")
+    frames = [Image.fromarray(np.full((40, 40), shade, np.uint8)) for shade in (9, 99)]
+    frames[0].save(cat / "moves.gif", save_all=True, append_images=frames[1:])
     (cat / "deep_colour.png").write_bytes(png_of_16_bits())
     result, report = check(folder)
     assert result.status == 0, result.output
@@ -135,6 +144,8 @@ def test_odd_files_do_no_harm(folder):
         "deep": {"deep.png", "deep_colour.png"},
         "format": {"named.JPEG", "named.png"},
         "orientation": {"turned.jpg"},
+        "alpha": {"glass.png"},
+        "frames": {"moves.gif"},
         "small": {"small.png"},
         "large": {"large.png"},
         "aspect": {"narrow.png"},
@@ -160,20 +171,30 @@ def png_of_16_bits() -> bytes:
 
 
 def test_ignored_files(folder):
-    (folder / "train/cat/picture.webp").write_bytes(b"?")
+    (folder / "train/cat/picture.heic").write_bytes(b"?")
+    (folder / "train/dog/list.txt").touch()
     (folder / "val/cat/.DS_Store").touch()
     (folder / "train/readme.txt").touch()
     result, report = check(folder)
     assert result.status == 0
-    assert sorted(report["ignored"]) == ["train/cat/picture.webp", "train/readme.txt", "val/cat/.DS_Store"]
+    assert report["ignored"] == ["train/dog/list.txt"], (
+        "system files and those beside the classes are not told"
+    )
+    assert report["warnings"] == [
+        f"{folder / 'train'}: left out are files whose names are of no known format: 1 (.heic 1), such as "
+        "cat/picture.heic; convert them to JPEG or PNG"
+    ]
     assert report["pictures"] == {"train": 6, "val": 6}
 
 
 def test_loose_pictures(folder):
     draw(folder / "train/loose.PNG")
     result, report = check(folder)
-    assert result.status == 1
-    assert problems(report) == {"loose": ["train/loose.PNG"]}
+    assert result.status == 0 and not problems(report)
+    assert report["warnings"] == [
+        f"{folder / 'train'}: left out are pictures outside class folders: 1 (loose.PNG)"
+    ]
+    assert report["pictures"]["train"] == 6
     assert "--flat-val" not in result.output
 
 
@@ -184,19 +205,42 @@ def test_classes_that_differ_or_are_empty(folder):
     (folder / "val/ant").mkdir()
     result, report = check(folder)
     assert result.status == 1
+    train, val = folder / "train", folder / "val"
     assert problems(report) == {
-        "only_train": ["cow"],
-        "only_val": ["ant"],
-        "empty": ["train/bird", "val/ant"],
+        "refused": [
+            f"{train / 'bird'}: holds no pictures ({FORMATS}); add some, or remove the class from train/ and "
+            "val/",
+            f"{val}: class folder 'ant' is not in train/; the classes of train/ and val/ must be the same",
+        ]
     }
+    assert report["warnings"] == [
+        f"{val}: has no pictures of 1 of 4 classes (cow); errors are over the others"
+    ]
     assert "0 (bird) to 3 (cat) each" in result.output
+    assert "Problems\n  training ends with this error: 2\n" in result.output
+    (train / "bird").rmdir()
+    shutil.rmtree(val / "bird")
+    (val / "ant").rmdir()
+    result, report = check(folder)
+    assert result.status == 0, "a class only in train/ is no obstacle"
+    assert report["warnings"] == [
+        f"{val}: has no pictures of 1 of 3 classes (cow); errors are over the others"
+    ]
+    assert report["classes"]["val"] == {"cat": 3, "cow": 0, "dog": 3}
 
 
 def test_nothing_at_all(tmp_path):
     for split in ("train", "val"):
         (tmp_path / "set" / split).mkdir(parents=True)
     result, report = check(tmp_path / "set")
-    assert result.status == 1 and report["problems"]["empty"] == ["train/", "val/"]
+    train, val = (tmp_path / "set" / split for split in ("train", "val"))
+    assert result.status == 1
+    assert report["pictures"] == {"train": 0, "val": 0}
+    assert problems(report)["refused"] == [
+        f"{train}: holds no class folders; put pictures into {train}/CLASS/",
+        f"{train}: holds no pictures of the known classes; check the path",
+        f"{val}: holds no pictures of the known classes; check the path",
+    ]
 
 
 def test_flat_val(folder):
@@ -205,9 +249,15 @@ def test_flat_val(folder):
     for name in ("cat", "dog"):
         (folder / "val" / name).rmdir()
     result, report = check(folder)
-    assert result.status == 1 and report["problems"]["only_train"] == ["cat", "dog"]
-    assert len(report["problems"]["loose"]) == 6
-    assert f"prepare_imagenet.py TARS {folder} --flat-val {folder}/val" in result.output
+    val = folder / "val"
+    assert result.status == 1 and problems(report) == {
+        "refused": [
+            f"{val}: holds pictures outside class folders; for ImageNet's validation set: python "
+            f"scripts/prepare_imagenet.py TARS {folder} --flat-val {val} (TARS has the devkit)",
+            f"{val}: holds no pictures of the known classes; check the path",
+        ]
+    }
+    assert report["pictures"] == {"train": 6, "val": 0}
 
 
 def test_duplicates(folder):
@@ -271,7 +321,7 @@ def test_many_chunks_in_order(tmp_path):
     ("arguments", "text"),
     [
         (["none"], "none: no such folder"),
-        (["set/train"], "set/train/train: no such folder"),
+        (["set/train"], "data.dir set/train: has no train/; it must hold train/CLASS/*.jpg"),
         (["set", "--workers", "0"], "--workers: must be at least 1"),
         (["set", "--json", "none/report.json"], "--json none/report.json: cannot be written"),
         (["set", "--json", "set"], "--json set: cannot be written"),

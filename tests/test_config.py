@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 
 import pytest
@@ -58,6 +59,8 @@ def test_defaults_are_the_originals_imagenet_recipe():
         "data.resize": 256,
         "data.workers": None,
         "data.characters": None,
+        "data.class_order": None,
+        "data.max_pixels": 178_956_970,
         "data.skip_broken": False,
         "data.train_images": None,
         "data.val_images": None,
@@ -296,6 +299,8 @@ def random_config(random: random.Random) -> dict[str, dict[str, object]]:
         put("data.train_size", None, 8, 176)
         put("data.resize", None, 320, 8192)
     put("data.workers", None, 0, 256)
+    put("data.class_order", None, "string", "natural")
+    put("data.max_pixels", 1, 178_956_970, 10**12)
     put("data.skip_broken", True, False)
     put("data.train_images", None, 1, 50000)
     put("data.val_images", None, 1, 10000)
@@ -330,7 +335,7 @@ def random_config(random: random.Random) -> dict[str, dict[str, object]]:
     put("optimizer.head_lr", None, 0.1, 2)
     put("train.label_smoothing", 0, 0.1, real(0, 1))
     put("train.eval_batch_size", None, 1, 100)
-    put("train.precision", "fp32", "tf32", "bf16", "fp16")
+    put("train.precision", "auto", "fp32", "tf32", "bf16", "fp16")
     put("train.channels_last", None, True, False)
     put("train.compile", True, False)
     put("train.activation_checkpointing", True, False)
@@ -486,7 +491,7 @@ def test_data_option_beats_all(tmp_path):
     result = call(
         train.main, "--config", tmp_path / "c.yaml", "data.dir=b", "--data", "c d", "--print-config"
     )
-    assert yaml.safe_load(result.output)["data"]["dir"] == "c d"
+    assert yaml.safe_load(result.output)["data"]["dir"] == os.path.abspath("c d")
 
 
 def test_overrides_between_options(tmp_path):

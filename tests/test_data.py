@@ -30,7 +30,7 @@ import data.decode
 import data.folder
 from data import glyphs, images
 from data.decode import decode
-from data.folder import fit, read_set
+from data.folder import fit, list_set, read_set
 from data.images import ImageSet, even_indices, take_evenly
 from data.loader import eval_batches, train_batches
 from data.sets import check_classes, load_set
@@ -40,6 +40,11 @@ from resnext.errors import UserError
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def read(root: Path | str, split: str, size: int = 8, limit: int | None = None) -> ImageSet:
+    """A split of class folders, in memory."""
+    return read_set(list_set(str(root), split, limit), size)
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:
@@ -178,10 +183,16 @@ def test_gray_of_16_bits():
     assert decoded.max() == 255
 
 
-def test_more_than_16_bits_are_refused():
-    pixels = np.array([[0, 1 << 20]], np.int32)
-    with pytest.raises(UserError, match=r"deep\.png: more than 16 bits a pixel; convert it"):
-        decode(encoded(Image.fromarray(pixels), "TIFF"), "deep.png")
+@pytest.mark.parametrize("kind, words", [(np.int32, "32-bit"), (np.float32, "floating-point")])
+@pytest.mark.parametrize("values", [[0, 255], [0, 1 << 20]])
+def test_more_than_16_bits_are_refused(values, kind, words):
+    """Whatever values they have: a set's black is not to depend on each picture's brightest pixel."""
+    content = encoded(Image.fromarray(np.array([values], kind)), "TIFF")
+    with pytest.raises(UserError) as refused:
+        decode(content, "deep.tif")
+    assert str(refused.value) == (
+        f"deep.tif: {words} pixels, which have no scale of their own; convert it to 8-bit RGB"
+    )
 
 
 def test_cmyk():
@@ -199,7 +210,7 @@ def test_format_is_found_by_content(tmp_path):
     pixels = noise(8, 8, 3, seed=5)
     (root / "train" / "cat" / "0.png").unlink()
     Image.fromarray(pixels).save(root / "train" / "cat" / "0.JPEG", "PNG")
-    assert np.array_equal(read_set(str(root), "train", 8, None).images[0], pixels)
+    assert np.array_equal(read(root, "train").images[0], pixels)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -247,11 +258,23 @@ def test_no_picture(content):
         decode(content, "a.png")
 
 
-def test_picture_that_would_take_gigabytes(monkeypatch):
-    """Pillow's limit on the number of pixels is an error here, not a warning."""
+@pytest.mark.parametrize("decoder", ["simplejpeg", "pillow"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_limit_on_pixels(kind, decoder):
+    """An error that says the limit; at the limit the picture is read."""
+    content = encoded(Image.new("RGB", (50, 40)), kind)
+    assert decode(content, "x", decoder, max_pixels=2000).shape == (40, 50, 3)
+    with pytest.raises(
+        UserError, match=r"^big\.png: has 50x40 = 2,000 pixels, and the limit is 1,999; raise "
+    ):
+        decode(content, "big.png", decoder, max_pixels=1999)
+
+
+def test_the_limit_can_be_raised_above_pillows(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(UserError, match=r"big\.png: cannot be decoded"):
-        decode(encoded(Image.new("RGB", (50, 50)), "PNG"), "big.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert decode(encoded(Image.new("RGB", (50, 50)), "PNG"), "x").shape == (50, 50, 3)
 
 
 # ---------------------------------------------------------------------------- both decoders, parts
@@ -495,7 +518,7 @@ def test_hostile_dimensions(decoder, region):
     frame = content.index(b"\xff\xc0")
     content[frame + 5 : frame + 9] = (65500).to_bytes(2, "big") * 2
     tracemalloc.start()
-    with pytest.raises(UserError, match=r"big\.jpg: cannot be decoded .*exceeds limit"):
+    with pytest.raises(UserError, match=r"big\.jpg: has 65500x65500 = 4,290,250,000 pixels, and the limit"):
         decode(bytes(content), "big.jpg", decoder, region)
     assert tracemalloc.get_traced_memory()[1] < 50e6
     tracemalloc.stop()
@@ -505,7 +528,7 @@ def test_hostile_png():
     content = bytearray(encoded(Image.fromarray(picture(8, 8)), "PNG"))
     content[16:24] = (60_000).to_bytes(4, "big") * 2
     content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
-    with pytest.raises(UserError, match=r"big\.png: cannot be decoded .*exceeds limit"):
+    with pytest.raises(UserError, match=r"big\.png: has 60000x60000 = 3,600,000,000 pixels, and the limit"):
         decode(bytes(content), "big.png")
 
 
@@ -534,17 +557,17 @@ def test_without_simplejpeg(monkeypatch, tmp_path):
 
 def test_folders(tmp_path):
     root = draw_folders(tmp_path / "data", {"dog": 2, "cat": 3, "Zebra": 1})
-    read = read_set(str(root), "train", 8, None)
-    assert read.classes == ("Zebra", "cat", "dog")
-    assert read.labels.tolist() == [0, 1, 1, 1, 2, 2]
-    assert (read.images.dtype, read.labels.dtype) == (np.uint8, np.int64)
-    for image, path in zip(
-        read.images, ["Zebra/0", "cat/0", "cat/1", "cat/2", "dog/0", "dog/1"], strict=True
-    ):
+    found = read(root, "train")
+    assert found.classes == ("Zebra", "cat", "dog")
+    assert found.labels.tolist() == [0, 1, 1, 1, 2, 2]
+    assert (found.images.dtype, found.labels.dtype) == (np.uint8, np.int64)
+    paths = ["Zebra/0", "cat/0", "cat/1", "cat/2", "dog/0", "dog/1"]
+    for image, path in zip(found.images, paths, strict=True):
         assert np.array_equal(image, np.asarray(Image.open(root / "train" / f"{path}.png")))
-    other = read_set(str(root), "val", 8, None)
-    assert other.labels.tolist() == read.labels.tolist()
-    assert other.fingerprint() != read.fingerprint()
+    other = read(root, "val")
+    assert other.labels.tolist() == found.labels.tolist()
+    assert other.fingerprint() != found.fingerprint()
+    assert found.notes == other.notes == ()
 
 
 def test_folder_through_the_configuration(tmp_path):
@@ -557,7 +580,7 @@ def test_folder_through_the_configuration(tmp_path):
 def test_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     draw_folders(tmp_path / "data", {"cat": 1, "dog": 1})
-    assert len(read_set("~/data", "train", 8, None)) == 2
+    assert len(read("~/data", "train")) == 2
 
 
 def test_extensions_nesting_and_other_files(tmp_path):
@@ -572,7 +595,7 @@ def test_extensions_nesting_and_other_files(tmp_path):
         (cat / name).write_text("no picture")
     (root / "train" / "list.txt").write_text("beside the class folders")
     (root / "val" / "cat" / "0.png").write_bytes((root / "val" / "dog" / "0.png").read_bytes())
-    paths, labels, _ = data.folder.list_files(root / "train", ("cat", "dog"))
+    paths, labels, notes = data.folder.list_files(root / "train", ("cat", "dog"))
     below = [os.fsdecode(path) for path in paths]
     assert below == [
         "cat/Z.JPG",
@@ -585,14 +608,18 @@ def test_extensions_nesting_and_other_files(tmp_path):
         "dog/0.png",
     ]
     assert labels.tolist() == [0] * 7 + [1]
-    assert len(read_set(str(root), "train", 8, None)) == 8
+    assert notes == (
+        f"warning: {root / 'train'}: left out are files whose names are of no known format: 3 (no ending 1, "
+        ".pngx 1, .part 1), such as cat/png; convert them to JPEG or PNG",
+    )
+    assert len(read(root, "train")) == 8
 
 
 def test_linked_class_folder(tmp_path):
     root = draw_folders(tmp_path / "data", {"cat": 2, "dog": 2})
     (root / "train" / "dog").rename(tmp_path / "elsewhere")
     (root / "train" / "dog").symlink_to(tmp_path / "elsewhere")
-    assert read_set(str(root), "train", 8, None).labels.tolist() == [0, 0, 1, 1]
+    assert read(root, "train").labels.tolist() == [0, 0, 1, 1]
 
 
 def test_name_that_is_not_utf8(tmp_path):
@@ -600,12 +627,12 @@ def test_name_that_is_not_utf8(tmp_path):
     name = os.fsdecode(os.fsencode(root / "train" / "cat") + b"/caf\xe9.png")
     Image.fromarray(noise(8, 8, 3)).save(io.BytesIO(), "PNG")
     Path(name).write_bytes(encoded(Image.fromarray(noise(8, 8, 3)), "PNG"))
-    assert len(read_set(str(root), "train", 8, None)) == 3
+    assert len(read(root, "train")) == 3
 
 
 def test_order_does_not_depend_on_the_disk(tmp_path, monkeypatch):
     root = draw_folders(tmp_path / "data", {"cat": 5, "dog": 5})
-    before = read_set(str(root), "train", 8, None)
+    before = read(root, "train")
     real = os.scandir
 
     class Backwards:
@@ -628,7 +655,7 @@ def test_order_does_not_depend_on_the_disk(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", Backwards)
     assert next(os.walk(root / "train"))[1] == ["dog", "cat"]
-    after = read_set(str(root), "train", 8, None)
+    after = read(root, "train")
     assert np.array_equal(before.images, after.images)
     assert before.classes == after.classes
 
@@ -668,10 +695,10 @@ def test_thin_picture_takes_no_large_memory(shape, monkeypatch):
 def test_pictures_larger_than_memory_are_refused(tmp_path, monkeypatch):
     root = draw_folders(tmp_path / "data", {"cat": 5, "dog": 5})
     monkeypatch.setattr(images, "available_memory", lambda: 4096)
-    assert len(read_set(str(root), "train", 8, None)) == 10
+    assert len(read(root, "train")) == 10
     with pytest.raises(UserError, match=r"train: 10 pictures of 64x64 need .* lower data\.image_size"):
-        read_set(str(root), "train", 64, None)
-    assert len(read_set(str(root), "train", 20, 2)) == 2, "fewer of them fit"
+        read(root, "train", 64)
+    assert len(read(root, "train", 20, 2)) == 2, "fewer of them fit"
 
 
 # ---------------------------------------------------------------------------- parts of a set

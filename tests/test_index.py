@@ -89,11 +89,18 @@ CHANGES = {
     "file moved": lambda root: (root / "cat" / "1.png").rename(root / "dog" / "deep" / "1.png"),
     "folder added": lambda root: (root / "cat" / "more").mkdir() or (root / "cat" / "more" / "7.png").touch(),
     "folder renamed": lambda root: (root / "dog" / "deep").rename(root / "dog" / "below"),
-    "folder linked": lambda root: (root / "cat" / "link").symlink_to(root / "dog" / "deep"),
+    "folder linked": lambda root: (root / "cat" / "link").symlink_to(elsewhere(root)),
     "folders exchanged": lambda root: [
         (root / a).rename(root / b) for a, b in (("cat", "x"), ("dog", "cat"), ("x", "dog"))
     ],
 }
+
+
+def elsewhere(root: Path) -> Path:
+    """A folder of a file, outside of what is listed."""
+    (root.parent / "elsewhere").mkdir()
+    (root.parent / "elsewhere" / "5.png").touch()
+    return root.parent / "elsewhere"
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -108,14 +115,13 @@ def test_a_change_is_seen(change, root, monkeypatch):
     assert found == listed(root)
 
 
-def test_a_file_added_behind_a_linked_folder_is_seen(root, tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "5.png").touch()
-    (root / "cat" / "link").symlink_to(tmp_path / "elsewhere")
+def test_a_file_added_behind_a_linked_folder_is_seen(root):
+    linked = elsewhere(root)
+    (root / "cat" / "link").symlink_to(linked)
     age(root)
-    age(tmp_path / "elsewhere")
+    age(linked)
     assert ("cat/link/5.png", 0) in listed(root)
-    (tmp_path / "elsewhere" / "6.png").touch()
+    (linked / "6.png").touch()
     assert ("cat/link/6.png", 0) in listed(root)
 
 
@@ -144,13 +150,40 @@ def test_another_class_list_has_other_labels(root):
     assert listed(root) == BEFORE
 
 
-def test_a_part_of_the_classes_is_neither_kept_nor_mixed_up(root):
-    """The classes of a trained model, some of which a folder may lack."""
-    files = list_set(str(root.parent), "train", None, ("bird", "cat", "dog"))
-    assert files.labels.tolist() == [1, 1, 2, 2, 2]
+def test_warnings_are_remembered(root, cache, monkeypatch):
+    (root / "cat" / "back").symlink_to(root / "dog" / "deep")
+    (root / "cat" / "x.heic").touch()
+    age(root)
+    expected = list_files(root, CLASSES)[2]
+    assert expected == (
+        f"warning: {root}: left out are links to what is there already: 1, such as cat/back to dog/deep",
+        f"warning: {root}: left out are files whose names are of no known format: 1 (.heic 1), such as "
+        "cat/x.heic; convert them to JPEG or PNG",
+    )
+    assert len(entries(cache)) == 1
+    monkeypatch.setattr(os, "scandir", no_walk)
+    assert list_files(root, CLASSES)[2] == expected
+
+
+def test_a_part_of_the_classes_is_not_mixed_up(root):
+    """The classes of a trained model, some of which val/ may lack, also in the cache."""
+    root = root.rename(root.with_name("val"))
+    for number in range(2):
+        files = list_set(str(root.parent), "val", None, ("bird", "cat", "dog"))
+        assert files.labels.tolist() == [1, 1, 2, 2, 2], number
+        absent = f"{root}: has no pictures of 1 of 3 classes (bird); errors are over the others"
+        assert files.notes == (f"warning: {absent}",)
+        files = list_set(str(root.parent), "val", None, CLASSES)
+        assert (files.labels.tolist(), files.notes) == ([0, 0, 1, 1, 1], ())
     assert listed(root) == BEFORE
-    files = list_set(str(root.parent), "train", None, CLASSES)
-    assert files.labels.tolist() == [0, 0, 1, 1, 1]
+
+
+def test_a_training_set_lacks_no_class(root, cache):
+    """Neither at first nor with a list from the cache of other classes."""
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"train/bird: holds no pictures"):
+            list_set(str(root.parent), "train", None, ("bird", *CLASSES))
+        assert listed(root) == BEFORE
 
 
 @pytest.mark.parametrize("seconds", [0, 1, 2.5])

@@ -97,14 +97,17 @@ def test_which_pictures(tmp_path, monkeypatch):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).touch()
     below = ["b/10.jpg", "b/2.PNG", "b/deep/er/x.bmp"]
-    assert find_pictures(["c.data", "b", "a[1].png"], []) == (["c.data", *below, "a[1].png"], [])
-    assert find_pictures(["b/*.*"], []) == (["b/10.jpg", "b/2.PNG", "b/notes.txt"], [])
+    assert find_pictures(["c.data", "b", "a[1].png"], []) == (["c.data", *below, "a[1].png"], [], [])
+    assert find_pictures(["b/*.*"], []) == (["b/10.jpg", "b/2.PNG", "b/notes.txt"], [], [])
     assert find_pictures(["b/**/*.bmp", "b"], [])[0] == ["b/deep/er/x.bmp", "b/10.jpg", "b/2.PNG"]
-    assert find_pictures(["-"], [b"c.data\n", b"\n", b"b\r\n", b"c.data"]) == (["c.data", *below], [])
+    assert find_pictures(["-"], [b"c.data\n", b"\n", b"b\r\n", b"c.data"]) == (["c.data", *below], [], [])
     Path("b/deep/back").symlink_to(tmp_path / "b")
-    found, problems = find_pictures(["gone.jpg", "b", "empty", "*.gif"], [])
+    found, problems, notes = find_pictures(["gone.jpg", "b", "empty", "*.gif"], [])
     assert found == below
     assert [problem.split(":")[0] for problem in problems] == ["gone.jpg", "empty", "*.gif"]
+    back = "left out are links to what is there already: 1, such as deep/back to b"
+    unknown = "left out are files whose names are of no known format: 1 (no ending 1), such as x"
+    assert notes == [f"warning: b: {back}", f"warning: empty: {unknown}; convert them to JPEG or PNG"]
 
 
 def test_standard_input_and_broken_files(folder_run, some, tmp_path, monkeypatch):
