@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from data.folder import FileSet, list_set
 from data.images import ImageSet
 from data.loader import TrainBatches, TrainStream, train_batches
 from resnext.config import Config, parse_config
-from resnext.distributed import choose_device, set_numerics
+from resnext.distributed import choose_device, choose_precision, set_numerics
 from resnext.state import prepare
 from resnext.trainer import train_step
 
@@ -202,10 +202,12 @@ def reencode(folder: Path, scratch: Path) -> Path:
 
 def end_to_end(folder: str, overrides: list[str]) -> Iterator[Table]:
     """Training on files; the same on one batch that lies on the device; with torchvision's input."""
-    base = [f"data.dir={folder}", "train.precision=bf16", "train.batch_size=32", *overrides]
+    base = [f"data.dir={folder}", "train.precision=auto", "train.batch_size=32", *overrides]
     config = parse_config("", "benchmark", base)
     device = choose_device(config.run.device)
-    set_numerics(config.train.precision, config.run.deterministic)
+    precision = choose_precision(config.train.precision, device)
+    config = replace(config, train=replace(config.train, precision=precision))
+    set_numerics(precision, config.run.deterministic)
     files = list_set(folder, "train")
     training = prepare(config, files.classes, device, {})
     training.model.train()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnext.config import Config, parse_config, to_yaml
-from resnext.distributed import choose_device, set_numerics
+from resnext.distributed import choose_device, has_instructions, set_numerics
 from resnext.errors import UserError
 from resnext.state import autocast, prepare
 from resnext.trainer import train_step
@@ -27,7 +27,7 @@ def networks(overrides: list[str], training: bool) -> Iterator[Table]:
     set_numerics(config.train.precision, config.run.deterministic)
     bandwidth = memory_bandwidth(device)
     precisions = ("bf16", "fp16") if device.type == "cuda" else ("fp32", "bf16")
-    for precision in precisions:
+    for precision in (kind for kind in precisions if has_instructions(device, kind)):
         variants = []
         for compiled in (False, True) if device.type == "cuda" else (False,):
             for channels_last in (False, True):
@@ -185,7 +185,7 @@ def batchnorm(overrides: list[str]) -> Iterator[Table]:
     size, pixels = config.train.batch_size, config.data.image_size
     images = torch.randn(size, 3, pixels, pixels, device=device)
     labels = torch.arange(size, device=device) % 10
-    for precision in ("fp32", "bf16"):
+    for precision in (kind for kind in ("fp32", "bf16") if has_instructions(device, kind)):
         variants = []
         for name, groups in (("plain BatchNorm", []), ("groups of 16", ["train.bn_group=16"])):
             varied = parse_config(to_yaml(config), "benchmark", [f"train.precision={precision}", *groups])
