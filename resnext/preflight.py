@@ -292,7 +292,8 @@ def batch_findings(name: str, reading: Reading, config: Config) -> list[Finding]
             )
         ]
     if images.min() == images.max():
-        look = f"python scripts/check_data.py {config.data.dir}" if config.data.dir else "data.mean, data.std"
+        folder = config.data.dir
+        look = shlex.join(["python", "scripts/check_data.py", folder]) if folder else "data.mean, data.std"
         return [Finding("warning", f"{text}: all pixels are the same; look at the pictures ({look})")]
     return [Finding("ok", text)]
 

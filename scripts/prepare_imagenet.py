@@ -22,6 +22,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import tarfile
@@ -149,7 +150,7 @@ def prepare(
             f"pictures: longer side at most {encoding[0]}, JPEG quality {encoding[1]}; "
             "what that costs in accuracy is not measured"
         )
-    print(f"to check them: python scripts/check_data.py {output}")
+    print(f"to check them: {shlex.join(['python', 'scripts/check_data.py', str(output)])}")
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -160,7 +160,7 @@ CONFIG_COUNTS = {  # (parameters, multiply-adds) with the classes of the data se
     "cifar10_resnext29_4x24d": (4_845_002, 761_210_880),
     "cifar10_resnext29_8x14d": (4_901_098, 780_904_448),
     "cifar10_resnext29_8x64d": (34_426_698, 5_387_266_048),
-    "demo": (972_106, 58_608_640),
+    "demo": (831_562, 29_468_672),
     "finetune_resnext50_32x4d": (25_028_904, 4_230_479_872),
     "imagenet5k_resnext50_32x4d": (33_224_904, 4_238_671_872),
     "resnet101": (44_549_160, 7_801_405_440),
