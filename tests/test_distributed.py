@@ -222,12 +222,13 @@ def test_groups_of_batchnorm_are_the_same_on_any_number_of_processes():
 
 
 def test_synchronised_batchnorm_needs_an_image_in_each_process():
-    train = train_section(batch_size=24, sync_bn=True)
+    config = parse_config("train: {batch_size: 24, sync_bn: true}", "test")
     for images, ranks in ((48, 4), (28, 4), (3, 3)):
-        resnext.distributed.check_last_batch(train, images, ranks)
+        resnext.distributed.check_last_batch(config, images, ranks)
     with pytest.raises(UserError, match=r"train\.sync_bn: the last batch of an epoch has 3 images.* 4 proc"):
-        resnext.distributed.check_last_batch(train, 51, 4)
-    resnext.distributed.check_last_batch(replace(train, sync_bn=False), 51, 4)
+        resnext.distributed.check_last_batch(config, 51, 4)
+    config = replace(config, train=replace(config.train, sync_bn=False))
+    resnext.distributed.check_last_batch(config, 51, 4)
 
 
 def test_the_message_lists_the_numbers_that_work():

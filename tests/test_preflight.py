@@ -48,6 +48,7 @@ TOPICS = [
     "learning rate: ",
     "time: ",
 ]
+TOPICS_OF_FILES = [*TOPICS[:3], "validation files: ", *TOPICS[3:]]
 FILES = {"data__dataset": "folder", "data__pipeline": "fast", "augment__padding": None, "data__workers": "1"}
 
 
@@ -88,7 +89,9 @@ def findings(result: Result, kind: str) -> list[str]:
 
 def topics(result: Result) -> list[str]:
     """How the findings begin, of those that are ok or warnings."""
-    return [next((topic for topic in TOPICS if topic in line), line) for line in findings(result, "ok")]
+    return [
+        next((topic for topic in TOPICS_OF_FILES if topic in line), line) for line in findings(result, "ok")
+    ]
 
 
 def only_error(result: Result, *fragments: str) -> str:
@@ -136,7 +139,8 @@ def test_ready_with_files(workers, tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "measure_step", measure_step)
     draw_folders(tmp_path / "data", {"cat": 7, "dog": 5})
     result = checked("--data", "data", **FILES | {"data__workers": workers, "train__batch_size": "4"})
-    assert topics(result) == TOPICS
+    assert topics(result) == TOPICS_OF_FILES
+    assert "validation files: all 12 can be decoded\n" in result.output
     assert "2 classes of 5 to 7 for training" in result.output
     assert ("1 worker;" if workers == "1" else "no workers;") in result.output
     expected = "enough for 1 worker of each" if workers == "1" else "not needed"
@@ -174,7 +178,7 @@ def test_console_of_ascii_characters(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as end:
         run_command(train.main)
     result = well_formed(Result(end.value.code, console.buffer.getvalue().decode("ascii"), ""))
-    assert topics(result) == TOPICS
+    assert topics(result) == TOPICS_OF_FILES
     assert r"output: l\xe4uft, starting anew" in result.output
 
 
@@ -318,7 +322,7 @@ def test_too_little_shared_memory(monkeypatch, tmp_path):
     small_disk(monkeypatch, lambda folder: 100 if folder == "/dev/shm" else None)
     result = checked("--data", "data", **FILES)
     only_error(result, "data.workers: 1 workers need", "lower data.workers", "--shm-size")
-    assert topics(result) == [topic for topic in TOPICS if topic != "shared memory: "]
+    assert topics(result) == [topic for topic in TOPICS_OF_FILES if topic != "shared memory: "]
     assert result.output.index("disk: ") < result.output.index("data.workers: ")
     assert "6 x 3 x 8 x 8" in result.output
 
@@ -360,7 +364,7 @@ def test_weights_to_start_from_are_missing():
 def test_no_data():
     """All that needs no pictures is checked."""
     result = checked("--data", "nowhere", "model.classes=3", **FILES)
-    only_error(result, "data.dir nowhere: no such folder", "--data DIR")
+    only_error(result, f"data.dir {Path.cwd() / 'nowhere'}: no such folder", "--data DIR")
     assert result.output.startswith("error")
     assert topics(result) == ["output: ", "disk: ", "step: ", "learning rate: "]
     assert "16 images of noise" in result.output
@@ -370,8 +374,8 @@ def test_no_data():
 def test_no_data_and_output_in_use(run_copy):
     result = checked("--data", "nowhere", "--output", run_copy, **FILES)
     first, second = findings(result, "error")
-    assert "data.dir nowhere" in first
-    assert "is in use already" in second
+    assert "is in use already" in first, "the checkpoint, whose classes the data is to have, comes first"
+    assert f"data.dir {Path.cwd() / 'nowhere'}: no such folder" in second
     assert result.output.splitlines()[-1].startswith("not ready: 2 errors, 2 warnings; ")
 
 
@@ -379,7 +383,7 @@ def test_download_is_left_to_the_training():
     result = checked("--data", "datasets", data__dataset="cifar10", data__image_size="32")
     assert result.status == 0
     text, time = findings(result, "warning")
-    assert "data.dir datasets: cifar10 is missing" in text
+    assert f"data.dir {Path.cwd() / 'datasets'}: cifar10 is missing" in text
     assert "--data DIR" in text
     assert time.startswith("time: not estimated")
     assert not Path("datasets").exists()
@@ -391,10 +395,24 @@ def test_broken_picture(split, workers, tmp_path):
     for path in sorted((draw_folders(tmp_path / "data", {"cat": 2, "dog": 2}) / split).rglob("*.png"))[:1]:
         path.write_bytes(path.read_bytes()[:-60])
     result = checked("--data", "data", **FILES | {"data__workers": workers})
-    only_error(result, f"data/{split}/cat/0.png: cannot be decoded", "replace or remove the file")
-    lost = "first training batch: " if split == "train" else "first validation batch: "
-    assert topics(result) == [topic for topic in TOPICS if topic not in (lost, "time: ")]
+    only_error(result, f"{tmp_path}/data/{split}/cat/0.png: cannot be decoded", "replace or remove the file")
+    val = ("first validation batch: ", "validation files: ")
+    lost = ("first training batch: ",) if split == "train" else val
+    assert topics(result) == [topic for topic in TOPICS_OF_FILES if topic not in (*lost, "time: ")]
     assert ("of noise" in result.output) == (split == "train")
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("skip", ["false", "true"])
+def test_broken_picture_behind_the_first_batches(skip, workers, tmp_path, monkeypatch):
+    """It would end the training after an epoch of hours; found once, wherever it lies, and never skipped."""
+    monkeypatch.setattr(preflight, "MEASURING", 0)
+    path = draw_folders(tmp_path / "data", {"cat": 2, "dog": 7}) / "val" / "dog" / "6.png"
+    path.write_bytes(path.read_bytes()[:-60])
+    changes = {"data__workers": workers, "data__skip_broken": skip, "train__eval_batch_size": "2"}
+    result = checked("--data", "data", **FILES | changes)
+    only_error(result, f"{path}: cannot be decoded", "replace or remove the file")
+    assert topics(result) == [topic for topic in TOPICS_OF_FILES if topic != "validation files: "]
 
 
 def test_broken_picture_that_may_be_skipped(tmp_path):
@@ -403,7 +421,7 @@ def test_broken_picture_that_may_be_skipped(tmp_path):
     result = checked("--data", "data", **FILES | {"data__skip_broken": "true"})
     assert result.status == 0
     (text,) = findings(result, "warning")
-    assert text.startswith("1 broken files skipped so far: data/train/cat/0.png: cannot be decoded")
+    assert text.startswith(f"1 broken files skipped so far: {path}: cannot be decoded")
 
 
 def test_broken_picture_of_a_set_in_memory(tmp_path):
@@ -428,13 +446,14 @@ def test_implausible_pixels(changes, kind, fragments):
 
 
 def test_pictures_of_one_colour(tmp_path):
-    for path in draw_folders(tmp_path / "data", {"cat": 2, "dog": 2}).rglob("*.png"):
+    for path in draw_folders(tmp_path / "my data", {"cat": 2, "dog": 2}).rglob("*.png"):
         Image.new("RGB", (8, 8), (130, 130, 130)).save(path)
     statistics = {"data__mean": "[128, 128, 128]", "data__std": "[64, 64, 64]"}
-    result = checked("--data", "data", data__dataset="folder", augment__padding="0", **statistics)
+    result = checked("--data", "my data", data__dataset="folder", augment__padding="0", **statistics)
+    look = f"look at the pictures (python scripts/check_data.py '{tmp_path}/my data')"
     texts = findings(result, "warning")
     assert len(texts) == 2
-    assert all("all pixels are the same" in text and "check_data.py data" in text for text in texts)
+    assert all("all pixels are the same" in text and look in text for text in texts)
 
 
 def test_classes_without_images():
@@ -658,8 +677,8 @@ def test_two_processes_without_data(processes, run_copy):
     """Both go on, and tell the next error too."""
     result = together(processes, "--data", "nowhere", "--output", run_copy, **FILES)
     first, second = findings(result, "error")
-    assert "data.dir nowhere: no such folder" in first
-    assert "is in use already" in second
+    assert "is in use already" in first
+    assert f"data.dir {Path.cwd() / 'nowhere'}: no such folder" in second
     assert "step: 16 images of noise" in result.output
     assert "processes: all 2 answer" in result.output
 
@@ -675,9 +694,17 @@ def test_broken_picture_of_the_second_process(processes, tmp_path):
     path = draw_folders(tmp_path / "data", {"cat": 4, "dog": 4}) / "val" / "cat" / "1.png"
     path.write_bytes(path.read_bytes()[:-60])
     result = together(processes, "--data", "data", **FILES)
-    only_error(result, "process 1: data/val/cat/1.png: cannot be decoded", "replace or remove the file")
+    only_error(result, f"process 1: {path}: cannot be decoded", "replace or remove the file")
     assert "first validation batch: " in result.output
+    assert "validation files: " not in result.output, "the first process's are whole, but not all"
     assert "time: not estimated" in result.output
+
+
+def test_whole_pictures_of_two_processes(processes, tmp_path):
+    draw_folders(tmp_path / "data", {"cat": 4, "dog": 5})
+    result = together(processes, "--data", "data", **FILES)
+    assert topics(result).count("validation files: ") == 1
+    assert "validation files: all 9 can be decoded\n" in result.output
 
 
 def short_of_memory(when: str, *arguments: str) -> None:
