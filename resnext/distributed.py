@@ -176,12 +176,22 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def first_on_machine() -> Iterator[None]:
-    """The first process of each machine does what is inside before the others: they find it done."""
+    """The first process of each machine does what is inside before the others: they find it done.
+
+    A UserError of one process is raised in all of them.
+    """
+    problem = None
     if local_rank() != 0:
         dist.barrier()
-    yield
+    try:
+        yield
+    except UserError as error:
+        problem = str(error)
     if dist.is_initialized() and local_rank() == 0:
         dist.barrier()
+    for other in gather(problem):
+        if other is not None:
+            raise UserError(other)
 
 
 # ---------------------------------------------------------------------------- images

@@ -683,6 +683,14 @@ def test_two_processes_without_data(processes, run_copy):
     assert "processes: all 2 answer" in result.output
 
 
+@pytest.mark.parametrize("precision", ["fp32", "auto"])
+def test_two_processes_without_weights(precision, processes):
+    """The second does not wait for the first, which has found that there are none."""
+    result = together(processes, model__pretrained="nowhere.pt", train__precision=precision)
+    only_error(result, f"{Path.cwd() / 'nowhere.pt'}: no such run directory or file of weights")
+    assert "processes: all 2 answer" in result.output
+
+
 def test_batch_that_two_processes_cannot_share(processes):
     result = together(processes, train__bn_group="16")
     only_error(result, "train.bn_group: 16 makes 1 groups", "--nproc-per-node")
