@@ -180,7 +180,9 @@ def check_writable(output: Path) -> None:
     """A UserError now rather than after loading the data where the run directory cannot be made."""
     existing = existing_part(output)
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"--output {output}: cannot be made below {existing}; choose another directory")
+        raise UserError(
+            f"--output {output}: cannot be made below {existing}; choose another directory with --output DIR"
+        )
 
 
 def existing_part(output: Path) -> Path:

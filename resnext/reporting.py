@@ -73,17 +73,19 @@ class Reporter:
     def __init__(self, folder: Path, rows: int, global_step: int, tensorboard: bool):
         self.terminal = sys.stdout.isatty()
         self.bar: tqdm | None = None
-        try:
-            self.log_file = open(  # noqa: SIM115
-                folder / "log.txt", "a", encoding="utf-8", errors="backslashreplace"
-            )
-            fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.rows = _keep_rows(folder / "metrics.jsonl", rows)
-            self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-        except BlockingIOError:
-            raise UserError(f"{folder}: another process is training there; stop it first") from None
-        except OSError as error:
-            raise UserError(f"{error.filename}: cannot be written ({error.strerror})") from None
+        with contextlib.ExitStack() as files:
+            try:
+                self.log_file = files.enter_context(
+                    open(folder / "log.txt", "a", encoding="utf-8", errors="backslashreplace")
+                )
+                fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.rows = _keep_rows(folder / "metrics.jsonl", rows)
+                self.metrics = files.enter_context(open(folder / "metrics.jsonl", "a", encoding="utf-8"))
+            except BlockingIOError:
+                raise UserError(f"{folder}: another process is training there; stop it first") from None
+            except OSError as error:
+                raise UserError(f"{error.filename}: cannot be written ({error.strerror})") from None
+            self.files = files.pop_all()
         self.board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -171,8 +173,7 @@ class Reporter:
         with self.board_may_fail():
             if self.board:
                 self.board.close()
-        self.metrics.close()
-        self.log_file.close()
+        self.files.close()
 
 
 class Silence:
