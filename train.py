@@ -197,7 +197,7 @@ def check_writable(output: Path) -> None:
     existing = existing_part(output)
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(
-            f"--output {output}: {existing} cannot be written to; choose another directory with --output DIR"
+            f"--output {output}: cannot be made below {existing}; choose another directory with --output DIR"
         )
 
 

@@ -349,6 +349,7 @@ def test_a_branch_is_saved_before_its_first_step_and_has_its_own_best(finished_r
     assert content["progress"]["best"] is None and content["progress"]["rows"] == 0
 
 
+@pytest.mark.filterwarnings("error")  # of files that stay open
 def test_a_directory_is_not_shared_by_two_processes(finished_run):
     folder, _ = finished_run
     with open(folder / "log.txt", "a") as log:
