@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .walk import EXTENSIONS, to_bytes, to_text
+from .walk import EXTENSIONS, SYSTEM_NAMES, to_bytes, to_text
 
 TICK = 3 * 10**9  # nanoseconds; the coarsest clock of common file systems ticks every 2 seconds
 
@@ -27,7 +27,8 @@ def _place(folder: Path) -> Path:
 
 def _header(classes: tuple[str, ...]) -> np.ndarray:
     """Of lists made for these classes by the rules of this version."""
-    return np.array(hashlib.sha256(to_bytes("/".join(classes + EXTENSIONS))).hexdigest())
+    rules = [*EXTENSIONS, *map(to_text, sorted(SYSTEM_NAMES))]
+    return np.array(hashlib.sha256(to_bytes("/".join([*classes, *rules]))).hexdigest())
 
 
 def cached(folder: Path, classes: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]] | None:
