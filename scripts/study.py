@@ -11,7 +11,6 @@ import signal
 import statistics
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,6 +19,7 @@ from plot_curves import draw, epoch_rows
 
 from resnext.config import Config, differences, find_config, read_config, to_text
 from resnext.errors import UserError, command_parser, run_command
+from train import absolute_paths
 
 
 def main() -> int:
@@ -74,8 +74,7 @@ def main() -> int:
 
 def resolved(name: str, seed: int, data: str | None, overrides: list[str]) -> Config:
     """The configuration of one run."""
-    config = read_config(find_config(name), [*overrides, f"run.seed={seed}"])
-    return replace(config, data=replace(config.data, dir=data)) if data else config
+    return absolute_paths(read_config(find_config(name), [*overrides, f"run.seed={seed}"]), data)
 
 
 def run_folder(output: Path, label: str, seed: int) -> Path:
@@ -88,6 +87,8 @@ def check_unchanged(folder: Path, config: Config) -> None:
     if not path.is_file():
         return
     for key, before, now in differences(read_config(path), config):
+        if (key, now) == ("train.precision", "auto"):  # the run says what that was
+            continue
         if key != "data.dir" and not key.startswith("run."):
             raise UserError(
                 f"{folder}: was run with {key}={to_text(before)}, not {to_text(now)}; choose another --output"

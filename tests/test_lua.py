@@ -231,7 +231,7 @@ def test_evaluate_takes_a_lua_file_and_directory(lua_run, tmp_path):
     assert call(evaluate.main, lua_run, "--data", pictures).status == 0  # the file names no classes
     draw_folders(tmp_path / "three", {"a": 1, "b": 1, "c": 1}, size=32)
     result = call(evaluate.main, lua_run, "--data", tmp_path / "three")
-    assert result.status == 2 and "3 classes and the network 10" in result.error
+    assert result.status == 2 and "there are 3 class folders, and the network has 10 classes" in result.error
 
 
 # ---------------------------------------------------------------------------- variants

@@ -58,7 +58,7 @@ def test_study_writes_a_table_of_the_final_errors(study):
         ]
         errors.append(rows[-1]["val"]["top1_error"])
     assert lines[2][3] == f"{np.mean(errors):.2f} ± {np.std(errors, ddof=1):.2f}"
-    assert lines[2][1] == "972,106" and lines[2][5] == "2"
+    assert lines[2][1] == "831,562" and lines[2][5] == "2"
 
 
 def test_study_does_not_repeat_finished_runs(study):
