@@ -1,5 +1,6 @@
 # make demo: set everything up, train a small ResNeXt (a minute, no download), evaluate it, draw its curve.
 # make test: set everything up, check the style, run the tests (some minutes on 2 cores).
+# make test-avx2: those of reduced precision once more, as on a CPU without AVX-512 and bf16 instructions.
 
 PYTHON ?= python3
 RUN := .venv/bin/python
@@ -14,6 +15,9 @@ test: .venv/ready-for-tests
 	.venv/bin/ruff format --check .
 	$(RUN) -m pytest
 
+test-avx2: .venv/ready-for-tests
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(RUN) -m pytest -k "bf16 or fp16 or precision"
+
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install -q --disable-pip-version-check -r requirements.txt
@@ -23,4 +27,4 @@ test: .venv/ready-for-tests
 	.venv/bin/pip install -q --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test
+.PHONY: demo test test-avx2
