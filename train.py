@@ -355,23 +355,17 @@ def load_sets(config: Config, start: Any) -> tuple[Any, Any, str]:
     from resnext.distributed import first_on_machine, gather
     from resnext.weights import LuaState
 
-    fingerprint, problem = None, None
     before = start["classes"] if isinstance(start, dict) else None
     data = config.data
     if isinstance(start, LuaState) and data.class_order is None:
         data = replace(data, class_order="string")
     with first_on_machine():  # which downloads what is missing
-        try:
-            classes = training_classes(data, before)
-            train_set = load_set(data, "train", classes)
-            check_classes(config.model.classes, train_set)
-            val_set = load_set(data, "val", classes)
-            fingerprint = f"{train_set.fingerprint()} {val_set.fingerprint()}"
-        except UserError as error:  # the others wait for this process
-            problem = str(error)
-    for number, (other, error) in enumerate(gather((fingerprint, problem))):
-        if error is not None:
-            raise UserError(error)
+        classes = training_classes(data, before)
+        train_set = load_set(data, "train", classes)
+        check_classes(config.model.classes, train_set)
+        val_set = load_set(data, "val", classes)
+    fingerprint = f"{train_set.fingerprint()} {val_set.fingerprint()}"
+    for number, other in enumerate(gather(fingerprint)):
         if other != fingerprint:
             raise UserError(
                 f"data.dir: process {number} has other files in {config.data.dir} than this one; give all "

@@ -153,15 +153,15 @@ def list_split(folder: Path, classes: tuple[str, ...]) -> Listing:
     paths = [path[skip:] for name in names for path in pictures[name]]
     labels = [label for label, name in enumerate(classes) for _ in pictures.get(name, ())]
     listing = Listing(np.array(paths, "S"), np.array(labels, np.int64), [], [], found)
-    _judge(listing, folder, present - set(classes), dict(zip(roots, names, strict=True)))
+    _judge(listing, folder, present - set(classes), set(roots))
     empty = [name for name in classes if not pictures.get(name)]
     if len(empty) == len(classes):
         listing.errors.append(f"{folder}: holds no pictures of the known classes; check the path")
     elif empty and folder.name == "train":
-        listing.errors.append(
-            f"{folder / os.fsdecode(to_bytes(empty[0]))}: holds no pictures ({FORMATS}); add some, or remove "
-            "the class from train/ and val/"
-        )
+        inner = folder / os.fsdecode(to_bytes(empty[0]))
+        linked = any(path.startswith(os.fsencode(inner) + b"/") for path, _ in found.repeated)
+        what = "only links to pictures of other classes" if linked else f"no pictures ({FORMATS})"
+        listing.errors.append(f"{inner}: holds {what}; add some, or remove the class from train/ and val/")
     return listing
 
 
@@ -172,14 +172,15 @@ def absent_classes(
     wanted = range(len(classes)) if wanted is None else wanted
     present = set(np.unique(labels).tolist())
     absent = tuple(classes[label] for label in wanted if label not in present)
+    if not absent:
+        return []
     return [
         f"warning: {folder}: has no pictures of {len(absent):,} of {len(wanted):,} classes ({some(absent)}); "
         "errors are over the others"
-        for _ in absent[:1]
     ]
 
 
-def _judge(listing: Listing, folder: Path, strangers: set[str], classes: dict[bytes, str]) -> None:
+def _judge(listing: Listing, folder: Path, strangers: set[str], roots: set[bytes]) -> None:
     """Errors and notes of everything that is not a picture in its class folder."""
     found = listing.found
     with os.scandir(os.fsencode(folder)) as entries:
@@ -202,9 +203,9 @@ def _judge(listing: Listing, folder: Path, strangers: set[str], classes: dict[by
     for path, error in found.unreadable.items():
         listing.errors.append(f"{os.fsdecode(path)}: cannot be read ({error.strerror})")
     for path, first in found.repeated:
-        if path in classes and first in classes:
+        if path in roots:
             listing.errors.append(
-                f"{os.fsdecode(path)}: is the same folder as {classes[first]!r}; remove one of the two"
+                f"{os.fsdecode(path)}: is the same folder as {os.fsdecode(first)}; remove one of the two"
             )
     listing.notes += left_out(found, folder)
 
@@ -238,9 +239,10 @@ def list_set(
     folder = split_folder(root, split)
     paths, labels, notes = list_files(folder, classes)
     train = folder.with_name("train")
+    if split == "val":
+        notes += tuple(absent_classes(folder, labels, classes, wanted))
     if split == "val" and train.exists() and train.samefile(folder):
         notes += (f"warning: {folder}: is the same folder as train/; the error is that of training pictures",)
-    notes += tuple(absent_classes(folder, labels, classes, wanted))
     keep = even_indices(len(paths), limit)
     return FileSet(folder, paths[keep], labels[keep], classes, notes)
 

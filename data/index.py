@@ -25,17 +25,17 @@ def _place(folder: Path) -> Path:
     return Path(base) / "resnext" / f"{name}.npz"
 
 
-def _header(classes: tuple[str, ...]) -> np.ndarray:
-    """Of lists made for these classes by the rules of this version."""
+def _header(folder: Path, classes: tuple[str, ...]) -> np.ndarray:
+    """Of lists of train/ or val/ made for these classes by the rules of this version."""
     rules = [*EXTENSIONS, *map(to_text, sorted(SYSTEM_NAMES))]
-    return np.array(hashlib.sha256(to_bytes("/".join([*classes, *rules]))).hexdigest())
+    return np.array(hashlib.sha256(to_bytes("/".join([folder.name, *classes, *rules]))).hexdigest())
 
 
 def cached(folder: Path, classes: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]] | None:
     """(paths, labels, warnings) as they were remembered, None where there is nothing or it has changed."""
     try:
         with np.load(_place(folder), allow_pickle=False) as stored:
-            if stored["classes"] != _header(classes):
+            if stored["classes"] != _header(folder, classes):
                 return None
             for directory, changed in zip(stored["directories"], stored["changed"], strict=True):
                 if os.stat(os.fsdecode(directory)).st_mtime_ns != changed:
@@ -64,7 +64,7 @@ def remember(
             with open(temporary, "wb") as file:
                 np.savez(
                     file,
-                    classes=_header(classes),
+                    classes=_header(folder, classes),
                     paths=paths,
                     labels=labels,
                     notes=np.array([to_bytes(note) for note in notes], "S"),

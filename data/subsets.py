@@ -95,7 +95,10 @@ def known_classes(data: Data, outputs: int, origin: str) -> tuple[tuple[str, ...
         raise UserError("--data: is missing; give --data DIR with val/CLASS/*.jpg")
     if data.dataset != "folder":
         return load_set(data, "val").classes, []
-    found = class_folders(split_folder(data.dir, "val"))
+    val = split_folder(data.dir, "val")
+    found, train = class_folders(val), val.with_name("train")
+    if len(found) < outputs and train.is_dir() and set(found) < set(class_folders(train)):
+        found = class_folders(train)  # val/ may lack classes
     wnids = imagenet_classes()
     numbered = output_numbers(found, outputs) is not None and data.class_order is None
     if outputs == len(wnids) and (numbered or set(found) <= set(wnids)):

@@ -7,9 +7,10 @@ is if that is below the folders too.
 
 import mimetypes
 import os
+import stat
 from array import array
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,10 +69,10 @@ class Found:
 def walk(roots: Sequence[bytes]) -> Found:
     """All pictures below the folders `roots`, each for the first root that leads to it."""
     found = Found([[] for _ in roots])
-    seen: dict[tuple[int, int], bytes] = {}  # device and inode of the folders that were read
+    seen = _ancestors(roots)  # device and inode of the folders that were read, or lie above
     files: dict[int, array] = {}  # device: inodes of the pictures, 8 bytes each
     links: list[tuple[int, bytes]] = []
-    pending = deque(enumerate(roots))
+    pending = deque(sorted(enumerate(roots), key=lambda pair: os.path.islink(pair[1])))
     while pending:
         root, folder = pending.popleft()
         try:
@@ -94,6 +95,8 @@ def walk(roots: Sequence[bytes]) -> Found:
                 pending.appendleft((root, entry.path))
             elif leads_to_folder(entry):
                 pending.append((root, entry.path))  # after all real ones
+            elif is_picture(entry.name) and not (entry.is_symlink() or entry.is_file(follow_symlinks=False)):
+                found.left_out.append(entry.path)  # a pipe would be waited for
             elif not is_picture(entry.name):
                 (found.left_out if may_be_picture(entry.name) else found.others).append(entry.path)
             elif entry.is_symlink():
@@ -105,6 +108,24 @@ def walk(roots: Sequence[bytes]) -> Found:
     for pictures in found.pictures:
         pictures.sort()
     return found
+
+
+def _ancestors(roots: Sequence[bytes]) -> dict[tuple[int, int], bytes]:
+    """The folders above the roots, where they are named and where they really are; none in a root."""
+    real = [os.path.realpath(root) for root in roots]
+    parents = {os.path.dirname(path) for path in (*map(os.path.abspath, roots), *real)}
+    above = {folder for parent in parents for folder in _upwards(parent)}
+    inside = tuple(root + b"/" for root in real)
+    statuses = {folder: os.stat(folder) for folder in above if not (folder + b"/").startswith(inside)}
+    return {(status.st_dev, status.st_ino): folder for folder, status in statuses.items()}
+
+
+def _upwards(folder: bytes) -> Iterator[bytes]:
+    """A folder and those above it."""
+    yield folder
+    while folder != os.path.dirname(folder):
+        folder = os.path.dirname(folder)
+        yield folder
 
 
 def leads_to_folder(entry: os.DirEntry) -> bool:
@@ -123,6 +144,9 @@ def _add_links(found: Found, links: list[tuple[int, bytes]], files: dict[int, ar
             status = os.stat(path)
         except OSError:
             found.pictures[root].append(path)
+            continue
+        if not stat.S_ISREG(status.st_mode):
+            found.left_out.append(path)
             continue
         inodes = known.setdefault(status.st_dev, set())
         if status.st_ino in inodes:

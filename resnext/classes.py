@@ -54,11 +54,18 @@ def name_outputs(
     numbers = output_numbers(names, outputs) if order is None else None
     if numbers is not None:
         numbered = tuple(numbers.get(output, str(output)) for output in range(outputs))
-        if known == "natural" or string == numbered or outputs == IMAGENET_OUTPUTS:
+        sure = outputs == IMAGENET_OUTPUTS or string == numbered
+        if known == "string" and len(names) == outputs and not sure:
+            raise UserError(
+                f"the class folders 0…{outputs - 1} may be the outputs' numbers, or classes in the order "
+                f"of {origin}, {some(string)}; give {option}natural (numbers) or {option}string"
+            )
+        if known == "natural" or sure:
             return numbered, []
         return numbered, [
-            f"warning: class folders 0…{outputs - 1} are taken for the numbers of the network's outputs; if "
-            f"it was trained on folders in the order {some(string)}, as by torchvision, give {option}string"
+            f"warning: the class folders ({some(natural)}) are taken for the numbers of the network's "
+            f"outputs; if it was trained on folders in the order {some(string)}, as by torchvision, give "
+            f"{option}string"
         ]
     if len(names) != outputs:
         raise UserError(

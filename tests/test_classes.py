@@ -76,6 +76,10 @@ def test_numbers_are_outputs():
     names, warnings = name_outputs(folders, 12, "torchvision or timm", None, "--class-order ")
     assert names == tuple(map(str, range(12)))
     assert len(warnings) == 1 and warnings[0].endswith("give --class-order string")
+    with pytest.raises(
+        UserError, match=r"0…11 may be the outputs' numbers, or classes in the order of Torch7"
+    ):
+        name_outputs([str(number) for number in range(12)], 12, "Torch7", None, "--class-order ")
     thousand = tuple(map(str, range(1000)))  # ImageNet-V2
     assert name_outputs(thousand, 1000, "torchvision", None, "") == (thousand, [])
     assert name_outputs(["000", "001", "002"], 3, "torchvision", None, "") == (("000", "001", "002"), [])
@@ -157,7 +161,11 @@ def test_evaluation_in_the_users_order(numbered, tmp_path):
 def test_folders_that_are_the_numbers_of_outputs(numbered):
     wrong, said = errors(numbered / "bare.pth", "--data", numbered / "v2")
     assert wrong == 0
-    assert "warning: class folders 0…11 are taken for the numbers of the network's outputs" in said
+    assert "warning: the class folders (0, 1, 2, 3, …) are taken for the numbers of the network's" in said
+    refused = message(call(evaluate.main, numbered / "torchvision.pth", "--data", numbered / "v2"))
+    assert "--class-order natural (numbers) or --class-order string" in refused
+    told = errors(numbered / "torchvision.pth", "--data", numbered / "v2", "--class-order", "natural")
+    assert told == (0, "")
     assert errors(numbered / "timm.pth.tar", "--data", numbered / "v2") == (0, "")
 
 

@@ -174,6 +174,63 @@ def test_a_link_gives_way_to_the_real_folder(tmp_path):
     assert files.labels.tolist() == [0, 0, 1, 1]
 
 
+@pytest.mark.parametrize("target", ["..", "../..", "../../.."])
+def test_a_link_to_a_folder_above(folder, target):
+    """Neither val/ nor what lies beside the classes comes in through it."""
+    (folder / "train" / "cat" / "up").symlink_to(target)
+    shutil.copy(folder / "train" / "cat" / "0.png", folder / "loose.png")
+    result = trained()
+    assert TRAINED in result.output
+    assert len(warnings(result.output)) == 1 and ": 1, such as cat/up to " in warnings(result.output)[0]
+
+
+def test_a_class_that_is_a_link_into_another(folder):
+    (folder / "train" / "dog" / "sub").mkdir()
+    shutil.copy(folder / "train" / "dog" / "0.png", folder / "train" / "dog" / "sub" / "0.png")
+    (folder / "train" / "ant").symlink_to("dog/sub")
+    (folder / "val" / "ant").mkdir()
+    refused("data/train/ant: is the same folder as data/train/dog/sub; remove one of the two")
+
+
+def test_a_class_of_links_to_another(folder):
+    (folder / "train" / "ant").mkdir()
+    (folder / "train" / "ant" / "0.png").symlink_to("../cat/0.png")
+    (folder / "val" / "ant").mkdir()
+    refused("data/train/ant: holds only links to pictures of other classes; add some")
+
+
+def test_a_pipe_is_no_picture(folder):
+    os.mkfifo(folder / "train" / "cat" / "pipe.png")
+    (folder / "train" / "cat" / "link.png").symlink_to("pipe.png")
+    result = trained()
+    assert TRAINED in result.output and "2 (.png 2)" in result.output
+
+
+def test_train_and_val_do_not_share_a_cached_list(folder):
+    """val/ may lack a class and train/ must not, even where both are one folder."""
+    shutil.rmtree(folder / "val")
+    (folder / "val").symlink_to("train")
+    (folder / "train" / "new").mkdir()
+    for place in (folder / "train", *(folder / "train").iterdir()):
+        os.utime(place, (1, 1))
+    classes = ("cat", "dog", "new", "ship")
+    assert len(list_set("data", "val", classes=classes)) == 15
+    for _ in range(2):
+        with pytest.raises(UserError, match="new: holds no pictures"):
+            list_set("data", "train", classes=classes)
+
+
+def test_weights_without_names_and_a_class_without_validation_pictures(folder):
+    """The names are those of train/, where val/ lacks some."""
+    assert trained().status == 0
+    done = run_script("scripts/export.py", "run", "bare.pth", cwd=".")
+    assert done.status == 0, done.error
+    shutil.rmtree(folder / "val" / "cat")
+    result = call(evaluate.main, "bare.pth", "--data", "data", "--json", "r.json")
+    assert json.loads(Path("r.json").read_text())["images"] == 11, result.error
+    assert warnings(result.error)[-1].startswith("data/val: has no pictures of 1 of 3 classes (cat)")
+
+
 def test_two_links_to_one_file_count_once(tmp_path):
     (tmp_path / "store").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "store" / "x.png")
@@ -189,7 +246,7 @@ def test_two_links_to_one_file_count_once(tmp_path):
 def test_two_classes_that_are_one_folder(folder):
     (folder / "train" / "zebra").symlink_to("cat")
     (folder / "val" / "zebra").mkdir()
-    refused("data/train/zebra: is the same folder as 'cat'; remove one of the two")
+    refused("data/train/zebra: is the same folder as data/train/cat; remove one of the two")
 
 
 def test_validation_on_the_training_folder_is_said(folder):
