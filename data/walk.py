@@ -175,7 +175,7 @@ def left_out(found: Found, folder: Path | str) -> list[str]:
         )
         kinds = ", ".join(f"{ending} {count:,}" for ending, count in endings.most_common(5))
         notes.append(
-            f"warning: {folder}: left out are files whose names are of no known format: "
+            f"warning: {folder}: left out are files of no known format: "
             f"{len(found.left_out):,} ({kinds}), such as {short(found.left_out[0])}; convert them to JPEG "
             "or PNG"
         )

@@ -97,7 +97,6 @@ def test_broken_files(folder):
         "text.jpeg",
         "link.png",
         "self.png",
-        "pipe.png",
         "huge.bmp",
         "deeper/below.png",
     )
@@ -108,9 +107,12 @@ def test_broken_files(folder):
     assert broken["train/cat/text.jpeg"].startswith("cannot be decoded")
     assert "No such file" in broken["train/cat/link.png"]
     back = "left out are links to what is there already: 1, such as dog/back to dog"
-    assert report["warnings"] == [f"{folder / 'train'}: {back}"]
-    assert f"Warnings\n  training says too: 1\n    {folder / 'train'}: {back}\n" in result.output
-    assert "broken files: 9" in result.output and "train/cat/empty.png: empty" in result.output
+    pipe = (
+        "left out are files of no known format: 1 (.png 1), such as cat/pipe.png; convert them to JPEG or PNG"
+    )
+    assert report["warnings"] == [f"{folder / 'train'}: {back}", f"{folder / 'train'}: {pipe}"]
+    assert f"Warnings\n  training says too: 2\n    {folder / 'train'}: {back}\n" in result.output
+    assert "broken files: 8" in result.output and "train/cat/empty.png: empty" in result.output
     assert "not fit for training" in result.output
 
 
@@ -181,7 +183,7 @@ def test_ignored_files(folder):
         "system files and those beside the classes are not told"
     )
     assert report["warnings"] == [
-        f"{folder / 'train'}: left out are files whose names are of no known format: 1 (.heic 1), such as "
+        f"{folder / 'train'}: left out are files of no known format: 1 (.heic 1), such as "
         "cat/picture.heic; convert them to JPEG or PNG"
     ]
     assert report["pictures"] == {"train": 6, "val": 6}

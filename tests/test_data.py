@@ -609,7 +609,7 @@ def test_extensions_nesting_and_other_files(tmp_path):
     ]
     assert labels.tolist() == [0] * 7 + [1]
     assert notes == (
-        f"warning: {root / 'train'}: left out are files whose names are of no known format: 3 (no ending 1, "
+        f"warning: {root / 'train'}: left out are files of no known format: 3 (no ending 1, "
         ".pngx 1, .part 1), such as cat/png; convert them to JPEG or PNG",
     )
     assert len(read(root, "train")) == 8

@@ -157,7 +157,7 @@ def test_warnings_are_remembered(root, cache, monkeypatch):
     expected = list_files(root, CLASSES)[2]
     assert expected == (
         f"warning: {root}: left out are links to what is there already: 1, such as cat/back to dog/deep",
-        f"warning: {root}: left out are files whose names are of no known format: 1 (.heic 1), such as "
+        f"warning: {root}: left out are files of no known format: 1 (.heic 1), such as "
         "cat/x.heic; convert them to JPEG or PNG",
     )
     assert len(entries(cache)) == 1

@@ -137,7 +137,7 @@ def test_more_formats_and_those_that_are_left_out(folder):
         (folder / "train" / "cat" / name).touch()
     agree(
         TRAINED,
-        "data/train: left out are files whose names are of no known format: 4 (.heic 2, .psd 1, no ending "
+        "data/train: left out are files of no known format: 4 (.heic 2, .psd 1, no ending "
         "1), such as cat/1.heic; convert them to JPEG or PNG",
     )
     result = call(predict.main, "run", "data/train/cat", "--top", "1", "--format", "csv")

@@ -106,7 +106,7 @@ def test_which_pictures(tmp_path, monkeypatch):
     assert found == below
     assert [problem.split(":")[0] for problem in problems] == ["gone.jpg", "empty", "*.gif"]
     back = "left out are links to what is there already: 1, such as deep/back to b"
-    unknown = "left out are files whose names are of no known format: 1 (no ending 1), such as x"
+    unknown = "left out are files of no known format: 1 (no ending 1), such as x"
     assert notes == [f"warning: b: {back}", f"warning: empty: {unknown}; convert them to JPEG or PNG"]
 
 
