@@ -140,15 +140,8 @@ def run(
     config = replace(config, train=replace(config.train, precision=precision))
     set_numerics(precision, config.run.deterministic)
     with first_on_machine():  # which downloads what is missing
-        classes, notes = info.classes, slow_precision(precision, device, "--precision ")
-        if classes is None:
-            classes, warnings = subsets.known_classes(config.data, info.outputs, info.origin)
-            notes += warnings
-        columns = subsets.find_columns(wanted, classes, arguments.classes) if wanted else None
-        val_set, names = subsets.load_val(config.data, classes, columns)
-    if columns:
-        val_set, names = subsets.restrict(val_set, names, columns, arguments.classes)
-    for note in [*notes, *val_set.notes] if rank() == 0 else ():
+        val_set, names, columns, notes = load_scored(info, wanted, arguments.classes)
+    for note in [*slow_precision(precision, device, "--precision "), *notes] if rank() == 0 else ():
         print(note, file=sys.stderr)
     members = subsets.find_members(splits, names, arguments.splits) if splits else {}
     model = place(model, config, device)
@@ -175,7 +168,7 @@ def run(
         "precision": config.train.precision,
         "device": device.type,
         "classes": len(val_set.classes),
-        "network_classes": len(classes),
+        "network_classes": info.outputs,
         "classes_file": arguments.classes,
         **class_rows(predictions, val_set.classes),
         "splits_file": arguments.splits,
@@ -191,6 +184,24 @@ def run(
             write_whole("--json", arguments.json, json.dumps(result, indent=2) + "\n")
     finally:  # neither a full disk nor a closed pipe takes the other results along
         print(report(result, arguments.per_class), flush=True)
+
+
+def load_scored(
+    info: Any, wanted: dict[str, int] | None, classes_file: str | None
+) -> tuple[Any, Any, list[int] | None, list[str]]:
+    """(the pictures to score, their names, the outputs that compete or None for all, warnings)."""
+    from data import subsets
+
+    data, classes, notes, columns = info.config.data, info.classes, [], None
+    if classes is None:
+        classes, notes = subsets.known_classes(data, info.outputs, info.origin)
+    if wanted:
+        columns = subsets.find_columns(wanted, classes, classes_file)
+    val_set, names = subsets.load_val(data, classes, columns)
+    notes = [*notes, *val_set.notes]
+    if columns:
+        val_set, names = subsets.restrict(val_set, names, columns, classes_file)
+    return val_set, names, columns, notes
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:

@@ -408,8 +408,8 @@ def slow_precision(precision: str, device: torch.device, option: str) -> list[st
         return []
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
     return [
-        f"warning: {option.strip('= ')}: {name} has no {precision} instructions and emulates them, ten times "
-        f"slower than fp32; use {option}fp32"
+        f"warning: {option.strip('= ')}: {name} has no {precision} instructions and emulates them, many "
+        f"times slower than fp32; use {option}fp32"
     ]
 
 

@@ -15,7 +15,7 @@ from resnext.distributed import choose_precision, has_instructions, slow_precisi
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 WARNING = (
-    "warning: train.precision: this CPU has no bf16 instructions and emulates them, ten times slower than "
+    "warning: train.precision: this CPU has no bf16 instructions and emulates them, many times slower than "
     "fp32; use train.precision=fp32"
 )
 
