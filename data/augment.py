@@ -17,6 +17,16 @@ from resnext.config import Augment
 
 from .draws import Stream, hashes, uniforms
 
+
+def on_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A batch's draws or labels on the device, which the host does not wait for.
+
+    A GPU copies them from pinned memory, which torch does not reuse before they are copied.
+    """
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 # ---------------------------------------------------------------------------- normalisation, CIFAR
 
 
@@ -112,8 +122,9 @@ def jitter(images: Tensor, draws: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 @functools.cache
 def colour_constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Gray (3,), scaled axes of lighting (3, 3) and identity, float64; copied to a device only once."""
-    gray, vectors, values = (torch.tensor(v, dtype=torch.double) for v in (GRAY, EIGENVECTORS, EIGENVALUES))
-    return gray.to(device), (vectors * values).to(device), torch.eye(3, dtype=torch.double, device=device)
+    axes = np.array(EIGENVECTORS) * np.array(EIGENVALUES)
+    gray, axes, identity = (on_device(array, device) for array in (np.array(GRAY), axes, np.eye(3)))
+    return gray, axes, identity
 
 
 def colour_map(colours: Tensor, draws: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,12 +162,36 @@ def seeded(seed: int) -> Iterator[None]:
 
 def erase(images: Tensor, seed: int, epoch: int, ids: np.ndarray, probability: float) -> None:
     """torchvision's RandomErasing of normalised (N, 3, H, W) with the mean colour, each its own, in place."""
+    boxes = erased_boxes(images, seed, epoch, ids, probability)
+    if images.is_cuda:  # all pictures in a few launches
+        images.masked_fill_(box_mask(on_device(boxes, images.device), *images.shape[2:]), 0.0)
+        return
+    for image, (top, bottom, left, right) in zip(images, boxes.tolist(), strict=True):
+        image[:, top:bottom, left:right] = 0.0
+
+
+def erased_boxes(images: Tensor, seed: int, epoch: int, ids: np.ndarray, probability: float) -> np.ndarray:
+    """int64 (N, 4): top, bottom, left and right of what RandomErasing erases; zeros: nothing."""
     chosen = uniforms(seed, epoch, ids, 1, Stream.ERASING)[:, 0] < probability
     seeds = hashes(seed, epoch, ids, 2, Stream.ERASING)[:, 1]
-    erasing = v2.RandomErasing(p=1.0, inplace=True)
-    for i in np.flatnonzero(chosen):
-        with seeded(int(seeds[i])):
-            erasing(images[i])
+    boxes = np.zeros((len(ids), 4), np.int64)
+    erasing = v2.RandomErasing(p=1.0)
+    with torch.random.fork_rng(devices=[]):
+        for i in np.flatnonzero(chosen):
+            torch.default_generator.manual_seed(int(seeds[i]))
+            torch.rand(1)  # which the transform itself draws first, to decide whether to erase
+            box = erasing.make_params([images])
+            if box["v"] is not None:  # it found a place in 10 trials
+                boxes[i] = box["i"], box["i"] + box["h"], box["j"], box["j"] + box["w"]
+    return boxes
+
+
+def box_mask(boxes: Tensor, height: int, width: int) -> Tensor:
+    """bool (N, 1, H, W): whether a pixel is in its picture's box, int64 (N, 4), as from erased_boxes."""
+    top, bottom, left, right = boxes[:, :, None].unbind(1)
+    rows, columns = (torch.arange(size, device=boxes.device) for size in (height, width))
+    rows, columns = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
+    return rows[:, None, :, None] & columns[:, None, None]
 
 
 def mix(

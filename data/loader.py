@@ -36,6 +36,7 @@ from .augment import (
     mirror_draws,
     mix,
     normalise,
+    on_device,
 )
 from .decode import check_decoder
 from .draws import Stream, epoch_order, hashes, uniforms
@@ -139,7 +140,7 @@ def finish(
     if len(images) and (augment.mixup or augment.cutmix):
         images, labels = mix(images, labels, augment, classes, seed, epoch, step)
     if part.kept is not None:
-        kept = torch.from_numpy(part.kept).to(images.device, non_blocking=True)
+        kept = on_device(part.kept, images.device)
         images, labels = images[kept], labels[kept]
     return images, labels
 
@@ -167,7 +168,7 @@ class TrainBatches:
         ids = np.concatenate([part.ids for part in steps])
         draws = cifar_draws(self.seed, epoch, ids, augment.mirror, augment.padding)
         # One copy an epoch: the steps then touch the host for nothing.
-        order, mirrored, x, y = (torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in (ids, *draws))
+        order, mirrored, x, y = (on_device(np.ascontiguousarray(a), device) for a in (ids, *draws))
         ends = np.cumsum([len(part.ids) for part in steps])
         for step in range(first_step, self.steps):
             part = slice(ends[step] - len(steps[step].ids), ends[step])
@@ -507,12 +508,13 @@ def deaths_noticed() -> Iterator[None]:
 
 def to_device(batch: HostBatch, device: torch.device, stream: Any) -> HostBatch:
     """The same as tensors on the device, ready for its current stream."""
-    names = ("labels", "mirrored", "colours")
-    tensors = {"images": batch.images} | {name: torch.from_numpy(getattr(batch, name)) for name in names}
+    with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+        tensors = {
+            name: on_device(getattr(batch, name), device) for name in ("labels", "mirrored", "colours")
+        }
+        tensors["images"] = batch.images.to(device, non_blocking=True)  # pinned by the loader
     if stream is not None:
         current = torch.cuda.current_stream(device)
-        with torch.cuda.stream(stream):
-            tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
         current.wait_stream(stream)
         for tensor in tensors.values():
             tensor.record_stream(current)

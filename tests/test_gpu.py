@@ -12,7 +12,7 @@ import pytest
 import torch
 from commands import draw_folders
 
-from data.loader import TrainBatches, eval_batches, train_batches
+from data.loader import eval_batches, train_batches
 from data.sets import load_set
 from resnext.config import parse_config
 from resnext.distributed import set_numerics
@@ -50,7 +50,7 @@ def batches_for(training, split: str = "train"):
     images = load_set(config.data, split)
     if split == "val":
         return eval_batches(images, config.data, config.train.eval_batch_size, training.device)
-    return TrainBatches(images, config, training.device)
+    return train_batches(images, config, training.device)
 
 
 @pytest.mark.parametrize("compiled", ["false", "true"])
@@ -66,17 +66,25 @@ def test_training_lowers_the_loss(precision, compiled):
     assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
 
 
-@pytest.mark.parametrize("extra", [(), ("train.accumulation_steps=2", "train.bn_group=16")])
-def test_a_step_never_waits_for_the_device(extra):
+AUGMENTED = ("augment.erasing=0.5", "augment.mixup=0.2", "augment.cutmix=1")
+FILES = ("data.dataset=folder", "data.pipeline=fast", "data.image_size=32", "data.workers=2")
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [(), AUGMENTED, (*FILES, *AUGMENTED), ("train.accumulation_steps=2", "train.bn_group=16")],
+    ids=["plain", "augmented", "files", "parts"],
+)
+def test_a_step_never_waits_for_the_device(extra, tmp_path):
+    draw_folders(tmp_path, dict.fromkeys("0123456789", 20), size=50)
+    extra = (*extra, f"data.dir={tmp_path}")
     training = training_on("cuda", "train.precision=bf16", "train.ema_decay=0.9", *extra)
     batches = batches_for(training)
     for images, labels in batches.epoch(1):
         train_step(training, images, labels, 0.01)
-    steps = batches.epoch(2)
-    train_step(training, *next(steps), 0.01)  # the epoch's order and draws are copied once
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for images, labels in steps:
+        for images, labels in batches.epoch(2):
             train_step(training, images, labels, 0.01)
     finally:
         torch.cuda.set_sync_debug_mode("default")
