@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import torchvision
 from benchmark_data import CIFAR, Table, Variant
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from traffic import Traffic
 
 from resnext.config import Config, parse_config, to_yaml
 from resnext.distributed import choose_device, has_instructions, set_numerics
@@ -137,26 +137,14 @@ def evaluation_step(
 # ---------------------------------------------------------------------------- the limit
 
 
-class CountBytes(TorchDispatchMode):
-    """Bytes that convolutions and matrix products read and write: what moves if all else were fused."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        if function._overloadpacket.__name__ in ("convolution", "convolution_backward", "mm", "addmm"):
-            flat = [*args, *(out if isinstance(out, tuple | list) else [out])]
-            self.bytes += sum(t.nbytes for t in flat if isinstance(t, Tensor))
-        return out
-
-
 def bytes_moved(step: Callable[[], object]) -> int:
-    """Bytes of one step; of a compiled one, which hides its operations, 0."""
-    with contextlib.suppress(Exception), CountBytes() as counter:
+    """Bytes of a step's convolutions and matrix products: what moves if all else were fused into them.
+
+    Of a compiled step, which hides its operations, 0.
+    """
+    with contextlib.suppress(Exception), Traffic() as counter:
         step()
-        return counter.bytes
+        return sum(counter.bytes[name] for name in ("convolution", "convolution_backward", "mm", "addmm"))
     return 0
 
 
