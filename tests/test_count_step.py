@@ -50,6 +50,12 @@ def test_a_step_by_hand():
     assert traffic.kernels == once | {"native_batch_norm": 3, "native_batch_norm_backward": 2}
 
 
+def test_only_tensors_count():
+    with pretended_gpu(), Traffic() as traffic, torch.profiler.record_function("a name"):
+        torch.empty(2).device.type  # noqa: B018
+    assert not traffic.calls
+
+
 def test_both_gradients_of_a_convolution():
     layer, x = network()[0], images(requires_grad=True)
     traffic = counted(lambda: layer(x).backward(torch.ones(2, 8, 4, 4)))
