@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from commands import call
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.profiler import ProfilerActivity, profile
 
 import evaluate
 import resnext.trainer
@@ -130,6 +132,26 @@ def test_the_average_is_the_written_out_one():
     got = [t for t in training.ema.module.state_dict().values() if t.is_floating_point()]
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b)
+    counters = [t for t in training.ema.module.buffers() if not t.is_floating_point()]
+    assert counters and all(t == 3 for t in counters), "of the latest weights"
+
+
+def test_the_average_has_the_bits_of_torch_s_and_takes_few_kernels():
+    training = training_of("train.ema_decay=0.75")
+    theirs = AveragedModel(training.model, multi_avg_fn=get_ema_multi_avg_fn(0.75), use_buffers=True)
+    for _ in range(3):
+        train_step(training, *batch(), 0.1)
+        theirs.update_parameters(training.model)
+    states = (training.ema.state_dict(), theirs.state_dict())
+    assert list(states[0]) == list(states[1])
+    assert all(torch.equal(t, states[1][k]) for k, t in states[0].items() if t.is_floating_point())
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        training.ema.update_parameters(training.model)
+    names = {event.key for event in profiled.key_averages()}
+    assert "aten::_foreach_lerp_" in names
+    assert not names & {"aten::to", "aten::mul", "aten::add"}, (
+        "nothing goes to the device, or counter by counter"
+    )
 
 
 def test_parts_of_an_accumulated_batch_end_where_groups_do():
@@ -174,6 +196,107 @@ def test_a_compiled_step_is_the_same_to_rounding(extra):
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
     assert_close(compiled.model, plain.model, 1e-3)
     assert list(checkpoint_content(compiled)["model"]) == list(checkpoint_content(plain)["model"])
+
+
+# ---------------------------------------------------------------------------- the fused step, as on a GPU
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """SGD takes its fused step, as on a GPU; new memory is NaN."""
+    plain = torch.optim.SGD
+    monkeypatch.setattr(
+        torch.optim, "SGD", lambda *args, **options: plain(*args, **options | {"fused": True})
+    )
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def overflow(training) -> None:
+    """A step whose gradients are infinite, which the loss scaler skips."""
+    state = training.scaler.state_dict()
+    training.scaler.load_state_dict(state | {"scale": 2.0**60})
+    train_step(training, *batch(), 0.1)
+    training.scaler.load_state_dict(state)
+
+
+def two_nesterov_steps(training) -> list[torch.Tensor]:
+    """Weights after two steps on the batch, from momenta of 0: v ← 0.9 v + d, w ← w - lr·(d + 0.9 v)."""
+    model = copy.deepcopy(training.model)
+    momenta = [torch.zeros_like(p) for p in model.parameters()]
+    for _ in range(2):
+        with training.autocast():
+            output = model(batch()[0])
+        gradients = torch.autograd.grad(
+            F.cross_entropy(output.float(), batch()[1]) * 1024, model.parameters()
+        )
+        with torch.no_grad():
+            for p, g, v in zip(model.parameters(), gradients, momenta, strict=True):
+                d = g / 1024 + 1e-4 * p
+                v.mul_(0.9).add_(d)
+                p -= 0.1 * (d + 0.9 * v)
+    return list(model.parameters())
+
+
+def start_anew(training):
+    return training
+
+
+def resume_without_momenta(training):
+    """As from a checkpoint that was written ahead of the first step, before momenta started at 0."""
+    content = copy.deepcopy(checkpoint_content(training))
+    content["optimizer"]["state"] = {}
+    other = training_of("train.precision=fp16", "run.seed=5")
+    restore(other, content, Path("x"))
+    return other
+
+
+def resume_without_any_momentum(training):
+    """As of a run that had optimizer.momentum=0."""
+    content = copy.deepcopy(checkpoint_content(training))
+    for state in content["optimizer"]["state"].values():
+        state["momentum_buffer"] = None
+    other = training_of("train.precision=fp16", "run.seed=5")
+    restore(other, content, Path("x"))
+    return other
+
+
+@pytest.mark.parametrize("begin", [start_anew, resume_without_momenta, resume_without_any_momentum])
+def test_steps_after_a_first_one_that_was_skipped(fused, begin):
+    training = begin(training_of("train.precision=fp16"))
+    assert training.scaler.get_scale() == 1024, "at which ResNeXt-50's first gradients do not overflow"
+    expected = two_nesterov_steps(training)
+    overflow(training)
+    for _ in range(2):
+        train_step(training, *batch(), 0.1)
+    for p, e in zip(training.model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.detach(), e.detach(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("layouts", [("true", "false"), ("false", "true")])
+def test_a_run_goes_on_in_the_other_layout(fused, layouts):
+    first, second = (f"train.channels_last={layout}" for layout in layouts)
+    training, unbroken = training_of(first), training_of(first)
+    for t in (training, unbroken):
+        train_step(t, *batch(), 0.1)
+    resumed = training_of(second, "run.seed=5")
+    restore(resumed, copy.deepcopy(checkpoint_content(training)), Path("x"))
+    for t in (resumed, unbroken):
+        train_step(t, *batch(), 0.1)
+    assert_close(resumed.model, unbroken.model, 1e-4)
+    for p in resumed.model.parameters():
+        assert resumed.optimizer.state[p]["momentum_buffer"].stride() == p.stride()
+
+
+def test_momenta_that_start_at_zero_give_the_bits_of_torch_s_first_step():
+    training, plain = training_of(), training_of()
+    plain.optimizer.state.clear()
+    for _ in range(2):
+        for t in (training, plain):
+            train_step(t, *batch(), 0.1)
+    assert all(map(torch.equal, training.model.parameters(), plain.model.parameters()))
 
 
 # ---------------------------------------------------------------------------- whole runs
