@@ -306,7 +306,7 @@ def measure(
     from data.loader import eval_batches
     from resnext.distributed import rank, world_size
     from resnext.evaluation import Recorder, evaluate
-    from resnext.state import autocast
+    from resnext.state import autocast, memory_layout
 
     crops = 10 if arguments.ten_crop else 1
     batch_size = arguments.batch_size or max(1, config.train.eval_batch_size // crops)
@@ -318,6 +318,7 @@ def measure(
             model,
             bar,
             lambda: autocast(device, config.train.precision),
+            layout=memory_layout(config, device),
             crops=crops,
             columns=torch.tensor(columns, device=device) if columns else None,
             recorder=recorder,

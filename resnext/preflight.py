@@ -453,6 +453,7 @@ def try_part(
     Gradients are not exchanged. Loss is None of a process without images.
     """
     train, ranks = training.config.train, world_size()
+    images = images.to(memory_format=training.layout)
     most = shares(total, train, ranks)[0][rank()]
     if not most:
         return None, 0, 0.0
@@ -480,6 +481,7 @@ def measure_validation(training: Training, images: Tensor) -> float:
     if not len(images):
         return 0.0
     model, device = training.evaluated_model, training.device
+    images = images.to(memory_format=training.layout)
     model.eval()
 
     def work(number: int) -> None:

@@ -24,11 +24,13 @@ from torch.profiler import ProfilerActivity, profile
 import evaluate
 import resnext.trainer
 import train
+from resnext import preflight
 from resnext.checkpoint import read_checkpoint
 from resnext.config import parse_config
 from resnext.distributed import StopRequest, shares
+from resnext.reporting import Silence
 from resnext.state import checkpoint_content, prepare, restore
-from resnext.trainer import train_step
+from resnext.trainer import nothing, train_step, validate
 from resnext.weights import load_weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -196,6 +198,43 @@ def test_a_compiled_step_is_the_same_to_rounding(extra):
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
     assert_close(compiled.model, plain.model, 1e-3)
     assert list(checkpoint_content(compiled)["model"]) == list(checkpoint_content(plain)["model"])
+
+
+LAYOUTS = {"true": torch.channels_last, "false": torch.contiguous_format}
+
+
+@pytest.mark.parametrize("arriving", LAYOUTS.values())
+@pytest.mark.parametrize("channels_last", LAYOUTS)
+def test_every_convolution_sees_the_configured_layout(channels_last, arriving):
+    """However images arrive: a loader's are NCHW where augment.jitter is on, else channels_last."""
+    training, wanted = training_of(f"train.channels_last={channels_last}"), LAYOUTS[channels_last]
+    seen = []
+
+    def note(convolution, inputs, output) -> None:
+        tensors = (*inputs, convolution.weight, output)
+        seen.append(all(tensor.is_contiguous(memory_format=wanted) for tensor in tensors))
+
+    convolutions = [m for m in training.model.modules() if isinstance(m, torch.nn.Conv2d)]
+    for convolution in convolutions:
+        convolution.register_forward_hook(note)
+    images, labels = batch()
+    images = images.to(memory_format=arriving)
+    for work in (
+        lambda: train_step(training, images, labels, 0.1),
+        lambda: nothing(training, images),
+        lambda: preflight.try_part(training, images, labels, len(images)),
+        lambda: preflight.measure_validation(training, images),
+        lambda: validate(training, Batches([(images, labels)]), Silence(), lambda: False),
+    ):
+        seen.clear()
+        work()
+        assert len(seen) >= len(convolutions) and all(seen)
+
+
+class Batches(list):
+    """Validation batches."""
+
+    steps = property(len)
 
 
 # ---------------------------------------------------------------------------- the fused step, as on a GPU
