@@ -546,7 +546,11 @@ def memory_explained(config: Config, device: torch.device, exchanging: bool = Fa
             raise
         kind = LeftAlone if exchanging and world_size() > 1 else UserError
         train = config.train
-        saving = "" if train.activation_checkpointing else ", set train.activation_checkpointing=true"
+        saving = (
+            ""
+            if train.activation_checkpointing or train.compile
+            else ", set train.activation_checkpointing=true"
+        )
         raise kind(
             f"train.batch_size: a step on {train.batch_size // train.accumulation_steps} images at once does "
             f"not fit into the memory of {_device_name(device)}; raise train.accumulation_steps (now "

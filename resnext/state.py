@@ -186,13 +186,16 @@ def prepare(
         fused=True if device.type == "cuda" else None,
     )
     lay_out_momentum(optimizer)
+    # Static shapes: one graph for each batch size. DDP outside: graphs then end where its buckets do, and
+    # their gradients are exchanged during the backward pass.
+    compiled = torch.compile(model, dynamic=False) if train.compile else model
     return Training(
         config=config,
         classes=classes,
         versions=versions,
         device=device,
         model=model,
-        forward=distribute(torch.compile(model) if train.compile else model, device, group),
+        forward=distribute(compiled, device, group),
         optimizer=optimizer,
         # At torch's 2**16 the first gradients of ResNeXt-50 overflow fp16.
         scaler=torch.amp.GradScaler(device.type, init_scale=2.0**10, enabled=train.precision == "fp16"),

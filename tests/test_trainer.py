@@ -1,5 +1,6 @@
 """One optimiser step against plain PyTorch, and what a run leaves behind, as a user sees it."""
 
+import contextlib
 import copy
 import fcntl
 import json
@@ -10,13 +11,16 @@ import signal
 import subprocess
 import sys
 import termios
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from commands import call
+from functorch.compile import make_boxed_func
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.profiler import ProfilerActivity, profile
@@ -336,6 +340,91 @@ def test_momenta_that_start_at_zero_give_the_bits_of_torch_s_first_step():
         for t in (training, plain):
             train_step(t, *batch(), 0.1)
     assert all(map(torch.equal, training.model.parameters(), plain.model.parameters()))
+
+
+# ---------------------------------------------------------------------------- compiled
+
+
+class Graphs:
+    """A backend of torch.compile that runs the graphs as they are, and notes them."""
+
+    def __init__(self):
+        self.compiled: list[torch.fx.GraphModule] = []
+        self.run: list[int] = []  # operators of each graph that ran
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list):
+        self.compiled.append(graph)
+        operators = sum(node.op == "call_function" for node in graph.graph.nodes)
+
+        def run(*arguments):
+            self.run.append(operators)
+            return graph.forward(*arguments)
+
+        return run
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """Sets the backend of torch.compile."""
+    torch._dynamo.reset()
+    original = torch.compile
+    yield lambda backend: monkeypatch.setattr(torch, "compile", partial(original, backend=backend))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("extra", [(), ("train.bn_group=4",)])
+def test_each_batch_size_has_a_graph_of_its_own(compiler, extra):
+    """No dynamic shapes, in which a resume just ahead of the last, smaller batch has other bits."""
+    compiler(graphs := Graphs())
+    training = training_of("train.compile=true", *extra)
+    for size in (16, 16, 10, 16, 10, 16):
+        graphs.run.clear()
+        images, labels = batch(size)
+        train_step(training, images, labels, 0.01)
+        assert len(graphs.run) == 1, "the whole network"
+    assert len(graphs.compiled) == 2
+    for graph in graphs.compiled:
+        placeholders = [node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"]
+        assert all(isinstance(n, int) for value in placeholders for n in value.shape)
+
+
+def test_compiled_gradients_arrive_during_the_backward_pass(compiler):
+    """In DistributedDataParallel: those of the last layers before those of the first are computed."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    events = []
+
+    def noted(graph, inputs):
+        def backward(*arguments):
+            events.append("graph")
+            return graph.forward(*arguments)
+
+        return make_boxed_func(backward)
+
+    def plain(graph, inputs):
+        return make_boxed_func(graph.forward)
+
+    compiler(aot_autograd(fw_compiler=plain, bw_compiler=noted))
+    with alone():
+        training = training_of("train.compile=true", "model.cardinality=8", "model.base_width=64")
+        assert training.exchanges
+        training.model.conv1.weight.register_post_accumulate_grad_hook(lambda _: events.append("first"))
+        training.model.fc.weight.register_post_accumulate_grad_hook(lambda _: events.append("last"))
+        train_step(training, *batch(2), 0.01)
+        events.clear()
+        train_step(training, *batch(2), 0.01)
+    assert events.index("last") < events.index("first")
+    assert "graph" in events[events.index("last") : events.index("first")], events
+
+
+@contextlib.contextmanager
+def alone():
+    """A group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------- whole runs
