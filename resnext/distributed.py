@@ -413,6 +413,25 @@ def slow_precision(precision: str, device: torch.device, option: str) -> list[st
     ]
 
 
+def memory_short(error: BaseException) -> bool:
+    """Whether a device or the machine has run out of memory; CUDA's libraries each have their own words."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    words = r"out of memory|can't allocate memory|ALLOC\w*_FAILED"
+    return isinstance(error, RuntimeError) and re.search(words, str(error)) is not None
+
+
+@contextlib.contextmanager
+def memory_explained(text: str, kind: type[UserError] = UserError) -> Iterator[None]:
+    """Inside, running out of memory is a UserError with this text."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not memory_short(error):
+            raise
+        raise kind(text) from None
+
+
 def set_numerics(precision: str, deterministic: bool) -> None:
     """Process-wide switches: TF32 only where asked for, deterministic algorithms, autotuning."""
     # The newer fp32_precision makes torch.export fail afterwards.

@@ -17,7 +17,7 @@ from .batchnorm import use_group_batchnorm
 from .checkpoint import check_state
 from .classes import name_outputs
 from .config import Config, Model, Optimizer, network_name, to_text, to_yaml
-from .distributed import check_ranks, gradient_group, world_size
+from .distributed import check_ranks, gradient_group, memory_short, world_size
 from .errors import UserError
 from .model import ResNeXt, build_model, convert_form
 from .weights import Info, LuaState
@@ -398,6 +398,8 @@ def restore(training: Training, content: dict[str, Any], path: Path) -> None:
         if training.device.type == "cuda" and content["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(content["rng"]["cuda"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if memory_short(error):
+            raise
         raise UserError(f"{path}: damaged, its state cannot be restored ({error!r}); use another") from error
     config = training.config.optimizer
     fresh = parameter_groups(training.model, config)
