@@ -127,6 +127,7 @@ def run(
         choose_device,
         choose_precision,
         first_on_machine,
+        memory_explained,
         rank,
         set_numerics,
         slow_precision,
@@ -144,7 +145,8 @@ def run(
     for note in [*slow_precision(precision, device, "--precision "), *notes] if rank() == 0 else ():
         print(note, file=sys.stderr)
     members = subsets.find_members(splits, names, arguments.splits) if splits else {}
-    model = place(model, config, device)
+    with memory_explained("--device: it has no memory for the network; close other programs, or use cpu"):
+        model = place(model, config, device)
     score, predictions = measure(model, config, val_set, columns, device, arguments)
     if rank() != 0:
         return
@@ -304,29 +306,27 @@ def measure(
     from tqdm import tqdm
 
     from data.loader import eval_batches
-    from resnext.distributed import rank, world_size
+    from resnext.distributed import memory_explained, rank, world_size
     from resnext.evaluation import Recorder, evaluate
-    from resnext.state import autocast
+    from resnext.state import autocast, memory_layout
 
     crops = 10 if arguments.ten_crop else 1
     batch_size = arguments.batch_size or max(1, config.train.eval_batch_size // crops)
     batches = eval_batches(val_set, config.data, batch_size, device, arguments.ten_crop, rank(), world_size())
     bar = tqdm(batches, "evaluating", batches.steps, leave=False, disable=None if rank() == 0 else True)
     recorder = Recorder()
-    try:
+    text = f"--batch-size: the device has no memory for {batch_size} images, {crops} crops each; lower it"
+    with memory_explained(text):
         score = evaluate(
             model,
             bar,
             lambda: autocast(device, config.train.precision),
+            layout=memory_layout(config, device),
             crops=crops,
             columns=torch.tensor(columns, device=device) if columns else None,
             recorder=recorder,
         )
-    except torch.OutOfMemoryError:
-        raise UserError(
-            f"--batch-size: the device has no memory for {batch_size} images, {crops} crops each; lower it"
-        ) from None
-    return score, recorder.predictions()
+        return score, recorder.predictions()
 
 
 def write_whole(option: str, name: str, text: str) -> None:

@@ -209,7 +209,7 @@ def existing_part(output: Path) -> Path:
 def run(config: Config, output: Path, source: Path | None, resumed: bool) -> None:
     """Load the data, prepare or restore the state, train; in each of the processes."""
     from resnext.distributed import StopRequest, choose_device, rank, set_numerics
-    from resnext.preflight import memory_explained
+    from resnext.preflight import step_explained
     from resnext.reporting import Reporter, Silence, environment
     from resnext.trainer import read_through, save, summary, train
 
@@ -219,9 +219,10 @@ def run(config: Config, output: Path, source: Path | None, resumed: bool) -> Non
     train_set, val_set, fingerprint = load_sets(config, start)
     warnings += [*train_set.notes, *val_set.notes]
     versions = environment(device) | {"data": fingerprint}
-    training, changes = make_training(
-        config, train_set.classes, len(train_set), device, versions, source, start
-    )
+    with step_explained(config, device):
+        training, changes = make_training(
+            config, train_set.classes, len(train_set), device, versions, source, start
+        )
     del start  # as large as the training
     warnings += changes
     progress = training.progress
@@ -240,10 +241,10 @@ def run(config: Config, output: Path, source: Path | None, resumed: bool) -> Non
             for line in warnings:
                 reporter.say(line)
             training_batches, val_batches = make_batches(config, train_set, val_set, device, reporter.warn)
-            reporter.say(introduction(training, len(train_set), len(val_set), output, source, resumed))
-            if branched:
-                save(training, output, reporter)
-            with memory_explained(config, device):
+            with step_explained(config, device):
+                reporter.say(introduction(training, len(train_set), len(val_set), output, source, resumed))
+                if branched:
+                    save(training, output, reporter)
                 if config.data.pipeline != "memory" and not progress.global_step:
                     read_through(val_batches, reporter, stop.requested)
                 train(training, training_batches, val_batches, output, reporter, stop.requested)
@@ -445,7 +446,7 @@ def check(config: Config, output: Path, arguments: argparse.Namespace) -> int:
     versions = environment(device) | {"data": sets[2] if sets else "unknown"}
 
     def made() -> tuple[Any, list[str]]:
-        with preflight.memory_explained(config, device, exchanging=True):
+        with preflight.step_explained(config, device, exchanging=True):
             return make_training(config, classes, data.images, device, versions, source, start)
 
     training, changes = report.attempt(made) or (None, [])

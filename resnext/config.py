@@ -584,6 +584,10 @@ def _check_train(config: Config) -> None:
         )
     if train.bn_group is not None and train.sync_bn:
         raise UserError("train.sync_bn: contradicts train.bn_group (smaller groups); remove one of the two")
+    if train.compile and train.activation_checkpointing:
+        raise UserError(
+            "train.compile: cannot be combined with train.activation_checkpointing; remove one of the two"
+        )
 
 
 def _check_schedule(config: Config) -> None:

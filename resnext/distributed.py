@@ -70,6 +70,8 @@ def process_group(timeout: int) -> Iterator[None]:
         except RuntimeError as error:
             raise _explained(error, timeout) from error
     except UserError as error:
+        # torchrun ends all when one has failed: whoever has undertaken to tell must live to do so.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         with contextlib.suppress(RuntimeError):  # the store may have gone with the first machine
             if store.add("failures", 1) > 1:  # what follows from another's end need not be told
                 sys.exit(2)
@@ -321,6 +323,10 @@ class StopRequest:
     def __exit__(self, kind: Any, *_: Any) -> None:
         if kind is None:
             self._count()
+        elif (
+            dist.is_initialized()
+        ):  # torchrun's SIGTERM must not come ahead of the message: see process_group
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -411,6 +417,25 @@ def slow_precision(precision: str, device: torch.device, option: str) -> list[st
         f"warning: {option.strip('= ')}: {name} has no {precision} instructions and emulates them, many "
         f"times slower than fp32; use {option}fp32"
     ]
+
+
+def memory_short(error: BaseException) -> bool:
+    """Whether a device or the machine has run out of memory; CUDA's libraries each have their own words."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    words = r"out of memory|can't allocate memory|ALLOC\w*_FAILED"
+    return isinstance(error, RuntimeError) and re.search(words, str(error)) is not None
+
+
+@contextlib.contextmanager
+def memory_explained(text: str, kind: type[UserError] = UserError) -> Iterator[None]:
+    """Inside, running out of memory is a UserError with this text."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not memory_short(error):
+            raise
+        raise kind(text) from None
 
 
 def set_numerics(precision: str, deterministic: bool) -> None:

@@ -113,6 +113,7 @@ def evaluate(
     autocast,
     should_stop=lambda: False,
     *,
+    layout: torch.memory_format = torch.preserve_format,
     crops: int = 1,
     columns: Tensor | None = None,
     recorder: Recorder | None = None,
@@ -121,10 +122,11 @@ def evaluate(
 
     Of several processes each has every so-many-th image, and as many batches as the others, though the
     last may be empty; their integers are added up.
-    `autocast` is a function that makes the precision's context. The model is left in
-    evaluation mode. Of several `crops` of an image, which are adjacent, the raw scores are added up;
-    loss and confidence are those of their mean. With `columns`, int64 on the device, only these
-    outputs compete, and labels count among them. A `recorder` gets what becomes of each image.
+    `autocast` is a function that makes the precision's context, `layout` the memory layout that the model
+    gets images in. The model is left in evaluation mode. Of several `crops` of an image, which are
+    adjacent, the raw scores are added up; loss and confidence are those of their mean. With `columns`,
+    int64 on the device, only these outputs compete, and labels count among them. A `recorder` gets what
+    becomes of each image.
     """
     model.eval()
     images, totals = 0, []
@@ -135,7 +137,7 @@ def evaluate(
             if not len(labels):
                 continue
             with autocast():
-                output = model(inputs)
+                output = model(inputs.to(memory_format=layout))
             output = at_least_float32(output)
             if columns is not None:
                 output = output.index_select(1, columns)

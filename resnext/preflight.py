@@ -12,7 +12,7 @@ import shlex
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .batchnorm import frozen_running_statistics
 from .config import Config
-from .distributed import check_last_batch, check_ranks, gather, rank, shares, world_size
+from .distributed import check_last_batch, check_ranks, gather, memory_explained, rank, shares, world_size
 from .errors import UserError
 from .evaluation import at_least_float32
 from .model import build_model
@@ -432,7 +432,7 @@ def measure_step(training: Training, images: Tensor, labels: Tensor, total: int,
     if not cuda and seconds > LONG_STEP:
         return Step(seconds, loss, part, 0, 0)
     repetitions = 5 if cuda else max(1, min(5, int(MEASURING / max(seconds, 1e-3))))
-    with memory_explained(training.config, device, exchanging=True):
+    with step_explained(training.config, device, exchanging=True):
         times = repeated(lambda: train_step(training, images, labels, rate, total), repetitions, device)
     peak, available = 0, 0
     if cuda:
@@ -453,6 +453,7 @@ def try_part(
     Gradients are not exchanged. Loss is None of a process without images.
     """
     train, ranks = training.config.train, world_size()
+    images = images.to(memory_format=training.layout)
     most = shares(total, train, ranks)[0][rank()]
     if not most:
         return None, 0, 0.0
@@ -470,7 +471,7 @@ def try_part(
     # Each BatchNorm group needs two images; a compiled network is compiled for each number of them.
     groups = train.batch_size // train.accumulation_steps // train.bn_group // ranks if train.bn_group else 1
     few = most if train.compile else min(most, max(4, 2 * groups))
-    with memory_explained(training.config, training.device):
+    with step_explained(training.config, training.device):
         number, seconds = grow(work, few, most, training.device)
     return losses[0].item(), number, seconds / number * len(images)
 
@@ -480,21 +481,18 @@ def measure_validation(training: Training, images: Tensor) -> float:
     if not len(images):
         return 0.0
     model, device = training.evaluated_model, training.device
+    images = images.to(memory_format=training.layout)
     model.eval()
 
     def work(number: int) -> None:
         with torch.inference_mode(), training.autocast():
             model(images[:number])
 
-    try:
+    with memory_explained(
+        f"train.eval_batch_size: {len(images)} validation images at once do not fit into the memory of "
+        f"{_device_name(device)}; lower it"
+    ):
         number, seconds = grow(work, min(4, len(images)), len(images), device)
-    except (RuntimeError, MemoryError) as error:
-        if not _memory_short(error):
-            raise
-        raise UserError(
-            f"train.eval_batch_size: {len(images)} validation images at once do not fit into the memory of "
-            f"{_device_name(device)}; lower it"
-        ) from None
     return seconds / number * len(images)
 
 
@@ -531,29 +529,22 @@ def step_finding(step: Step, total: int, real: bool) -> Finding:
     return Finding("ok", what)
 
 
-@contextlib.contextmanager
-def memory_explained(config: Config, device: torch.device, exchanging: bool = False) -> Iterator[None]:
+def step_explained(
+    config: Config, device: torch.device, exchanging: bool = False
+) -> contextlib.AbstractContextManager:
     """Inside, running out of memory is a UserError that names the keys which save some.
 
     `exchanging`: while other processes, if there are any, wait for this one.
     """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not _memory_short(error):
-            raise
-        kind = LeftAlone if exchanging and world_size() > 1 else UserError
-        train = config.train
-        saving = "" if train.activation_checkpointing else ", set train.activation_checkpointing=true"
-        raise kind(
-            f"train.batch_size: a step on {train.batch_size // train.accumulation_steps} images at once does "
-            f"not fit into the memory of {_device_name(device)}; raise train.accumulation_steps (now "
-            f"{train.accumulation_steps}){saving}, or lower train.batch_size"
-        ) from None
-
-
-def _memory_short(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    train = config.train
+    recomputing = train.activation_checkpointing or train.compile  # which exclude each other
+    saving = "" if recomputing else ", set train.activation_checkpointing=true"
+    return memory_explained(
+        f"train.batch_size: a step on {train.batch_size // train.accumulation_steps} images at once does "
+        f"not fit into the memory of {_device_name(device)}; raise train.accumulation_steps (now "
+        f"{train.accumulation_steps}){saving}, or lower train.batch_size",
+        LeftAlone if exchanging and world_size() > 1 else UserError,
+    )
 
 
 def _device_name(device: torch.device) -> str:

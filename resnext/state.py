@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from .batchnorm import use_group_batchnorm
 from .checkpoint import check_state
 from .classes import name_outputs
 from .config import Config, Model, Optimizer, network_name, to_text, to_yaml
-from .distributed import check_ranks, gradient_group, world_size
+from .distributed import check_ranks, gradient_group, memory_short, world_size
 from .errors import UserError
 from .model import ResNeXt, build_model, convert_form
 from .weights import Info, LuaState
@@ -69,6 +69,26 @@ class Progress:
         return cls(**values)
 
 
+class Average(AveragedModel):
+    """Exponential average of a network's weights and running statistics, and the counters of the latest."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__(model)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """As AveragedModel with get_ema_multi_avg_fn, which would wait for the device in each step."""
+        averaging, averaged, copied = bool(self.n_averaged), [], []
+        for kind in ("parameters", "buffers"):
+            for own, latest in zip(getattr(self.module, kind)(), getattr(model, kind)(), strict=True):
+                (averaged if averaging and own.is_floating_point() else copied).append((own, latest))
+        if averaged:
+            torch._foreach_lerp_(*zip(*averaged, strict=True), 1 - self.decay)
+        torch._foreach_copy_(*zip(*copied, strict=True))
+        self.n_averaged += 1
+
+
 @dataclass
 class Training:
     """The live objects of a run.
@@ -85,11 +105,15 @@ class Training:
     forward: Callable[[Tensor], Tensor]
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    ema: AveragedModel | None
+    ema: Average | None
     progress: Progress
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return autocast(self.device, self.config.train.precision)
+
+    @property
+    def layout(self) -> torch.memory_format:
+        return memory_layout(self.config, self.device)
 
     @property
     def exchanges(self) -> bool:
@@ -118,14 +142,17 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, kind) if kind else contextlib.nullcontext()
 
 
-def place(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
-    """Move a network to the device in the configured memory layout."""
-    half = config.train.precision in ("bf16", "fp16")
+def memory_layout(config: Config, device: torch.device) -> torch.memory_format:
+    """That of the network, and of images ahead of its forward pass: else convolutions convert one of them."""
     channels_last = config.train.channels_last
     if channels_last is None:  # 1.5x faster on a CPU (docs/results.md)
-        channels_last = device.type == "cpu" or half
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return model.to(device=device, memory_format=layout)
+        channels_last = device.type == "cpu" or config.train.precision in ("bf16", "fp16")
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def place(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
+    """Move a network to the device in the configured memory layout."""
+    return model.to(device=device, memory_format=memory_layout(config, device))
 
 
 def prepare(
@@ -146,8 +173,7 @@ def prepare(
     model = place(model, config, device)
     ema = None
     if train.ema_decay is not None:  # a copy, which SyncBN with its group would not allow
-        average = get_ema_multi_avg_fn(train.ema_decay)
-        ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+        ema = Average(model, train.ema_decay)
     if train.sync_bn:
         if device.type != "cuda":
             raise UserError("train.sync_bn: needs GPUs; remove the key on a CPU")
@@ -159,15 +185,20 @@ def prepare(
         nesterov=config.optimizer.nesterov,
         fused=True if device.type == "cuda" else None,
     )
+    lay_out_momentum(optimizer)
+    # Static shapes: one graph for each batch size. DDP outside: graphs then end where its buckets do, and
+    # their gradients are exchanged during the backward pass.
+    compiled = torch.compile(model, dynamic=False) if train.compile else model
     return Training(
         config=config,
         classes=classes,
         versions=versions,
         device=device,
         model=model,
-        forward=distribute(torch.compile(model) if train.compile else model, device, group),
+        forward=distribute(compiled, device, group),
         optimizer=optimizer,
-        scaler=torch.amp.GradScaler(device.type, enabled=train.precision == "fp16"),
+        # At torch's 2**16 the first gradients of ResNeXt-50 overflow fp16.
+        scaler=torch.amp.GradScaler(device.type, init_scale=2.0**10, enabled=train.precision == "fp16"),
         ema=ema,
         progress=Progress(),
     )
@@ -209,6 +240,19 @@ def parameter_groups(model: ResNeXt, optimizer: Optimizer) -> list[dict[str, Any
         }
         for (is_norm, is_head), parameters in groups.items()
     ]
+
+
+def lay_out_momentum(optimizer: torch.optim.SGD) -> None:
+    """Give every learned parameter its momentum, in the parameter's memory layout; 0 where there was none.
+
+    SGD makes it in its first step, the fused one without a value where the loss scaler skips that step; and
+    the fused step takes other strides for the parameter's.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            state = optimizer.state[parameter]
+            fresh, before = torch.zeros_like(parameter), state.get("momentum_buffer")
+            state["momentum_buffer"] = fresh if before is None else fresh.copy_(before)
 
 
 def start_from(training: Training, source: ResNeXt, info: Info) -> list[str]:
@@ -311,8 +355,8 @@ def continue_lua(training: Training, run: LuaState) -> list[str]:
     momentum = in_form(run.momentum, run.info.config.model, config.model) if run.momentum else {}
     for name, parameter in own.named_parameters():
         if parameter.requires_grad and momentum:
-            buffer = torch.empty_like(parameter).copy_(momentum[name])
-            training.optimizer.state[parameter]["momentum_buffer"] = buffer
+            training.optimizer.state[parameter]["momentum_buffer"] = momentum[name]
+    lay_out_momentum(training.optimizer)
     training.progress = Progress(epoch=run.epoch + 1, global_step=run.steps)
     pairs = {"momentum": "momentum", "nesterov": "nesterov", "weight_decay": "weightDecay"}
     return [
@@ -354,6 +398,8 @@ def restore(training: Training, content: dict[str, Any], path: Path) -> None:
         if training.device.type == "cuda" and content["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(content["rng"]["cuda"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if memory_short(error):
+            raise
         raise UserError(f"{path}: damaged, its state cannot be restored ({error!r}); use another") from error
     config = training.config.optimizer
     fresh = parameter_groups(training.model, config)
@@ -362,6 +408,7 @@ def restore(training: Training, content: dict[str, Any], path: Path) -> None:
         group["weight_decay"] = own["weight_decay"]  # the configuration wins, as it was logged
         group["lr_scale"] = own["lr_scale"]
         group["fused"] = fused  # this device's
+    lay_out_momentum(training.optimizer)
 
 
 def checkpoint_content(training: Training) -> dict[str, Any]:

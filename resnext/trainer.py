@@ -137,6 +137,7 @@ def train_step(
     """
     train, ranks = training.config.train, world_size()
     total = len(labels) if total is None else total
+    images = images.to(memory_format=training.layout)
     for group in training.optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
     training.optimizer.zero_grad(set_to_none=True)
@@ -171,7 +172,8 @@ def train_step(
 def nothing(training: Training, images: Tensor) -> Tensor:
     """The loss of a process without an image in the last batch: 0, with gradients of 0 for the exchange."""
     with training.autocast():
-        return training.forward(images.new_zeros(2, *images.shape[1:])).sum() * 0.0
+        pixels = images.new_zeros(2, *images.shape[1:]).to(memory_format=training.layout)
+        return training.forward(pixels).sum() * 0.0
 
 
 def rehearse(training: Training) -> None:
@@ -186,9 +188,9 @@ def rehearse(training: Training) -> None:
     images = max(2, shares(config.train.batch_size, config.train, world_size())[0][rank()])
     size = config.data.train_size
     training.model.train()
+    pixels = torch.zeros(images, 3, size, size, device=training.device).to(memory_format=training.layout)
     with frozen_running_statistics(training.model), training.autocast():
-        pixels = torch.zeros(images, 3, size, size, device=training.device)
-        output = training.forward(pixels.contiguous(memory_format=torch.channels_last))  # as from a loader
+        output = training.forward(pixels)
     output.float().sum().backward()
     training.optimizer.zero_grad(set_to_none=True)
 
@@ -302,7 +304,7 @@ def validate(
     """
     training.settle_buffers()
     shown = with_bar("validation", batches, reporter)
-    return evaluate(training.evaluated_model, shown, training.autocast, should_stop)
+    return evaluate(training.evaluated_model, shown, training.autocast, should_stop, layout=training.layout)
 
 
 def read_through(batches: Any, reporter: Reporter, should_stop: Callable[[], bool]) -> None:

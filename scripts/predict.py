@@ -133,7 +133,13 @@ def load_network(arguments: argparse.Namespace, classifier: bool) -> Network:
 
     With `classifier`, a UserError where they have no last layer.
     """
-    from resnext.distributed import choose_device, choose_precision, set_numerics, slow_precision
+    from resnext.distributed import (
+        choose_device,
+        choose_precision,
+        memory_explained,
+        set_numerics,
+        slow_precision,
+    )
     from resnext.state import place
     from resnext.weights import check_classifier, load_weights, preprocessing
 
@@ -153,7 +159,8 @@ def load_network(arguments: argparse.Namespace, classifier: bool) -> Network:
         data=replace(config.data, workers=arguments.workers, max_pixels=max_pixels),
     )
     set_numerics(precision, config.run.deterministic)
-    return Network(place(model, config, device), info, config, device)
+    with memory_explained("--device: it has no memory for the network; close other programs, or use cpu"):
+        return Network(place(model, config, device), info, config, device)
 
 
 def scores(
@@ -163,10 +170,12 @@ def scores(
     import torch
     from tqdm import tqdm
 
+    from resnext.distributed import memory_explained
     from resnext.evaluation import at_least_float32
-    from resnext.state import autocast
+    from resnext.state import autocast, memory_layout
 
     model, _, config, device = network
+    text = f"--batch-size: the device has no memory for {arguments.batch_size} pictures; lower it"
     hidden = not arguments.output and sys.stdout.isatty()  # the rows themselves show how far it is
     with tqdm(total=len(paths), unit=" pictures", leave=False, disable=hidden or None) as bar:
         for batch in picture_batches(paths, config.data, arguments.batch_size, device):
@@ -174,14 +183,9 @@ def scores(
                 warn(problem)
             broken += batch.problems
             if batch.paths:
-                try:
-                    with torch.inference_mode(), autocast(device, config.train.precision):
-                        output = model(batch.images)
-                except torch.OutOfMemoryError:
-                    size = arguments.batch_size
-                    raise UserError(
-                        f"--batch-size: the device has no memory for {size} pictures; lower it"
-                    ) from None
+                images = batch.images.to(memory_format=memory_layout(config, device))
+                with memory_explained(text), torch.inference_mode(), autocast(device, config.train.precision):
+                    output = model(images)
                 yield batch.paths, at_least_float32(output)
             bar.update(len(batch.paths) + len(batch.problems))
 

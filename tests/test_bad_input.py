@@ -166,6 +166,12 @@ CONFIGS = {
         "train.bn_group",
         "the 64 images",
     ),
+    "compile, activation_checkpointing": (
+        "train: {compile: true, activation_checkpointing: true}",
+        "train.compile",
+        "train.activation_checkpointing",
+        "remove one of the two",
+    ),
     "bn_group, sync_bn": (
         "train: {bn_group: 16, sync_bn: true}",
         "train.sync_bn",

@@ -337,8 +337,8 @@ def random_config(random: random.Random) -> dict[str, dict[str, object]]:
     put("train.eval_batch_size", None, 1, 100)
     put("train.precision", "auto", "fp32", "tf32", "bf16", "fp16")
     put("train.channels_last", None, True, False)
-    put("train.compile", True, False)
-    put("train.activation_checkpointing", True, False)
+    if not put("train.compile", True, False):
+        put("train.activation_checkpointing", True, False)
     put("train.clip_grad_norm", None, 1, real(0, 10))
     put("train.ema_decay", None, 0.999, real(0, 1) or 0.5)
     put("optimizer.lr", 1, 0.1, real(0, 10))

@@ -98,6 +98,14 @@ def test_a_killed_process(rank, processes, config, whole, tmp_path):
     assert_same_run(tmp_path / "run", whole)
 
 
+def test_the_message_of_a_killed_process_is_not_lost(processes, config, tmp_path):
+    """Though torchrun tells all others to end before it is written."""
+    job = faulty(processes, "busy", 0, "--config", config, "--output", tmp_path / "run", "train.epochs=400")
+    at_work(tmp_path / "run")
+    os.kill(job.pids[2], signal.SIGKILL)
+    badly(job.wait(), "another process is gone", "--resume", besides=(2,))
+
+
 def test_a_killed_process_is_restarted_by_torchrun(config, whole, tmp_path):
     arguments = ("train.py", "--config", config, "--output", tmp_path / "run", "--resume")
     with Torchrun(repository(tmp_path), 3, *arguments, options=["--max-restarts=2"]) as job:
@@ -178,6 +186,7 @@ def drive(fault: str, rank: int, arguments: list[str]) -> None:
     import shutil
 
     import resnext.checkpoint
+    import resnext.distributed
     import resnext.trainer
     import train
     from resnext.errors import run_command
@@ -209,6 +218,14 @@ def drive(fault: str, rank: int, arguments: list[str]) -> None:
                 raise RuntimeError("a bug of ours")
 
             resnext.trainer.train_step = broken
+    if fault == "busy":  # a machine on which torchrun's SIGTERM is quicker than a message
+        report_error = resnext.distributed.report_error
+
+        def late(error):
+            time.sleep(2)
+            report_error(error)
+
+        resnext.distributed.report_error = late
     sys.argv = ["train.py", *arguments]
     run_command(train.main)
 

@@ -265,3 +265,24 @@ def test_features_that_cannot_be_had(folder_run, some, tmp_path, monkeypatch, ta
     )
     assert all(word in text for word in words), text
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ("resnext.state.place", "--device: it has no memory for the network"),
+        ("resnext.ResNeXt.forward", "--batch-size: the device has no memory for 2 pictures"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("main", "output"),
+    [(predict.main, "a.csv"), (extract_features.main, "a.npz")],
+    ids=["predict", "extract"],
+)
+def test_out_of_memory(main, output, where, words, folder_run, some, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.AcceleratorError("CUDA error: out of memory")
+
+    monkeypatch.setattr(where, full)
+    options = ("--batch-size", "2", "--output", tmp_path / output)
+    assert message(call(main, folder_run, *some, *options)).startswith(words)

@@ -27,6 +27,8 @@ from commands import (
 from PIL import Image
 from torchrun import Ended, Processes, Torchrun
 
+import evaluate
+import resnext.state
 import train
 from resnext import checkpoint, preflight
 from resnext.config import parse_config
@@ -485,6 +487,52 @@ def test_out_of_memory(monkeypatch):
     assert findings(result, "warning")[0].startswith("time: not estimated")
     remedied = checked("train.accumulation_steps=2")
     assert remedied.status == 0
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    torch.AcceleratorError("CUDA error: out of memory"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    torch.distributed.DistBackendError("NCCL error\nLast error:\nCuda failure 2 'out of memory'"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=str)
+def test_every_form_of_running_out_of_memory(error, monkeypatch, finished_run, tmp_path):
+    """In a step, and while the network goes to the device, in training, evaluation and prediction."""
+
+    def full(*_, **__):
+        raise error
+
+    starting = (train.main, "--config", finished_run / "config.yaml", "--output", tmp_path / "run")
+    resuming = (train.main, "--resume", finished_run, "--output", tmp_path / "other", "train.epochs=9")
+    evaluating = (evaluate.main, finished_run, "--device", "cpu")
+    step = "train.batch_size: a step on 16 images at once does not fit"
+    for where, name, command, words in (
+        (ResNeXt, "forward", starting, step),
+        (resnext.state, "place", starting, step),
+        (torch.optim.SGD, "load_state_dict", resuming, step),
+        (ResNeXt, "forward", evaluating, "--batch-size: the device has no memory for 16 images"),
+        (resnext.state, "place", evaluating, "--device: it has no memory for the network"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, full)
+            assert message(call(*command)).startswith(words)
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.rmtree(tmp_path / "other", ignore_errors=True)
+
+
+def test_another_failure_is_not_explained_as_one_of_memory(monkeypatch, finished_run):
+    def broken(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(ResNeXt, "forward", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        call(evaluate.main, finished_run, "--device", "cpu")
 
 
 def test_out_of_memory_in_the_step(monkeypatch):

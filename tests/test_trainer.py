@@ -1,5 +1,6 @@
 """One optimiser step against plain PyTorch, and what a run leaves behind, as a user sees it."""
 
+import contextlib
 import copy
 import fcntl
 import json
@@ -10,23 +11,30 @@ import signal
 import subprocess
 import sys
 import termios
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from commands import call
+from functorch.compile import make_boxed_func
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.profiler import ProfilerActivity, profile
 
 import evaluate
 import resnext.trainer
 import train
+from resnext import preflight
 from resnext.checkpoint import read_checkpoint
 from resnext.config import parse_config
 from resnext.distributed import StopRequest, shares
+from resnext.reporting import Silence
 from resnext.state import checkpoint_content, prepare, restore
-from resnext.trainer import train_step
+from resnext.trainer import nothing, train_step, validate
 from resnext.weights import load_weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,6 +138,26 @@ def test_the_average_is_the_written_out_one():
     got = [t for t in training.ema.module.state_dict().values() if t.is_floating_point()]
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b)
+    counters = [t for t in training.ema.module.buffers() if not t.is_floating_point()]
+    assert counters and all(t == 3 for t in counters), "of the latest weights"
+
+
+def test_the_average_has_the_bits_of_torch_s_and_takes_few_kernels():
+    training = training_of("train.ema_decay=0.75")
+    theirs = AveragedModel(training.model, multi_avg_fn=get_ema_multi_avg_fn(0.75), use_buffers=True)
+    for _ in range(3):
+        train_step(training, *batch(), 0.1)
+        theirs.update_parameters(training.model)
+    states = (training.ema.state_dict(), theirs.state_dict())
+    assert list(states[0]) == list(states[1])
+    assert all(torch.equal(t, states[1][k]) for k, t in states[0].items() if t.is_floating_point())
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        training.ema.update_parameters(training.model)
+    names = {event.key for event in profiled.key_averages()}
+    assert "aten::_foreach_lerp_" in names
+    assert not names & {"aten::to", "aten::mul", "aten::add"}, (
+        "nothing goes to the device, or counter by counter"
+    )
 
 
 def test_parts_of_an_accumulated_batch_end_where_groups_do():
@@ -174,6 +202,229 @@ def test_a_compiled_step_is_the_same_to_rounding(extra):
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
     assert_close(compiled.model, plain.model, 1e-3)
     assert list(checkpoint_content(compiled)["model"]) == list(checkpoint_content(plain)["model"])
+
+
+LAYOUTS = {"true": torch.channels_last, "false": torch.contiguous_format}
+
+
+@pytest.mark.parametrize("arriving", LAYOUTS.values())
+@pytest.mark.parametrize("channels_last", LAYOUTS)
+def test_every_convolution_sees_the_configured_layout(channels_last, arriving):
+    """However images arrive: a loader's are NCHW where augment.jitter is on, else channels_last."""
+    training, wanted = training_of(f"train.channels_last={channels_last}"), LAYOUTS[channels_last]
+    seen = []
+
+    def note(convolution, inputs, output) -> None:
+        tensors = (*inputs, convolution.weight, output)
+        seen.append(all(tensor.is_contiguous(memory_format=wanted) for tensor in tensors))
+
+    convolutions = [m for m in training.model.modules() if isinstance(m, torch.nn.Conv2d)]
+    for convolution in convolutions:
+        convolution.register_forward_hook(note)
+    images, labels = batch()
+    images = images.to(memory_format=arriving)
+    for work in (
+        lambda: train_step(training, images, labels, 0.1),
+        lambda: nothing(training, images),
+        lambda: preflight.try_part(training, images, labels, len(images)),
+        lambda: preflight.measure_validation(training, images),
+        lambda: validate(training, Batches([(images, labels)]), Silence(), lambda: False),
+    ):
+        seen.clear()
+        work()
+        assert len(seen) >= len(convolutions) and all(seen)
+
+
+class Batches(list):
+    """Validation batches."""
+
+    steps = property(len)
+
+
+# ---------------------------------------------------------------------------- the fused step, as on a GPU
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """SGD takes its fused step, as on a GPU; new memory is NaN."""
+    plain = torch.optim.SGD
+    monkeypatch.setattr(
+        torch.optim, "SGD", lambda *args, **options: plain(*args, **options | {"fused": True})
+    )
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def overflow(training) -> None:
+    """A step whose gradients are infinite, which the loss scaler skips."""
+    state = training.scaler.state_dict()
+    training.scaler.load_state_dict(state | {"scale": 2.0**60})
+    train_step(training, *batch(), 0.1)
+    training.scaler.load_state_dict(state)
+
+
+def two_nesterov_steps(training) -> list[torch.Tensor]:
+    """Weights after two steps on the batch, from momenta of 0: v ← 0.9 v + d, w ← w - lr·(d + 0.9 v)."""
+    model = copy.deepcopy(training.model)
+    momenta = [torch.zeros_like(p) for p in model.parameters()]
+    for _ in range(2):
+        with training.autocast():
+            output = model(batch()[0])
+        gradients = torch.autograd.grad(
+            F.cross_entropy(output.float(), batch()[1]) * 1024, model.parameters()
+        )
+        with torch.no_grad():
+            for p, g, v in zip(model.parameters(), gradients, momenta, strict=True):
+                d = g / 1024 + 1e-4 * p
+                v.mul_(0.9).add_(d)
+                p -= 0.1 * (d + 0.9 * v)
+    return list(model.parameters())
+
+
+def start_anew(training):
+    return training
+
+
+def resume_without_momenta(training):
+    """As from a checkpoint that was written ahead of the first step, before momenta started at 0."""
+    content = copy.deepcopy(checkpoint_content(training))
+    content["optimizer"]["state"] = {}
+    other = training_of("train.precision=fp16", "run.seed=5")
+    restore(other, content, Path("x"))
+    return other
+
+
+def resume_without_any_momentum(training):
+    """As of a run that had optimizer.momentum=0."""
+    content = copy.deepcopy(checkpoint_content(training))
+    for state in content["optimizer"]["state"].values():
+        state["momentum_buffer"] = None
+    other = training_of("train.precision=fp16", "run.seed=5")
+    restore(other, content, Path("x"))
+    return other
+
+
+@pytest.mark.parametrize("begin", [start_anew, resume_without_momenta, resume_without_any_momentum])
+def test_steps_after_a_first_one_that_was_skipped(fused, begin):
+    training = begin(training_of("train.precision=fp16"))
+    assert training.scaler.get_scale() == 1024, "at which ResNeXt-50's first gradients do not overflow"
+    expected = two_nesterov_steps(training)
+    overflow(training)
+    for _ in range(2):
+        train_step(training, *batch(), 0.1)
+    for p, e in zip(training.model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.detach(), e.detach(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("layouts", [("true", "false"), ("false", "true")])
+def test_a_run_goes_on_in_the_other_layout(fused, layouts):
+    first, second = (f"train.channels_last={layout}" for layout in layouts)
+    training, unbroken = training_of(first), training_of(first)
+    for t in (training, unbroken):
+        train_step(t, *batch(), 0.1)
+    resumed = training_of(second, "run.seed=5")
+    restore(resumed, copy.deepcopy(checkpoint_content(training)), Path("x"))
+    for t in (resumed, unbroken):
+        train_step(t, *batch(), 0.1)
+    assert_close(resumed.model, unbroken.model, 1e-4)
+    for p in resumed.model.parameters():
+        assert resumed.optimizer.state[p]["momentum_buffer"].stride() == p.stride()
+
+
+def test_momenta_that_start_at_zero_give_the_bits_of_torch_s_first_step():
+    training, plain = training_of(), training_of()
+    plain.optimizer.state.clear()
+    for _ in range(2):
+        for t in (training, plain):
+            train_step(t, *batch(), 0.1)
+    assert all(map(torch.equal, training.model.parameters(), plain.model.parameters()))
+
+
+# ---------------------------------------------------------------------------- compiled
+
+
+class Graphs:
+    """A backend of torch.compile that runs the graphs as they are, and notes them."""
+
+    def __init__(self):
+        self.compiled: list[torch.fx.GraphModule] = []
+        self.run: list[int] = []  # operators of each graph that ran
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list):
+        self.compiled.append(graph)
+        operators = sum(node.op == "call_function" for node in graph.graph.nodes)
+
+        def run(*arguments):
+            self.run.append(operators)
+            return graph.forward(*arguments)
+
+        return run
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """Sets the backend of torch.compile."""
+    torch._dynamo.reset()
+    original = torch.compile
+    yield lambda backend: monkeypatch.setattr(torch, "compile", partial(original, backend=backend))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("extra", [(), ("train.bn_group=4",)])
+def test_each_batch_size_has_a_graph_of_its_own(compiler, extra):
+    """No dynamic shapes, in which a resume just ahead of the last, smaller batch has other bits."""
+    compiler(graphs := Graphs())
+    training = training_of("train.compile=true", *extra)
+    for size in (16, 16, 10, 16, 10, 16):
+        graphs.run.clear()
+        images, labels = batch(size)
+        train_step(training, images, labels, 0.01)
+        assert len(graphs.run) == 1, "the whole network"
+    assert len(graphs.compiled) == 2
+    for graph in graphs.compiled:
+        placeholders = [node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"]
+        assert all(isinstance(n, int) for value in placeholders for n in value.shape)
+
+
+def test_compiled_gradients_arrive_during_the_backward_pass(compiler):
+    """In DistributedDataParallel: those of the last layers before those of the first are computed."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    events = []
+
+    def noted(graph, inputs):
+        def backward(*arguments):
+            events.append("graph")
+            return graph.forward(*arguments)
+
+        return make_boxed_func(backward)
+
+    def plain(graph, inputs):
+        return make_boxed_func(graph.forward)
+
+    compiler(aot_autograd(fw_compiler=plain, bw_compiler=noted))
+    with alone():
+        training = training_of("train.compile=true", "model.cardinality=8", "model.base_width=64")
+        assert training.exchanges
+        training.model.conv1.weight.register_post_accumulate_grad_hook(lambda _: events.append("first"))
+        training.model.fc.weight.register_post_accumulate_grad_hook(lambda _: events.append("last"))
+        train_step(training, *batch(2), 0.01)
+        events.clear()
+        train_step(training, *batch(2), 0.01)
+    assert events.index("last") < events.index("first")
+    assert "graph" in events[events.index("last") : events.index("first")], events
+
+
+@contextlib.contextmanager
+def alone():
+    """A group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------- whole runs
