@@ -6,17 +6,24 @@ does the same on one device, so that the number of GPUs no longer changes the re
 """
 
 import contextlib
-from collections.abc import Iterator
+import importlib.util
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+TRITON = importlib.util.find_spec("triton") is not None
 
 
 def slice_sizes(images: int, slices: int) -> list[int]:
     """Sizes of near-equal contiguous slices, the larger first: (83, 8) → 11 three times, 10 five."""
     small, larger = divmod(images, slices)
     return [small + 1] * larger + [small] * (slices - larger)
+
+
+def _relu(x: Tensor) -> Tensor:
+    return F.relu(x, inplace=True)
 
 
 class GroupBatchNorm2d(nn.BatchNorm2d):
@@ -26,11 +33,13 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
     N is smaller. Running statistics follow the first slice. Evaluation is plain BatchNorm.
     """
 
-    def __init__(self, num_features: int, groups: int, eps: float = 1e-5, momentum: float = 0.1):
+    def __init__(self, num_features: int, groups: int = 1, eps: float = 1e-5, momentum: float = 0.1):
         super().__init__(num_features, eps, momentum)
         self.groups = groups
 
     def forward(self, x: Tensor) -> Tensor:
+        if _has_kernel(self, x):
+            return self.fused(x, None, relu=False)[0]
         if not self.training or self.groups == 1:
             return super().forward(x)
         sizes = [size for size in slice_sizes(len(x), self.groups) if size]
@@ -40,21 +49,84 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
             normalised.append(F.batch_norm(part, None, None, self.weight, self.bias, True, 0.0, self.eps))
         return torch.cat(normalised)
 
+    def fused(self, x: Tensor, shortcut: Tensor | None, relu: bool) -> tuple[Tensor, Tensor]:
+        """See kernels.norm_relu."""
+        from .kernels import norm_relu  # not at the top: it needs triton
+
+        return norm_relu(
+            x,
+            shortcut,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            self.num_batches_tracked,
+            min(self.groups, len(x)),
+            self.momentum,
+            self.eps,
+            relu,
+        )
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, groups={self.groups}"
 
 
+def norm_relu(
+    norm: nn.Module, x: Tensor, shortcut: Tensor | None = None, relu: Callable[[Tensor], Tensor] = _relu
+) -> tuple[Tensor, Tensor]:
+    """relu(norm(x) + shortcut), twice: for the next convolution and the next shortcut.
+
+    `norm` may be any module and `relu` one that someone has put in the network's place. In training on a GPU
+    a kernel does it all; then each of the two has a gradient of its own, which the kernel adds up.
+    """
+    replaced = isinstance(relu, nn.Module) and (type(relu) is not nn.ReLU or has_hooks(relu))
+    same = shortcut is None or (shortcut.shape == x.shape and shortcut.dtype == x.dtype)
+    if same and not replaced and _has_kernel(norm, x) and not has_hooks(norm):
+        return norm.fused(x, shortcut, relu=True)
+    y = norm(x)
+    y = relu(y if shortcut is None else y + shortcut)
+    return y, y
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether someone listens to what goes into a module and comes out of it."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _has_kernel(norm: nn.Module, x: Tensor) -> bool:
+    """Whether kernels.norm_relu can do what this module does to x; if not, torch's own kernels do."""
+    return (
+        type(norm) is GroupBatchNorm2d
+        and norm.training
+        and on_gpu(x)
+        and x.dim() == 4
+        and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and x.shape[1] == norm.num_features
+        and x.shape[0] // min(norm.groups, max(1, x.shape[0])) * x.shape[2] * x.shape[3]
+        > 1  # else torch's error
+        and norm.weight is not None
+        and norm.weight.dtype == torch.float32
+        and norm.running_mean is not None
+        and norm.momentum is not None
+    )
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether a tensor is where the kernels run."""
+    return TRITON and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
 def use_group_batchnorm(model: nn.Module, groups: int) -> None:
-    """Replace every BatchNorm2d of a model by GroupBatchNorm2d, keeping parameters and buffers."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.BatchNorm2d:
-                grouped = GroupBatchNorm2d(child.num_features, groups, child.eps, child.momentum)
-                grouped.weight, grouped.bias = child.weight, child.bias
-                grouped.load_state_dict(child.state_dict())
-                grouped.to(child.weight.device, child.weight.dtype)
-                grouped.train(child.training)
-                setattr(parent, name, grouped)
+    """Let every GroupBatchNorm2d of a model cut its batches into so many slices."""
+    for module in model.modules():
+        if isinstance(module, GroupBatchNorm2d):
+            module.groups = groups
 
 
 @contextlib.contextmanager
@@ -68,7 +140,11 @@ def frozen_running_statistics(model: nn.Module) -> Iterator[None]:
     before = [(m.momentum, m.num_batches_tracked) for m in norms]
     for norm in norms:
         # Momentum 0 rather than no buffers at all: the same tensors must be saved for backward.
-        norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
+        norm.momentum = 0.0
+        # SyncBatchNorm insists on a counter.
+        norm.num_batches_tracked = (
+            None if isinstance(norm, nn.BatchNorm2d) else norm.num_batches_tracked.clone()
+        )
     try:
         yield
     finally:

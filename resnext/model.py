@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from .batchnorm import frozen_running_statistics
+from .batchnorm import GroupBatchNorm2d, frozen_running_statistics, has_hooks, norm_relu, on_gpu
 from .config import STAGES_BY_DEPTH, Model
 from .errors import UserError
 
@@ -50,32 +50,42 @@ class Bottleneck(nn.Module):
         super().__init__()
         self.activate_input = activate_input
         if activate_input:
-            self.bn0 = nn.BatchNorm2d(inputs)
+            self.bn0 = GroupBatchNorm2d(inputs)
         self._build_branch(inputs, outputs, width, cardinality, stride)
-        self.bn3 = nn.Identity() if preactivation else nn.BatchNorm2d(outputs)
+        self.bn3 = nn.Identity() if preactivation else GroupBatchNorm2d(outputs)
         self.activate_output = not preactivation
         self.downsample = shortcut
 
     def _build_branch(self, inputs, outputs, width, cardinality, stride) -> None:
         total = width * cardinality
         self.conv1 = _convolution(inputs, total, 1)
-        self.bn1 = nn.BatchNorm2d(total)
+        self.bn1 = GroupBatchNorm2d(total)
         self.conv2 = _convolution(total, total, 3, stride, groups=cardinality)
-        self.bn2 = nn.BatchNorm2d(total)
+        self.bn2 = GroupBatchNorm2d(total)
         self.conv3 = _convolution(total, outputs, 1)
 
     def _branch(self, x: Tensor) -> Tensor:
-        x = _relu(self.bn1(self.conv1(x)))
-        x = _relu(self.bn2(self.conv2(x)))
+        x, _ = norm_relu(self.bn1, self.conv1(x))
+        x, _ = norm_relu(self.bn2, self.conv2(x))
         return self.conv3(x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        branch = _relu(self.bn0(x)) if self.activate_input else x
-        if self.activate_input == "shared":
-            x = branch
-        shortcut = x if self.downsample is None else self.downsample(x)
-        out = self.bn3(self._branch(branch)) + shortcut
-        return _relu(out) if self.activate_output else out
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The output; where `skip` is given, which is x again, the output twice (see norm_relu)."""
+        twice = skip is not None
+        if not twice:
+            skip = x
+        if self.activate_input:
+            x, activated = norm_relu(self.bn0, x)
+            if self.activate_input == "shared":
+                skip = activated
+        if self.downsample is not None:
+            skip = self.downsample(skip)
+        x = self._branch(x)
+        if self.activate_output:
+            y, y2 = norm_relu(self.bn3, x, skip)
+        else:
+            y = y2 = self.bn3(x) + skip
+        return (y, y2) if twice else y
 
 
 class Path(nn.Module):
@@ -84,14 +94,14 @@ class Path(nn.Module):
     def __init__(self, inputs: int, width: int, stride: int, outputs: int | None = None):
         super().__init__()
         self.conv1 = _convolution(inputs, width, 1)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = GroupBatchNorm2d(width)
         self.conv2 = _convolution(width, width, 3, stride)
-        self.bn2 = nn.BatchNorm2d(width)
+        self.bn2 = GroupBatchNorm2d(width)
         self.conv3 = nn.Identity() if outputs is None else _convolution(width, outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = _relu(self.bn1(self.conv1(x)))
-        x = _relu(self.bn2(self.conv2(x)))
+        x, _ = norm_relu(self.bn1, self.conv1(x))
+        x, _ = norm_relu(self.bn2, self.conv2(x))
         return self.conv3(x)
 
 
@@ -169,7 +179,7 @@ class ResNeXt(nn.Module):
         self.conv1 = _convolution(3, 64, 7, 2) if imagenet else _convolution(3, 64, 3)
         # In the pre-activation CIFAR network the first block's bn0 does the stem's work.
         if imagenet or not preactivation:
-            self.bn1 = nn.BatchNorm2d(64)
+            self.bn1 = GroupBatchNorm2d(64)
             self.relu = nn.ReLU(inplace=True)
         if imagenet:
             self.maxpool = nn.MaxPool2d(3, 2, 1)
@@ -202,7 +212,7 @@ class ResNeXt(nn.Module):
                 channels = outputs
             self.add_module(f"layer{number}", stage)
         self.stages = len(stages)
-        self.final_bn = nn.BatchNorm2d(channels) if preactivation else None
+        self.final_bn = GroupBatchNorm2d(channels) if preactivation else None
         self.fc = nn.Identity() if classes is None else nn.Linear(channels, classes)
         _initialise(self, zero_gamma)
 
@@ -224,37 +234,42 @@ class ResNeXt(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The activated output of the last stage: (N, channels, h, w)."""
-        for name in self.stem:
-            x = getattr(self, name)(x)
+        x = self.conv1(x)
+        if "bn1" in self.stem:
+            x, _ = norm_relu(self.bn1, x, relu=self.relu)
+        if "maxpool" in self.stem:
+            x = self.maxpool(x)
+        skip = x
         for number in range(1, self.stages + 1):
             for block in getattr(self, f"layer{number}"):
-                x = self._run(block, x)
-        return x if self.final_bn is None else _relu(self.final_bn(x))
+                # Others who look at a block find one output.
+                twice = on_gpu(x) and isinstance(block, Bottleneck) and not has_hooks(block)
+                if twice:
+                    x, skip = self._run(block, x, skip)
+                else:
+                    x = skip = self._run(block, x)
+        return x if self.final_bn is None else norm_relu(self.final_bn, x)[0]
 
-    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
+    def _run(self, block: nn.Module, *x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         if not (self.activation_checkpointing and self.training and torch.is_grad_enabled()):
-            return block(x)
+            return block(*x)
 
         def contexts():
             # Recomputation must not move the running statistics a second time.
             return contextlib.nullcontext(), frozen_running_statistics(block)
 
-        return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        return checkpoint(block, *x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
 def _convolution(inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1):
     return nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=False)
 
 
-def _relu(x: Tensor) -> Tensor:
-    return F.relu(x, inplace=True)
-
-
 def _shortcut(kind: str, inputs: int, outputs: int, stride: int, with_bn: bool) -> nn.Module | None:
     if kind == "C" or (kind == "B" and inputs != outputs):
         shortcut = nn.Sequential(_convolution(inputs, outputs, 1, stride))
         if with_bn:
-            shortcut.append(nn.BatchNorm2d(outputs))
+            shortcut.append(GroupBatchNorm2d(outputs))
         return shortcut
     return None if inputs == outputs else ZeroPadShortcut(outputs - inputs, stride)
 
