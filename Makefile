@@ -1,8 +1,10 @@
 # make demo: set everything up, train a small ResNeXt (a minute, no download), evaluate it, draw its curve.
 # make test: set everything up, check the style, run the tests (some minutes on 2 cores).
+# make gpu: set everything up, run the GPU tests and measure, for MINUTES=25 at most (docs/gpu.md).
 # make test-avx2: those of reduced precision once more, as on a CPU without AVX-512 and bf16 instructions.
 
 PYTHON ?= python3
+MINUTES ?= 25
 RUN := .venv/bin/python
 
 demo: .venv/ready
@@ -18,6 +20,9 @@ test: .venv/ready-for-tests
 test-avx2: .venv/ready-for-tests
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(RUN) -m pytest -k "bf16 or fp16 or precision"
 
+gpu: .venv/ready-for-tests
+	$(RUN) scripts/gpu.py --minutes $(MINUTES)
+
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install -q --disable-pip-version-check -r requirements.txt
@@ -27,4 +32,4 @@ test-avx2: .venv/ready-for-tests
 	.venv/bin/pip install -q --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test test-avx2
+.PHONY: demo gpu test test-avx2

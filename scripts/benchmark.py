@@ -4,6 +4,8 @@
     python scripts/benchmark.py end-to-end --data DIR  JPEG files to optimiser steps, and the wait for data
     python scripts/benchmark.py train                  a training step against torchvision's and timm's
     python scripts/benchmark.py eval                   the same of evaluation
+    python scripts/benchmark.py convolutions           grouped 3x3 as they are, with groups merged, dense
+    python scripts/benchmark.py norms                  BatchNorm + ReLU against torch's operations
     python scripts/benchmark.py memory                 of loader workers over 1.28 million file names
     python scripts/benchmark.py cifar                  CIFAR batches on the device against a PIL loader
     python scripts/benchmark.py batchnorm              a CIFAR step with and without BatchNorm groups of 16
@@ -25,7 +27,7 @@ from resnext.errors import UserError, command_parser, run_command
 
 def main() -> None:
     parser = command_parser(__doc__)
-    kinds = ["data", "end-to-end", "train", "eval", "memory", "cifar", "batchnorm"]
+    kinds = ["data", "end-to-end", "train", "eval", "convolutions", "norms", "memory", "cifar", "batchnorm"]
     parser.add_argument("what", choices=kinds)
     parser.add_argument("--data", metavar="DIR", help="class folders below DIR/train/")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="default: 7")
@@ -42,6 +44,7 @@ def main() -> None:
             raise UserError(f"{option}: its folder does not exist; make it, or choose another")
 
     import benchmark_data
+    import benchmark_layers
     import benchmark_steps
 
     if arguments.what == "memory":
@@ -51,6 +54,8 @@ def main() -> None:
         "end-to-end": lambda: benchmark_data.end_to_end(arguments.data, arguments.overrides),
         "train": lambda: benchmark_steps.networks(arguments.overrides, training=True),
         "eval": lambda: benchmark_steps.networks(arguments.overrides, training=False),
+        "convolutions": lambda: benchmark_layers.convolutions(arguments.overrides),
+        "norms": lambda: benchmark_layers.norms(arguments.overrides),
         "cifar": lambda: benchmark_data.cifar(arguments.overrides),
         "batchnorm": lambda: benchmark_steps.batchnorm(arguments.overrides),
     }

@@ -1,8 +1,11 @@
 """What benchmark.py measures of networks: steps of training and evaluation on pictures on the device."""
 
 import contextlib
+import copy
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,67 +15,82 @@ from torch import Tensor, nn
 from traffic import Traffic
 
 from resnext.config import Config, parse_config, to_yaml
-from resnext.distributed import choose_device, has_instructions, set_numerics
+from resnext.distributed import choose_device, choose_precision, has_instructions, set_numerics
 from resnext.errors import UserError
 from resnext.state import autocast, prepare
 from resnext.trainer import train_step
 
 CLASSES = 1000
+GROUP = 32  # images, the recipe's bn_group
 
 
 def networks(overrides: list[str], training: bool) -> Iterator[Table]:
-    """Ours, torchvision's and timm's network; precision by memory layout, on a GPU by torch.compile too."""
-    config = parse_config("", "benchmark", ["data.dir=unused", "train.batch_size=32", *overrides])
+    """torchvision's network in its reference loop, timm's, ours: each as its users run it."""
+    base = ["data.dir=unused", "train.precision=auto", "train.batch_size=32", *overrides]
+    config = parse_config("", "benchmark", base)
     device = choose_device(config.run.device)
+    config = replace(
+        config, train=replace(config.train, precision=choose_precision(config.train.precision, device))
+    )
     set_numerics(config.train.precision, config.run.deterministic)
-    bandwidth = memory_bandwidth(device)
-    precisions = ("bf16", "fp16") if device.type == "cuda" else ("fp32", "bf16")
-    for precision in (kind for kind in precisions if has_instructions(device, kind)):
-        variants = []
-        for compiled in (False, True) if device.type == "cuda" else (False,):
-            for channels_last in (False, True):
-                changes = [
-                    f"train.precision={precision}",
-                    f"train.channels_last={str(channels_last).lower()}",
-                    f"train.compile={str(compiled).lower()}",
-                ]
-                varied = parse_config(to_yaml(config), "benchmark", changes)
-                layout = "channels_last" if channels_last else "NCHW"
-                suffix = f"{layout}{', compiled' if compiled else ''}"
-                variants += contenders(varied, device, suffix, bandwidth, training)
-        what = "training" if training else "evaluation"
-        name = f"{config.model.architecture}-{config.model.depth}"
-        yield f"{what} step, {name}, {precision}, batch {config.train.batch_size}", variants
-
-
-def contenders(
-    config: Config, device: torch.device, suffix: str, bandwidth: float, training: bool
-) -> list[Variant]:
-    """torchvision's network in its reference loop, timm's, ours."""
-    size = config.train.batch_size
-    pixels = config.data.image_size
+    size, pixels = config.train.batch_size, config.data.image_size
     images = torch.randn(size, 3, pixels, pixels, device=device)
-    if config.train.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.arange(size, device=device) % CLASSES
-    run = prepare(config, tuple(map(str, range(CLASSES))), device, {})
     loop = reference_step if training else evaluation_step
-    steps = {
-        f"{name}, {suffix}": loop(place(network, config, device), config, device, images, labels)
-        for name, network in foreign_networks(config)
-    }
-    if training:
-        run.model.train()
-        steps[f"ours, {suffix}"] = lambda: train_step(run, images, labels, 1e-4)
-    else:
-        steps[f"ours, {suffix}"] = evaluation_step(run.forward, config, device, images, labels)
-        run.model.eval()
-    moved = bytes_moved(steps[f"ours, {suffix}"]) / size
+    steps: dict[str, Callable[[], object]] = {}
+    for name, network in foreign_networks(config):
+        for channels_last in (False, True) if name == "torchvision" else (True,):
+            compiled = name == "timm" and device.type == "cuda"
+            place_as = [f"train.channels_last={channels_last}".lower(), f"train.compile={compiled}".lower()]
+            varied = parse_config(to_yaml(config), "benchmark", place_as)
+            placed = place(copy.deepcopy(network), varied, device)
+            layout = "channels_last" if channels_last else "NCHW"
+            pictures = images.contiguous(memory_format=torch.channels_last) if channels_last else images
+            name_of_row = f"{name}, {layout}{', compiled' if compiled else ''}"
+            steps[name_of_row] = loop(placed, config, device, pictures, labels)
+    own = {"ours": []}
+    if training and size % GROUP == 0 and size > GROUP:
+        own[f"ours, train.bn_group={GROUP}"] = [f"train.bn_group={GROUP}"]
+    if device.type == "cuda":
+        own["ours, train.compile=true"] = ["train.compile=true"]
+    for name, changes in own.items():
+        run = prepare(
+            parse_config(to_yaml(config), "benchmark", changes), tuple(map(str, range(CLASSES))), device, {}
+        )
+        run.model.train(training)
+        pictures = images.to(memory_format=run.layout)
+        if training:
+            steps[name] = partial(train_step, run, pictures, labels, 1e-4)
+        else:
+            steps[name] = evaluation_step(run.forward, config, device, pictures, labels)
+    model = config.model
+    network = f"{model.architecture}-{model.depth} {model.cardinality}x{model.base_width}d"
+    what = "training" if training else "evaluation"
+    copies = memory_bandwidth(device) / 1e12
+    yield (
+        f"{what} step, {network}, {config.train.precision}, batch {size}; copies run at {copies:.3g} TB/s",
+        [Variant(name, size, step, traffic_note(step, size, device)) for name, step in steps.items()],
+    )
 
-    def share(seconds: float) -> str:
-        return f"{100 * moved / bandwidth / seconds:.0f} % of memory bandwidth"
 
-    return [Variant(name, size, step, share) for name, step in steps.items()]
+def traffic_note(step: Callable[[], object], images: int, device: torch.device) -> Callable[[float], str]:
+    """What a step moves through memory, counted (see traffic.py; not where it is compiled), and its peak."""
+    if device.type == "cuda":
+        step()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(Exception), Traffic() as counter:  # compiled steps may refuse
+        step()
+    moved = sum(counter.bytes.values())
+    peak = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else ""
+
+    def note(seconds: float) -> str:
+        speed = (
+            f"{moved / 1e9:.3g} GB at {moved / images / seconds / 1e12:.2g} TB/s" if moved else "not counted"
+        )
+        return speed + peak
+
+    return note
 
 
 def foreign_networks(config: Config) -> Iterator[tuple[str, nn.Module]]:
@@ -135,17 +153,6 @@ def evaluation_step(
 
 
 # ---------------------------------------------------------------------------- the limit
-
-
-def bytes_moved(step: Callable[[], object]) -> int:
-    """Bytes of a step's convolutions and matrix products: what moves if all else were fused into them.
-
-    Of a compiled step, which hides its operations, 0.
-    """
-    with contextlib.suppress(Exception), Traffic() as counter:
-        step()
-        return sum(counter.bytes[name] for name in ("convolution", "convolution_backward", "mm", "addmm"))
-    return 0
 
 
 def memory_bandwidth(device: torch.device) -> float:
