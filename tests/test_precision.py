@@ -70,6 +70,7 @@ def switches(monkeypatch):
     )
     before = [getattr(owner, name) for owner, name in names]
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    torch.use_deterministic_algorithms(False)  # which other tests may leave on
     yield
     for (owner, name), value in zip(names, before, strict=True):
         setattr(owner, name, value)
