@@ -139,7 +139,7 @@ def run(
     config, device = info.config, choose_device(arguments.device)
     precision = choose_precision(config.train.precision, device)
     config = replace(config, train=replace(config.train, precision=precision))
-    set_numerics(precision, config.run.deterministic)
+    set_numerics(precision, config.run.deterministic, training=False)
     with first_on_machine():  # which downloads what is missing
         val_set, names, columns, notes = load_scored(info, wanted, arguments.classes)
     for note in [*slow_precision(precision, device, "--precision "), *notes] if rank() == 0 else ():

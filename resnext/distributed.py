@@ -438,11 +438,15 @@ def memory_explained(text: str, kind: type[UserError] = UserError) -> Iterator[N
         raise kind(text) from None
 
 
-def set_numerics(precision: str, deterministic: bool) -> None:
-    """Process-wide switches: TF32 only where asked for, deterministic algorithms, autotuning."""
+def set_numerics(precision: str, deterministic: bool, training: bool = True) -> None:
+    """Process-wide switches: TF32 only where asked for, deterministic algorithms, autotuning in training.
+
+    Autotuning chooses by time: two evaluations could round otherwise, and count another error.
+    """
     # The newer fp32_precision makes torch.export fail afterwards.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.benchmark = training and not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over each new tensor

@@ -158,7 +158,7 @@ def load_network(arguments: argparse.Namespace, classifier: bool) -> Network:
         train=replace(config.train, precision=precision),
         data=replace(config.data, workers=arguments.workers, max_pixels=max_pixels),
     )
-    set_numerics(precision, config.run.deterministic)
+    set_numerics(precision, config.run.deterministic, training=False)
     with memory_explained("--device: it has no memory for the network; close other programs, or use cpu"):
         return Network(place(model, config, device), info, config, device)
 

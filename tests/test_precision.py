@@ -1,6 +1,7 @@
 """train.precision=auto: what it stands for on which hardware, and that a run keeps what it began with."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from commands import Result, call, run_python, tiny
 
 import evaluate
+import resnext.evaluation
 import train
 from resnext import distributed
 from resnext.config import parse_config
@@ -55,6 +57,54 @@ def test_auto_where_one_process_has_none(monkeypatch):
     monkeypatch.setattr(distributed, "gather", lambda own: [own, False])
     monkeypatch.setattr(distributed, "has_instructions", lambda *_: True)
     assert choose_precision("auto", CPU) == "fp32"
+
+
+@pytest.fixture
+def switches(monkeypatch):
+    """torch's process-wide switches, put back afterwards."""
+    names = (
+        (torch.backends.cudnn, "benchmark"),
+        (torch.backends.cudnn, "allow_tf32"),
+        (torch.backends.cuda.matmul, "allow_tf32"),
+        (torch.utils.deterministic, "fill_uninitialized_memory"),
+    )
+    before = [getattr(owner, name) for owner, name in names]
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    torch.use_deterministic_algorithms(False)  # which other tests may leave on
+    yield
+    for (owner, name), value in zip(names, before, strict=True):
+        setattr(owner, name, value)
+    torch.use_deterministic_algorithms(False)
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+@pytest.mark.filterwarnings("error")
+def test_switches(switches):
+    """TF32 comes and goes; convolutions are tried out in training alone, and never in deterministic mode."""
+    for precision in ("tf32", "fp32", "bf16", "tf32", "fp32"):
+        distributed.set_numerics(precision, deterministic=False)
+        allowed = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        assert allowed == (precision == "tf32",) * 2 and torch.backends.cudnn.benchmark
+    distributed.set_numerics("bf16", deterministic=False, training=False)
+    assert not torch.backends.cudnn.benchmark and not torch.are_deterministic_algorithms_enabled()
+    distributed.set_numerics("bf16", deterministic=True)
+    assert not torch.backends.cudnn.benchmark and torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.utils.deterministic.fill_uninitialized_memory, "nothing is read ahead of being written"
+
+
+def test_evaluation_does_not_choose_kernels_by_time(switches, finished_run, monkeypatch):
+    torch.backends.cudnn.benchmark = True
+    chosen = []
+    evaluate_model = resnext.evaluation.evaluate
+
+    def noted(*arguments, **options):
+        chosen.append(torch.backends.cudnn.benchmark)
+        return evaluate_model(*arguments, **options)
+
+    monkeypatch.setattr(resnext.evaluation, "evaluate", noted)
+    assert call(evaluate.main, finished_run, "--device", "cpu").status == 0
+    assert chosen == [False]
 
 
 def test_two_variables_make_any_cpu_one_without_bf16(tmp_path):
