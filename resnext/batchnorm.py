@@ -119,7 +119,7 @@ def _has_kernel(norm: nn.Module, x: Tensor) -> bool:
 
 def on_gpu(x: Tensor) -> bool:
     """Whether a tensor is where the kernels run."""
-    return TRITON and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return TRITON and x.is_cuda and torch.cuda.get_device_properties(x.device).major >= 8
 
 
 def use_group_batchnorm(model: nn.Module, groups: int) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from commands import draw_folders
+from kernel_cases import LARGE, check, results
+from kernel_cases import SMALL as CASES
 
 from data.loader import eval_batches, train_batches
 from data.sets import load_set
@@ -155,3 +157,91 @@ def test_files_make_the_same_batches_as_on_a_cpu(tmp_path):
     host, device = (list(eval_batches(files, config.data, 8, torch.device(kind))) for kind in ("cpu", "cuda"))
     for (images, labels), (images_there, labels_there) in zip(host, device, strict=True):
         assert torch.equal(images_there.cpu(), images) and torch.equal(labels_there.cpu(), labels)
+
+
+# ---------------------------------------------------------------------------- kernels
+
+
+@pytest.mark.parametrize("case", (*CASES, *LARGE), ids=str)
+def test_kernels(case):
+    check(case, "cuda")
+
+
+@pytest.mark.parametrize("case", LARGE[::3], ids=str)
+def test_kernels_give_the_same_bits_again(case):
+    first, second = (results(case, "cuda")[0] for _ in range(2))
+    assert all(torch.equal(second[k], v) for k, v in first.items())
+
+
+def test_kernels_on_a_batch_beyond_32_bit_offsets():
+    """2.2e9 values: the last slice's outputs and gradients are those of the slice alone."""
+    from resnext.kernels import norm_relu
+
+    if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
+        pytest.skip("needs 40 GiB")
+    x = torch.randn(84, 64, 640, 640, device="cuda", dtype=torch.bfloat16)
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.linspace(0.5, 1.5, 64, device="cuda", requires_grad=True)
+    bias = torch.linspace(-1, 1, 64, device="cuda", requires_grad=True)
+
+    def step(images, groups):
+        mean, var = torch.zeros(64, device="cuda"), torch.ones(64, device="cuda")
+        y, _ = norm_relu(images, None, weight, bias, mean, var, None, groups, 0.1, 1e-5, True)
+        (dx,) = torch.autograd.grad(y[-2:].float().square().sum(), images)
+        return y[-2:].detach(), dx[-2:]
+
+    whole = step(x, 42)
+    alone = step(x[-2:].detach().requires_grad_(), 1)
+    for ours, theirs in zip(whole, alone, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        (),
+        ("train.bn_group=16",),
+        ("train.bn_group=16", "train.compile=true"),
+        ("train.bn_group=32", "model.preactivation=true"),
+    ],
+)
+def test_a_step_is_that_of_the_cpu(extra):
+    """fp32, TF32 off: loss, gradients and running statistics, by the kernels and by torch."""
+    keys = ("train.precision=fp32", "train.channels_last=true", *extra)
+    on_gpu, on_cpu = training_on("cuda", *keys), training_on("cpu", *keys, "train.compile=false")
+    images, labels = next(iter(batches_for(on_cpu).epoch(1)))
+    images = images.contiguous(memory_format=torch.channels_last)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        ours = train_step(on_gpu, images.cuda(), labels.cuda(), 0.05)
+    operators = {event.key: event.count for event in profile.key_averages()}
+    norms = sum(isinstance(m, torch.nn.BatchNorm2d) for m in on_gpu.model.modules())
+    if "train.compile=true" not in extra:
+        assert operators["resnext::norm_forward"] == operators["resnext::norm_backward"] == norms
+    theirs = train_step(on_cpu, images, labels, 0.05)
+    torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-4, atol=0)
+    there = dict(on_gpu.model.named_parameters())
+    for name, parameter in on_cpu.model.named_parameters():
+        difference = (there[name].grad.cpu() - parameter.grad).abs().max()
+        assert difference < 1e-3 * parameter.grad.abs().max(), name
+    buffers = dict(on_gpu.model.named_buffers())
+    for name, buffer in on_cpu.model.named_buffers():
+        torch.testing.assert_close(buffers[name].cpu(), buffer, rtol=1e-4, atol=1e-5)
+
+
+def test_a_bf16_step_gives_the_same_bits_again():
+    steps = []
+    for _ in range(2):
+        training = training_on("cuda", "train.precision=bf16", "train.bn_group=16", "run.deterministic=true")
+        images, labels = next(iter(batches_for(training).epoch(1)))
+        train_step(training, images, labels, 0.05)
+        steps.append(training.model.state_dict())
+    assert all(torch.equal(steps[1][k], v) for k, v in steps[0].items())
+
+
+def test_the_compiled_network_is_one_graph():
+    training = training_on("cuda", "train.precision=bf16", "train.bn_group=16")
+    images, _ = next(iter(batches_for(training).epoch(1)))
+    compiled = torch.compile(training.model, backend="aot_eager", fullgraph=True, dynamic=False)
+    with training.autocast():
+        compiled(images).float().sum().backward()
+    assert all(p.grad.isfinite().all() for p in training.model.parameters())

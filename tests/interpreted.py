@@ -1,0 +1,184 @@
+"""The kernels on a CPU, in triton's interpreter: test_kernels.py runs this with TRITON_INTERPRET=1."""
+
+import copy
+import os
+
+import pytest
+import torch
+from kernel_cases import SMALL, check
+from torch import nn
+
+from resnext import batchnorm, kernels, model
+from resnext.batchnorm import GroupBatchNorm2d, norm_relu, use_group_batchnorm
+from resnext.kernels import blocks_of
+from resnext.model import ResNeXt
+
+assert os.environ["TRITON_INTERPRET"] == "1"
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_case(case):
+    check(case, "cpu")
+
+
+def test_cases_have_several_parts():
+    splits = {blocks_of(n, c.groups, h * w, channels)[1] for c in SMALL for n, channels, h, w in [c.shape]}
+    assert splits == {1, 2, 4}
+
+
+def test_nan_stays():
+    """A diverged training must not look like one with finite outputs, and other slices keep theirs."""
+    x = torch.randn(4, 8, 2, 2).contiguous(memory_format=torch.channels_last)
+    x[0, 3, 0, 0] = torch.nan
+    x.requires_grad_()
+    y, _ = kernels.norm_relu(
+        x, None, torch.ones(8), torch.zeros(8), torch.zeros(8), torch.ones(8), None, 2, 0.1, 1e-5, True
+    )
+    y.sum().backward()
+    for found in (y, x.grad):
+        assert found[:2, 3].isnan().all() and not found[2:].isnan().any()
+        assert not found[:, [0, 1, 2, 4, 5, 6, 7]].isnan().any()
+
+
+# ---------------------------------------------------------------------------- networks
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Let the CPU pass for a GPU; the shapes that the kernels were called with."""
+    found = []
+    forward = GroupBatchNorm2d.fused
+
+    def noted(self, x, shortcut, relu):
+        found.append(tuple(x.shape))
+        return forward(self, x, shortcut, relu)
+
+    monkeypatch.setattr(GroupBatchNorm2d, "fused", noted)
+    for module in (batchnorm, model):
+        monkeypatch.setattr(module, "on_gpu", lambda x: True)
+    return found
+
+
+def network(short=False, groups=2, **options):
+    """A network and pictures; `short`: with its first stage only."""
+    torch.manual_seed(3)
+    made = ResNeXt((2 if short else 1, 1, 1), 2, 4, None, stem="cifar", **options)
+    if short:
+        made.layer2, made.layer3 = nn.Sequential(), nn.Sequential()
+        if made.final_bn:
+            made.final_bn = GroupBatchNorm2d(256)
+    use_group_batchnorm(made, groups)
+    x = torch.randn(5, 3, 5, 5).contiguous(memory_format=torch.channels_last)
+    return made.to(memory_format=torch.channels_last), x
+
+
+def step(made, x, run=None):
+    """(loss, gradients, buffers) of a copy."""
+    made = copy.deepcopy(made)
+    scores = (run(made) if run else made)(x)
+    loss = (scores * torch.linspace(-1, 1, scores.numel()).view_as(scores)).sum()
+    loss.backward()
+    return loss.detach(), {k: p.grad for k, p in made.named_parameters()}, dict(made.named_buffers())
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """A step of the short network by the kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (batchnorm, model):
+            patch.setattr(module, "on_gpu", lambda x: True)
+        return step(*network(short=True))
+
+
+def assert_close(ours, theirs, tolerance):
+    for mine, other in zip(ours[1:], theirs[1:], strict=True):
+        assert mine.keys() == other.keys()
+        for key, value in other.items():
+            difference = (mine[key] - value).abs().max()
+            assert difference <= tolerance * value.abs().max(), key
+    assert (ours[0] - theirs[0]).abs() <= tolerance * theirs[0].abs()
+
+
+def norms(made):
+    return sum(isinstance(m, GroupBatchNorm2d) for m in made.modules())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"groups": 1}, {"short": True, "preactivation": True}, {"short": True, "form": "B"}],
+    ids=["whole, plain", "preactivation", "form B"],
+)
+def test_networks_are_those_of_torch(options, calls, monkeypatch):
+    made, x = network(**options)
+    ours = step(made, x)
+    assert len(calls) == norms(made)
+    monkeypatch.undo()
+    theirs = step(made, x)
+    assert len(calls) == norms(made)
+    assert_close(ours, theirs, 1e-4)
+
+
+def test_recomputed_activations_change_no_bit(calls, plain):
+    made, x = network(short=True)
+    made.activation_checkpointing = True
+    recomputed = step(made, x)
+    assert len(calls) == 2 * norms(made) - 1  # the stem is not recomputed
+    assert_close(recomputed, plain, 0.0)
+
+
+def test_compiled_in_one_graph(calls, plain):
+    made, x = network(short=True)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(str(graph.graph))
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    compiled = step(made, x, lambda m: torch.compile(m, backend=backend, fullgraph=True, dynamic=False))
+    assert len(graphs) == 1 and graphs[0].count("torch.ops.resnext.norm_relu") == norms(made)
+    assert_close(compiled, plain, 0.0)
+
+
+def test_who_looks_at_a_layer_finds_what_it_makes_elsewhere(calls, plain):
+    made, x = network(short=True)
+    seen = {}
+
+    def look(name):
+        made.get_submodule(name).register_forward_hook(lambda *found: seen.update({name: found[2].clone()}))
+
+    for name in ("layer1.0.bn2", "layer1.0", "layer1.1.bn3"):
+        look(name)
+    made.relu.register_forward_pre_hook(lambda _, inputs: seen.update(relu=inputs[0].clone()))
+    assert_close(step(made, x), plain, 1e-4)
+    assert all(seen[name].min() < 0 for name in ("relu", "layer1.0.bn2", "layer1.1.bn3"))
+    assert seen["layer1.0"].min() == 0
+
+
+def test_what_the_kernels_leave_to_torch(calls):
+    """Each gives what torch gives, with no call of the kernels."""
+    x = torch.randn(4, 8, 3, 3).contiguous(memory_format=torch.channels_last)
+    bare = GroupBatchNorm2d(8)
+    bare.weight = bare.bias = None
+    cumulative = GroupBatchNorm2d(8)
+    cumulative.momentum = None
+    untracked = GroupBatchNorm2d(8)
+    untracked.running_mean = untracked.running_var = untracked.num_batches_tracked = None
+    for norm, given in (
+        (GroupBatchNorm2d(8).eval(), x),
+        (GroupBatchNorm2d(8), x.contiguous()),
+        (GroupBatchNorm2d(8).double(), x.double()),
+        (bare, x),
+        (cumulative, x),
+        (untracked, x),
+        (nn.BatchNorm2d(8), x),
+        (nn.Identity(), x),
+    ):
+        expected = copy.deepcopy(norm)(given).relu()
+        y, y2 = norm_relu(norm, given.clone())
+        assert y is y2 and torch.equal(y, expected)
+    norm_relu(GroupBatchNorm2d(8), x, x.double())
+    assert calls == [tuple(x.shape)]  # without the shortcut, which is of another dtype
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        norm_relu(
+            GroupBatchNorm2d(8, groups=4), x[:, :, :1, :1].contiguous(memory_format=torch.channels_last)
+        )

@@ -1,0 +1,123 @@
+"""The CUDA kernels without a GPU: their values in triton's interpreter, their machine code, their shapes."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from commands import ROOT
+from torch._subclasses import FakeTensorMode
+
+pytest.importorskip("triton", reason="triton comes with CUDA builds of torch only")
+
+
+@pytest.mark.parametrize(
+    "chosen", ["test_case or nan", "not test_case and not nan"], ids=["kernels", "networks"]
+)
+def test_in_the_interpreter(chosen):
+    """In a process of its own: triton chooses the mode when it is imported."""
+    arguments = ["-q", "-p", "no:cacheprovider", "-k", chosen, str(ROOT / "tests" / "interpreted.py")]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+
+
+# ---------------------------------------------------------------------------- machine code
+
+FLOAT32 = ("part", "statistics", "running_mean", "running_var", "weight", "bias", "sums", "dweight", "dbias")
+TILE = {"SPLIT": 8, "ROWS": 32, "COLS": 64}
+VARIANTS = [
+    ("partial_statistics", TILE),
+    *(("merge_statistics", {"SPLIT": s, "COLS": c, "COUNT": True}) for s, c in ((1, 64), (1024, 4))),
+    *(("merge_gradients", {"SPLIT": s, "COLS": c}) for s, c in ((1, 64), (1024, 4))),
+    *(("apply", {**TILE, "SHORTCUT": shortcut, "RELU": True}) for shortcut in (False, True)),
+    *(
+        ("partial_gradients", {**TILE, "SHORTCUT": shortcut, "TWO": two, "RELU": True})
+        for shortcut in (False, True)
+        for two in (False, True)
+    ),
+    *(("input_gradient", {**TILE, "MASKED": masked, "RELU": True}) for masked in (False, True)),
+]
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_machine_code(capability, tmp_path, monkeypatch):
+    """bf16: no value is spilled from the registers, and batches are read and written 128 bits at a time."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from resnext import kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    needed = (tools / "cuobjdump", tools / ("ptxas-blackwell" if capability >= 100 else "ptxas"))
+    if missing := [tool.name for tool in needed if not tool.exists()]:
+        pytest.skip(f"this triton comes without {', '.join(missing)}")
+    for name, constants in VARIANTS:
+        kernel = getattr(kernels, name)
+        signature = {}
+        for argument in kernel.arg_names:
+            if argument in constants:
+                kind = "constexpr"
+            elif argument.endswith("_ptr"):
+                leaf = argument.removesuffix("_ptr")
+                kind = "*i64" if leaf == "batches" else "*fp32" if leaf in FLOAT32 else "*bf16"
+            else:
+                kind = "fp32" if argument in ("eps", "momentum") else "i32"
+            signature[argument] = kind
+        aligned = {
+            (i,): [["tt.divisibility", 16]]
+            for i, argument in enumerate(kernel.arg_names)
+            if argument.endswith("_ptr") or argument == "C"
+        }
+        source = ASTSource(kernel, signature, constants, aligned)
+        binary = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        (tmp_path / "kernel.cubin").write_bytes(binary.asm["cubin"])
+        usage = subprocess.run(
+            [tools / "cuobjdump", "-res-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True
+        ).stdout
+        numbers = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+        assert numbers["STACK"] == numbers["LOCAL"] == 0, (name, constants, numbers)
+        assert numbers["REG"] <= 128, (name, constants, numbers)
+        if "ROWS" in constants:
+            loads = re.findall(r"ld\.global\S*", binary.asm["ptx"])
+            assert loads and all(".v4.b32" in load for load in loads), (name, loads)
+
+
+# ---------------------------------------------------------------------------- shapes
+
+
+@pytest.mark.parametrize("shortcut", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_shapes_on_fake_cuda_tensors(dtype, shortcut):
+    from resnext.kernels import norm_relu
+
+    with FakeTensorMode(), torch.device("cuda"):
+        x = torch.empty(6, 24, 5, 4, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        weight, bias, mean, var = (torch.empty(24) for _ in range(4))
+        skip = x if shortcut else None
+        outputs = norm_relu(x, skip, weight, bias, mean, var, None, 3, 0.1, 1e-5, True)
+        for y in outputs:
+            assert (y.dtype, y.device, y.shape, y.stride()) == (x.dtype, x.device, x.shape, x.stride())
+        y, statistics = torch.ops.resnext.norm_forward(
+            x, skip, weight, bias, mean, var, None, 3, 0.1, 1e-5, True
+        )
+        assert y.stride() == x.stride()
+        assert statistics.dtype == torch.float32 and statistics.shape == (2, 3, 24)
+        saved = y if shortcut else None
+        dx, dshortcut, dweight, dbias = torch.ops.resnext.norm_backward(
+            y, None, x, saved, weight, bias, statistics, shortcut, True
+        )
+        assert (dx.dtype, dx.shape, dx.stride()) == (dtype, x.shape, x.stride())
+        assert dshortcut.dtype == dtype and dshortcut.shape == (x.shape if shortcut else (0,))
+        assert dweight.shape == dbias.shape == (24,) and dweight.dtype == torch.float32
