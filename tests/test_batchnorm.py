@@ -16,7 +16,7 @@ from resnext.batchnorm import GroupBatchNorm2d, frozen_running_statistics, slice
 from resnext.config import parse_config
 from resnext.distributed import shares
 from resnext.model import ResNeXt
-from resnext.state import prepare
+from resnext.state import lay_out_momentum, prepare
 from resnext.trainer import train_step
 
 CPU = torch.device("cpu")
@@ -235,6 +235,7 @@ def start(train, model=""):
     )
     training = prepare(config, tuple("abcdefg"), CPU, {})
     training.model.double()
+    lay_out_momentum(training.optimizer)
     return training
 
 

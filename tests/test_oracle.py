@@ -32,7 +32,7 @@ from resnext.config import STATISTICS, Schedule, parse_config
 from resnext.evaluation import evaluate, hits, sum_crops
 from resnext.model import build_model
 from resnext.schedule import learning_rate
-from resnext.state import Sums, autocast, prepare
+from resnext.state import Sums, autocast, lay_out_momentum, prepare
 from resnext.trainer import train_step
 
 FACTS = golden("oracle.json")
@@ -166,6 +166,7 @@ def run():
     )
     training = prepare(config, tuple("0123456789"), CPU, {})
     training.model.double()
+    lay_out_momentum(training.optimizer)
     fill_parameters(training.model)
     logits = []
     training.model.register_forward_hook(lambda module, inputs, output: logits.append(output.detach()))
