@@ -331,6 +331,10 @@ def blocks_of(images: int, groups: int, hw: int, channels: int) -> tuple[int, in
     return cols, split, max(1, min(cols, max(4, TILE // split)))
 
 
+def _laid_out(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous(memory_format=torch.channels_last)
+
+
 def norm_forward(
     x: Tensor,
     shortcut: Tensor | None,
@@ -350,11 +354,11 @@ def norm_forward(
     cols, split, merged = blocks_of(*sizes)
     blocks = triton.cdiv(c, cols)
     tile = {"SPLIT": split, "ROWS": TILE // cols, "COLS": cols}
+    x = _laid_out(x)
     y = torch.empty_like(x)
     statistics = x.new_empty(2, groups, c, dtype=torch.float32)
     part = x.new_empty(2, groups, split, c, dtype=torch.float32)
-    if shortcut is not None:
-        shortcut = shortcut.contiguous(memory_format=torch.channels_last)
+    shortcut = _laid_out(shortcut)
     with torch.cuda.device_of(x):
         partial_statistics[(blocks, split, groups)](x, part, *sizes, **tile)
         merge_statistics[(triton.cdiv(c, merged), groups)](
@@ -403,8 +407,7 @@ def norm_backward(
     cols, split, merged = blocks_of(*sizes)
     blocks = triton.cdiv(c, cols)
     tile = {"SPLIT": split, "ROWS": TILE // cols, "COLS": cols}
-    dy = dy.contiguous(memory_format=torch.channels_last)
-    dy2 = None if dy2 is None else dy2.contiguous(memory_format=torch.channels_last)
+    dy, dy2, x, y = (_laid_out(tensor) for tensor in (dy, dy2, x, y))
     keep = shortcut or dy2 is not None
     dx, kept = torch.empty_like(x), torch.empty_like(x) if keep else dy
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
@@ -447,12 +450,14 @@ def norm_backward(
 
 
 def _fake_forward(x, shortcut, weight, bias, running_mean, running_var, batches, groups, momentum, eps, relu):
-    return torch.empty_like(x), x.new_empty(2, groups, x.shape[1], dtype=torch.float32)
+    y = torch.empty_like(x, memory_format=torch.channels_last)
+    return y, x.new_empty(2, groups, x.shape[1], dtype=torch.float32)
 
 
 def _fake_backward(dy, dy2, x, y, weight, bias, statistics, shortcut, relu):
-    dshortcut = torch.empty_like(x) if shortcut else x.new_empty(0)
-    return torch.empty_like(x), dshortcut, torch.empty_like(weight), torch.empty_like(bias)
+    dx = torch.empty_like(x, memory_format=torch.channels_last)
+    dshortcut = torch.empty_like(dx) if shortcut else x.new_empty(0)
+    return dx, dshortcut, torch.empty_like(weight), torch.empty_like(bias)
 
 
 class _NormRelu(torch.autograd.Function):
@@ -483,7 +488,7 @@ class _NormRelu(torch.autograd.Function):
 
 def _register() -> torch.library.Library:
     """The operators `resnext::norm_relu`, and the two that it is made of."""
-    library = torch.library.Library("resnext", "DEF")
+    library = torch.library.Library("resnext", "FRAGMENT")
     arguments = (
         "(Tensor x, Tensor? shortcut, Tensor weight, Tensor bias, Tensor(a!) running_mean, "
         "Tensor(b!) running_var, Tensor(c!)? batches, int groups, float momentum, float eps, bool relu)"
