@@ -8,6 +8,8 @@ cut into SPLIT parts; what the parts found is added up in a fixed order that dep
 are no atomics: the same input gives the same bits. Sums are float32.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -320,6 +322,7 @@ TILE = 2048  # values that a program has in hand: of each tensor 16 a thread, in
 PROGRAMS = 1024  # that a launch has at least, where there is work for so many: 8 on each of an H100's 132 SMs
 
 
+@functools.cache
 def blocks_of(images: int, groups: int, hw: int, channels: int) -> tuple[int, int, int]:
     """(COLS, SPLIT, COLS of the merging kernels), powers of two that depend on the shape alone."""
     cols = min(64, triton.next_power_of_2(channels))
