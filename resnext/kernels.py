@@ -8,6 +8,8 @@ cut into SPLIT parts; what the parts found is added up in a fixed order that dep
 are no atomics: the same input gives the same bits. Sums are float32.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -320,6 +322,7 @@ TILE = 2048  # values that a program has in hand: of each tensor 16 a thread, in
 PROGRAMS = 1024  # that a launch has at least, where there is work for so many: 8 on each of an H100's 132 SMs
 
 
+@functools.cache
 def blocks_of(images: int, groups: int, hw: int, channels: int) -> tuple[int, int, int]:
     """(COLS, SPLIT, COLS of the merging kernels), powers of two that depend on the shape alone."""
     cols = min(64, triton.next_power_of_2(channels))
@@ -329,6 +332,10 @@ def blocks_of(images: int, groups: int, hw: int, channels: int) -> tuple[int, in
     while programs * split < PROGRAMS and rows >= 4 * split * TILE // cols:
         split *= 2
     return cols, split, max(1, min(cols, max(4, TILE // split)))
+
+
+def _laid_out(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous(memory_format=torch.channels_last)
 
 
 def norm_forward(
@@ -350,11 +357,11 @@ def norm_forward(
     cols, split, merged = blocks_of(*sizes)
     blocks = triton.cdiv(c, cols)
     tile = {"SPLIT": split, "ROWS": TILE // cols, "COLS": cols}
+    x = _laid_out(x)
     y = torch.empty_like(x)
     statistics = x.new_empty(2, groups, c, dtype=torch.float32)
     part = x.new_empty(2, groups, split, c, dtype=torch.float32)
-    if shortcut is not None:
-        shortcut = shortcut.contiguous(memory_format=torch.channels_last)
+    shortcut = _laid_out(shortcut)
     with torch.cuda.device_of(x):
         partial_statistics[(blocks, split, groups)](x, part, *sizes, **tile)
         merge_statistics[(triton.cdiv(c, merged), groups)](
@@ -403,8 +410,7 @@ def norm_backward(
     cols, split, merged = blocks_of(*sizes)
     blocks = triton.cdiv(c, cols)
     tile = {"SPLIT": split, "ROWS": TILE // cols, "COLS": cols}
-    dy = dy.contiguous(memory_format=torch.channels_last)
-    dy2 = None if dy2 is None else dy2.contiguous(memory_format=torch.channels_last)
+    dy, dy2, x, y = (_laid_out(tensor) for tensor in (dy, dy2, x, y))
     keep = shortcut or dy2 is not None
     dx, kept = torch.empty_like(x), torch.empty_like(x) if keep else dy
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
@@ -447,12 +453,14 @@ def norm_backward(
 
 
 def _fake_forward(x, shortcut, weight, bias, running_mean, running_var, batches, groups, momentum, eps, relu):
-    return torch.empty_like(x), x.new_empty(2, groups, x.shape[1], dtype=torch.float32)
+    y = torch.empty_like(x, memory_format=torch.channels_last)
+    return y, x.new_empty(2, groups, x.shape[1], dtype=torch.float32)
 
 
 def _fake_backward(dy, dy2, x, y, weight, bias, statistics, shortcut, relu):
-    dshortcut = torch.empty_like(x) if shortcut else x.new_empty(0)
-    return torch.empty_like(x), dshortcut, torch.empty_like(weight), torch.empty_like(bias)
+    dx = torch.empty_like(x, memory_format=torch.channels_last)
+    dshortcut = torch.empty_like(dx) if shortcut else x.new_empty(0)
+    return dx, dshortcut, torch.empty_like(weight), torch.empty_like(bias)
 
 
 class _NormRelu(torch.autograd.Function):
@@ -483,7 +491,7 @@ class _NormRelu(torch.autograd.Function):
 
 def _register() -> torch.library.Library:
     """The operators `resnext::norm_relu`, and the two that it is made of."""
-    library = torch.library.Library("resnext", "DEF")
+    library = torch.library.Library("resnext", "FRAGMENT")
     arguments = (
         "(Tensor x, Tensor? shortcut, Tensor weight, Tensor bias, Tensor(a!) running_mean, "
         "Tensor(b!) running_var, Tensor(c!)? batches, int groups, float momentum, float eps, bool relu)"
