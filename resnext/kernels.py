@@ -4,8 +4,8 @@
 
 Tensors are (N, C, H, W) in channels_last: M = N·H·W rows of C values. Slice g, one of batchnorm.slice_sizes,
 is a range of rows that a kernel works out itself, so a smaller last batch needs no other kernel. A slice is
-cut into SPLIT parts; what the parts found is added up in a fixed order that depends on the shape alone. There
-are no atomics: the same input gives the same bits. Sums are float32.
+cut into `split` parts, whose sums are added up in an order that depends on the shape alone. There are no
+atomics: the same input gives the same bits. Sums are float32.
 """
 
 import functools
@@ -16,20 +16,20 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SIZES = ["images", "groups", "hw"]  # not worth a kernel for each kind of number
+SIZES = ["images", "groups", "hw", "split"]  # not worth a kernel for each kind of number
 
 
 # ---------------------------------------------------------------------------- rows
 
 
 @triton.jit
-def rows_of_part(images, groups, hw, g, s, SPLIT: tl.constexpr):
+def rows_of_part(images, groups, hw, g, s, split):
     """First row (int64) of part s of slice g, and its number of rows, which may be 0."""
     small = images // groups
     larger = images % groups
     start = (g * small + tl.minimum(g, larger)).to(tl.int64) * hw
     rows = (small + (g < larger).to(tl.int32)) * hw
-    each = tl.cdiv(rows, SPLIT)
+    each = tl.cdiv(rows, split)
     first = tl.minimum(s * each, rows)
     return start + first, tl.minimum(each, rows - first)
 
@@ -44,15 +44,13 @@ def normalised(x, mean, scale, bias):
 
 
 @triton.jit(do_not_specialize=SIZES)
-def partial_statistics(
-    x_ptr, part_ptr, images, groups, hw, C, SPLIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
-):
-    """Mean and sum of squared deviations of a part, to part (2, groups, SPLIT, C)."""
+def partial_statistics(x_ptr, part_ptr, images, groups, hw, C, split, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Mean and sum of squared deviations of a part, to part (2, groups, split, C)."""
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
     s = tl.program_id(1)
     g = tl.program_id(2)
     inside = cols < C
-    start, rows = rows_of_part(images, groups, hw, g, s, SPLIT)
+    start, rows = rows_of_part(images, groups, hw, g, s, split)
     lane = tl.arange(0, ROWS)
     tile = lane[:, None] * C + cols[None, :]
     # Deviations from the part's first row: their squares do not cancel where the mean is large.
@@ -67,9 +65,9 @@ def partial_statistics(
         squares += d * d
     n = tl.maximum(rows, 1).to(tl.float32)
     total = tl.sum(sums, 0)
-    out = part_ptr + (g * SPLIT + s) * C + cols
+    out = part_ptr + (g * split + s) * C + cols
     tl.store(out, shift + total / n, inside)
-    tl.store(out + groups * SPLIT * C, tl.sum(squares, 0) - total * (total / n), inside)
+    tl.store(out + groups * split * C, tl.sum(squares, 0) - total * (total / n), inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -137,7 +135,7 @@ def apply(
     C,
     SHORTCUT: tl.constexpr,
     RELU: tl.constexpr,
-    SPLIT: tl.constexpr,
+    split,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
@@ -145,7 +143,7 @@ def apply(
     s = tl.program_id(1)
     g = tl.program_id(2)
     inside = cols < C
-    start, rows = rows_of_part(images, groups, hw, g, s, SPLIT)
+    start, rows = rows_of_part(images, groups, hw, g, s, split)
     lane = tl.arange(0, ROWS)
     tile = lane[:, None] * C + cols[None, :]
     mean = tl.load(statistics_ptr + g * C + cols, inside, 0.0)
@@ -199,11 +197,11 @@ def partial_gradients(
     SHORTCUT: tl.constexpr,
     TWO: tl.constexpr,
     RELU: tl.constexpr,
-    SPLIT: tl.constexpr,
+    split,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Sums of dy and of dy · (x - mean) / std of a part, to part (2, groups, SPLIT, C).
+    """Sums of dy and of dy · (x - mean) / std of a part, to part (2, groups, split, C).
 
     With a shortcut or two gradients, what reaches the normalised values is kept: it is the shortcut's
     gradient, and all that `input_gradient` needs besides x.
@@ -212,7 +210,7 @@ def partial_gradients(
     s = tl.program_id(1)
     g = tl.program_id(2)
     inside = cols < C
-    start, rows = rows_of_part(images, groups, hw, g, s, SPLIT)
+    start, rows = rows_of_part(images, groups, hw, g, s, split)
     lane = tl.arange(0, ROWS)
     tile = lane[:, None] * C + cols[None, :]
     mean = tl.load(statistics_ptr + g * C + cols, inside, 0.0)
@@ -235,9 +233,9 @@ def partial_gradients(
             dy = kept.to(tl.float32)
         sums += dy
         products += dy * (x - mean[None, :])
-    out = part_ptr + (g * SPLIT + s) * C + cols
+    out = part_ptr + (g * split + s) * C + cols
     tl.store(out, tl.sum(sums, 0), inside)
-    tl.store(out + groups * SPLIT * C, tl.sum(products, 0) * inverse, inside)
+    tl.store(out + groups * split * C, tl.sum(products, 0) * inverse, inside)
 
 
 @triton.jit(do_not_specialize=["groups"])
@@ -269,7 +267,7 @@ def input_gradient(
     C,
     MASKED: tl.constexpr,
     RELU: tl.constexpr,
-    SPLIT: tl.constexpr,
+    split,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
@@ -281,7 +279,7 @@ def input_gradient(
     s = tl.program_id(1)
     g = tl.program_id(2)
     inside = cols < C
-    start, rows = rows_of_part(images, groups, hw, g, s, SPLIT)
+    start, rows = rows_of_part(images, groups, hw, g, s, split)
     lane = tl.arange(0, ROWS)
     tile = lane[:, None] * C + cols[None, :]
     if s + g == 0:
@@ -318,20 +316,24 @@ def input_gradient(
 
 # ---------------------------------------------------------------------------- operators
 
-TILE = 2048  # values that a program has in hand: of each tensor 16 a thread, in 16-bit precision two loads
+# (values of a tensor, channels of them) that a program has in hand, of 4 warps; measured on an H100.
+FORWARD, BACKWARD = (2048, 64), (4096, 128)
 PROGRAMS = 1024  # that a launch has at least, where there is work for so many: 8 on each of an H100's 132 SMs
 
 
 @functools.cache
-def blocks_of(images: int, groups: int, hw: int, channels: int) -> tuple[int, int, int]:
-    """(COLS, SPLIT, COLS of the merging kernels), powers of two that depend on the shape alone."""
-    cols = min(64, triton.next_power_of_2(channels))
+def blocks_of(
+    images: int, groups: int, hw: int, channels: int, tile: tuple[int, int]
+) -> tuple[int, int, int, int]:
+    """(ROWS, COLS, split, COLS of the merging kernel), powers of two that depend on the shape alone."""
+    values, most = tile
+    cols = min(most, triton.next_power_of_2(channels))
     programs = triton.cdiv(channels, cols) * groups
     rows = images // groups * hw
     split = 1
-    while programs * split < PROGRAMS and rows >= 4 * split * TILE // cols:
+    while programs * split < PROGRAMS and rows >= 4 * split * values // cols:
         split *= 2
-    return cols, split, max(1, min(cols, max(4, TILE // split)))
+    return values // cols, cols, split, max(1, min(cols, max(4, values // split)))
 
 
 def _laid_out(x: Tensor | None) -> Tensor | None:
@@ -354,9 +356,9 @@ def norm_forward(
     """(y, statistics): y as x; float32 (2, groups, C) mean and 1 / std of each slice."""
     n, c, h, w = x.shape
     sizes = (n, groups, h * w, c)
-    cols, split, merged = blocks_of(*sizes)
+    rows, cols, split, merged = blocks_of(*sizes, FORWARD)
     blocks = triton.cdiv(c, cols)
-    tile = {"SPLIT": split, "ROWS": TILE // cols, "COLS": cols}
+    tile = {"split": split, "ROWS": rows, "COLS": cols}
     x = _laid_out(x)
     y = torch.empty_like(x)
     statistics = x.new_empty(2, groups, c, dtype=torch.float32)
@@ -407,9 +409,9 @@ def norm_backward(
     n, c, h, w = x.shape
     groups = statistics.shape[1]
     sizes = (n, groups, h * w, c)
-    cols, split, merged = blocks_of(*sizes)
+    rows, cols, split, merged = blocks_of(*sizes, BACKWARD)
     blocks = triton.cdiv(c, cols)
-    tile = {"SPLIT": split, "ROWS": TILE // cols, "COLS": cols}
+    tile = {"split": split, "ROWS": rows, "COLS": cols}
     dy, dy2, x, y = (_laid_out(tensor) for tensor in (dy, dy2, x, y))
     keep = shortcut or dy2 is not None
     dx, kept = torch.empty_like(x), torch.empty_like(x) if keep else dy

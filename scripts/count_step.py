@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,7 +123,7 @@ def pretended_gpu() -> Iterator[None]:
     sgd = "torch.optim.sgd._default_to_fused_or_foreach"
     with (
         mock.patch.object(FakeTensor, "is_cuda", True, create=True),
-        mock.patch("torch.cuda.get_device_capability", lambda *_: (9, 0)),
+        mock.patch("torch.cuda.get_device_properties", lambda _: SimpleNamespace(major=9)),
         mock.patch(sgd, lambda *_, **__: (False, True)),
         FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True),
     ):
