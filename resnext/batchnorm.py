@@ -76,13 +76,14 @@ def norm_relu(
 ) -> tuple[Tensor, Tensor]:
     """relu(norm(x) + shortcut), twice: for the next convolution and the next shortcut.
 
-    `norm` may be any module and `relu` one that someone has put in the network's place. In training on a GPU
-    a kernel does it all; then each of the two has a gradient of its own, which the kernel adds up.
+    `norm` may be any module, and `relu` another activation. In training on a GPU one operator does it all;
+    then each of the two outputs has a gradient of its own, which the backward pass adds up. Elsewhere they
+    are one tensor.
     """
-    replaced = isinstance(relu, nn.Module) and (type(relu) is not nn.ReLU or has_hooks(relu))
-    same = shortcut is None or (shortcut.shape == x.shape and shortcut.dtype == x.dtype)
-    if same and not replaced and _has_kernel(norm, x) and not has_hooks(norm):
-        return norm.fused(x, shortcut, relu=True)
+    if _has_kernel(norm, x) and not has_hooks(norm):
+        is_relu = relu is _relu or (type(relu) is nn.ReLU and not has_hooks(relu))
+        if is_relu and (shortcut is None or (shortcut.shape == x.shape and shortcut.dtype == x.dtype)):
+            return norm.fused(x, shortcut, relu=True)
     y = norm(x)
     y = relu(y if shortcut is None else y + shortcut)
     return y, y
@@ -100,16 +101,15 @@ def has_hooks(module: nn.Module) -> bool:
 
 def _has_kernel(norm: nn.Module, x: Tensor) -> bool:
     """Whether kernels.norm_relu can do what this module does to x; if not, torch's own kernels do."""
+    if not (type(norm) is GroupBatchNorm2d and norm.training and on_gpu(x) and x.dim() == 4):
+        return False
+    n, c, h, w = x.shape
     return (
-        type(norm) is GroupBatchNorm2d
-        and norm.training
-        and on_gpu(x)
-        and x.dim() == 4
+        n > 0
+        and c == norm.num_features
+        and max(1, n // norm.groups) * h * w > 1  # torch has an error for a single value
         and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and x.is_contiguous(memory_format=torch.channels_last)
-        and x.shape[1] == norm.num_features
-        and x.shape[0] // min(norm.groups, max(1, x.shape[0])) * x.shape[2] * x.shape[3]
-        > 1  # else torch's error
         and norm.weight is not None
         and norm.weight.dtype == torch.float32
         and norm.running_mean is not None

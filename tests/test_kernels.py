@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy
@@ -11,6 +12,9 @@ import pytest
 import torch
 from commands import ROOT
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from resnext import batchnorm, model
 
 triton = pytest.importorskip("triton", reason="triton comes with CUDA builds of torch only")
 
@@ -126,3 +130,34 @@ def test_shapes_on_fake_cuda_tensors(dtype, shortcut):
         assert (dx.dtype, dx.shape, dx.stride()) == (dtype, x.shape, x.stride())
         assert dshortcut.dtype == dtype and dshortcut.shape == (x.shape if shortcut else (0,))
         assert dweight.shape == dbias.shape == (24,) and dweight.dtype == torch.float32
+
+
+# ---------------------------------------------------------------------------- passes over memory
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.calls.append((operator._schema.name, args))
+        return operator(*args, **(kwargs or {}))
+
+
+def test_a_step_makes_no_other_pass(monkeypatch):
+    """ResNeXt-50: BatchNorm, ReLU, additions and those of gradients are in the operators, but for one."""
+    for module in (batchnorm, model):
+        monkeypatch.setattr(module, "on_gpu", lambda x: True)
+    with FakeTensorMode(), Operators() as operators:
+        network = model.resnext50_32x4d()
+        batchnorm.use_group_batchnorm(network, 2)
+        operators.calls.clear()
+        x = torch.empty(4, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+        network(x).sum().backward()
+    names = Counter(name for name, _ in operators.calls)
+    backward = [args for name, args in operators.calls if name == "resnext::norm_backward"]
+    assert names["resnext::norm_forward"] == len(backward) == 53
+    assert sum(args[1] is not None for args in backward) == 15  # of the 16 blocks' outputs, but the last
+    assert names["aten::add"] == 1  # of the gradients of max-pooling's output
+    assert not any("batch_norm" in name or "relu" in name or "threshold" in name for name in names)
