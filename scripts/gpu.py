@@ -2,6 +2,7 @@
 
     python scripts/gpu.py                          within 25 minutes
     python scripts/gpu.py --minutes 60 --data DIR  and training from the JPEG files below DIR/train/
+    python scripts/gpu.py train norms              these parts alone
 
 Each part's figures are written at once to results/gpu-<device>.json and .md; called again, it goes on
 after the last part that ended. docs/gpu.md says how to read them. Without a GPU all parts run on tiny
@@ -23,7 +24,7 @@ from resnext.errors import UserError, command_parser, run_command
 
 RESNEXT101 = ["model.depth=101", "model.base_width=8", "train.batch_size=128"]
 PLAIN_RESNET = ["model.cardinality=1", "model.base_width=64"]
-TINY = ["model.cardinality=4", "model.base_width=2", "data.image_size=32", "train.batch_size=4"]
+TINY = ["model.cardinality=4", "model.base_width=2", "data.image_size=32", "train.batch_size=16"]
 
 
 def parts(data: str | None) -> dict[str, list[str]]:
@@ -49,12 +50,17 @@ def parts(data: str | None) -> dict[str, list[str]]:
 
 def main() -> None:
     parser = command_parser(__doc__)
+    names = ", ".join(parts("DIR"))
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"default: all of {names}")
     parser.add_argument("--minutes", type=float, default=25, metavar="N", help="default: 25")
     parser.add_argument("--data", metavar="DIR", help="class folders below DIR/train/")
     parser.add_argument(
         "--output", type=Path, default=ROOT / "results", metavar="DIR", help="default: results/"
     )
     arguments = parser.parse_args()
+    wanted = parts(arguments.data)
+    if unknown := [name for name in arguments.parts if name not in wanted]:
+        raise UserError(f"{unknown[0]}: no part of that name; there are {', '.join(wanted)}")
     end = time.monotonic() + 60 * arguments.minutes
 
     from resnext.distributed import choose_device
@@ -65,8 +71,10 @@ def main() -> None:
     name = re.sub(r"\W+", "-", now["device"]).strip("-").lower()
     target = arguments.output / f"{'gpu' if device.type == 'cuda' else 'tiny'}-{name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
-    results = earlier(target, now)
-    for part, command in parts(arguments.data).items():
+    results, failed = earlier(target, now), []
+    for part, command in wanted.items():
+        if arguments.parts and part not in arguments.parts:
+            continue
         if part in results["parts"]:
             print(f"{part}: measured already")
             continue
@@ -76,13 +84,17 @@ def main() -> None:
             continue
         print(f"\n## {part}, {left / 60:.1f} minutes left", flush=True)
         result = run(part, command, left, tiny=device.type == "cpu")
-        if result is not None:
+        if result is None:
+            failed.append(part)
+        else:
             results["parts"][part] = result
             target.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
             target.with_suffix(".md").write_text(report(results), encoding="utf-8")
     print(f"\n{report(results)}\nwritten to {target} and {target.with_suffix('.md')}")
     if results["parts"].get("tests", {}).get("failed"):
-        raise UserError("GPU tests failed; see above")
+        failed.append("tests")
+    if failed:
+        raise UserError(f"{', '.join(failed)}: failed or not finished; see above")
 
 
 def earlier(target: Path, now: dict[str, str]) -> dict:

@@ -155,7 +155,46 @@ def test_benchmark_of_networks(tmp_path, what):
     tables = benchmark(tmp_path, what, *keys)["tables"]
     names = {row["name"].split(",")[0] for table in tables for row in table["rows"]}
     assert names - {"timm"} == {"torchvision", "ours"}
-    assert all("memory bandwidth" in row["note"] for table in tables for row in table["rows"])
+    assert all(" GB at " in row["note"] for table in tables for row in table["rows"])
+
+
+def test_benchmark_of_layers(tmp_path):
+    keys = ["model.cardinality=4", "model.base_width=2", "data.image_size=32", "train.batch_size=16"]
+    tables = benchmark(tmp_path, "convolutions", *keys)["tables"]
+    assert len(tables) == 7 and all(len(table["rows"]) == 4 for table in tables)  # a stride of 2 in 3 stages
+    tables = benchmark(tmp_path, "norms", *keys)["tables"]
+    assert all(len(table["rows"]) == 3 for table in tables)
+    times = [int(table["title"].split(", ")[-1].split()[0]) for table in tables]
+    assert sum(times) == 49  # of 53: without those of the 4 shortcuts
+
+
+@pytest.mark.parametrize(("groups", "merged"), [(4, 2), (8, 4), (4, 4)])
+def test_merged_groups_are_the_same_convolution(groups, merged):
+    sys.path.append(str(ROOT / "scripts"))
+    from benchmark_layers import convolve
+
+    x = torch.randn(2, 8 * groups, 6, 6, dtype=torch.float64)
+    weight = torch.randn(8 * groups, 8, 3, 3, dtype=torch.float64)
+    outputs = [convolve(x, weight, 1, groups, k, torch.channels_last) for k in (1, merged)]
+    torch.testing.assert_close(*outputs)
+
+
+def test_gpu_measurements_go_on_where_they_ended(tmp_path):
+    """One part here on the CPU, in little; `make gpu` runs them all."""
+    arguments = ["norms", "--output", str(tmp_path)]
+    assert "written to" in script("gpu.py", *arguments).stdout
+    (results,) = tmp_path.glob("tiny-*.json")
+    assert list(json.loads(results.read_text())["parts"]) == ["norms"]
+    assert "| torch: BatchNorm, addition, ReLU |" in results.with_suffix(".md").read_text()
+    assert "norms: measured already" in script("gpu.py", *arguments).stdout
+    content = json.loads(results.read_text())
+    content["environment"]["torch"] = "2.0"
+    results.write_text(json.dumps(content))
+    assert "kept as" in script("gpu.py", *arguments, "--minutes", "0").stdout
+    assert (
+        len(list(tmp_path.glob("tiny-*.json"))) == 1
+        and "no part" in script("gpu.py", "norm", status=2).stderr
+    )
 
 
 @pytest.mark.parametrize(
