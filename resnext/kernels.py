@@ -133,9 +133,9 @@ def apply(
     groups,
     hw,
     C,
+    split,
     SHORTCUT: tl.constexpr,
     RELU: tl.constexpr,
-    split,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
@@ -194,10 +194,10 @@ def partial_gradients(
     groups,
     hw,
     C,
+    split,
     SHORTCUT: tl.constexpr,
     TWO: tl.constexpr,
     RELU: tl.constexpr,
-    split,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
@@ -265,9 +265,9 @@ def input_gradient(
     groups,
     hw,
     C,
+    split,
     MASKED: tl.constexpr,
     RELU: tl.constexpr,
-    split,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
@@ -336,6 +336,28 @@ def blocks_of(
     return values // cols, cols, split, max(1, min(cols, max(4, values // split)))
 
 
+COMPILED: dict[tuple, object] = {}  # what triton made of a kernel for such arguments
+
+
+def launch(
+    kernel: triton.JITFunction,
+    grid: tuple[int, int, int],
+    tensors: tuple[Tensor, ...],
+    numbers: tuple[int | float, ...],
+    constants: tuple[int | bool, ...],
+) -> None:
+    """kernel[grid](...), but triton's search for what it has compiled, longer than a launch, only once."""
+    key = (kernel, tensors[0].device, *(tensor.dtype for tensor in tensors), numbers, constants)
+    compiled = COMPILED.get(key)
+    aligned = all(tensor.data_ptr() % 16 == 0 for tensor in tensors)  # which triton compiles for, if it is so
+    if compiled is None or not aligned:
+        compiled = kernel[grid](*tensors, *numbers, *constants)
+        if compiled is not None and aligned:  # the interpreter compiles nothing
+            COMPILED[key] = compiled
+    else:
+        compiled[grid](*tensors, *numbers, *constants)
+
+
 def _laid_out(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous(memory_format=torch.channels_last)
 
@@ -358,38 +380,25 @@ def norm_forward(
     sizes = (n, groups, h * w, c)
     rows, cols, split, merged = blocks_of(*sizes, FORWARD)
     blocks = triton.cdiv(c, cols)
-    tile = {"split": split, "ROWS": rows, "COLS": cols}
-    x = _laid_out(x)
+    x, shortcut = _laid_out(x), _laid_out(shortcut)
     y = torch.empty_like(x)
     statistics = x.new_empty(2, groups, c, dtype=torch.float32)
     part = x.new_empty(2, groups, split, c, dtype=torch.float32)
-    shortcut = _laid_out(shortcut)
     with torch.cuda.device_of(x):
-        partial_statistics[(blocks, split, groups)](x, part, *sizes, **tile)
-        merge_statistics[(triton.cdiv(c, merged), groups)](
-            part,
-            statistics,
-            running_mean,
-            running_var,
-            running_mean if batches is None else batches,
-            *sizes,
-            eps,
-            momentum,
-            COUNT=batches is not None,
-            SPLIT=split,
-            COLS=merged,
+        launch(partial_statistics, (blocks, split, groups), (x, part), (*sizes, split), (rows, cols))
+        launch(
+            merge_statistics,
+            (triton.cdiv(c, merged), groups, 1),
+            (part, statistics, running_mean, running_var, running_mean if batches is None else batches),
+            (*sizes, eps, momentum),
+            (batches is not None, split, merged),
         )
-        apply[(blocks, split, groups)](
-            x,
-            x if shortcut is None else shortcut,
-            y,
-            statistics,
-            weight,
-            bias,
-            *sizes,
-            SHORTCUT=shortcut is not None,
-            RELU=relu,
-            **tile,
+        launch(
+            apply,
+            (blocks, split, groups),
+            (x, x if shortcut is None else shortcut, y, statistics, weight, bias),
+            (*sizes, split),
+            (shortcut is not None, relu, rows, cols),
         )
     return y, statistics
 
@@ -411,7 +420,6 @@ def norm_backward(
     sizes = (n, groups, h * w, c)
     rows, cols, split, merged = blocks_of(*sizes, BACKWARD)
     blocks = triton.cdiv(c, cols)
-    tile = {"split": split, "ROWS": rows, "COLS": cols}
     dy, dy2, x, y = (_laid_out(tensor) for tensor in (dy, dy2, x, y))
     keep = shortcut or dy2 is not None
     dx, kept = torch.empty_like(x), torch.empty_like(x) if keep else dy
@@ -419,37 +427,26 @@ def norm_backward(
     part = x.new_empty(2, groups, split, c, dtype=torch.float32)
     sums = x.new_empty(2, groups, c, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        partial_gradients[(blocks, split, groups)](
-            x,
-            x if y is None else y,
-            dy,
-            dy if dy2 is None else dy2,
-            kept,
-            statistics,
-            weight,
-            bias,
-            part,
-            *sizes,
-            SHORTCUT=shortcut,
-            TWO=dy2 is not None,
-            RELU=relu,
-            **tile,
+        launch(
+            partial_gradients,
+            (blocks, split, groups),
+            (x, x if y is None else y, dy, dy if dy2 is None else dy2, kept, statistics, weight, bias, part),
+            (*sizes, split),
+            (shortcut, dy2 is not None, relu, rows, cols),
         )
-        merge_gradients[(triton.cdiv(c, merged), groups)](part, sums, groups, c, SPLIT=split, COLS=merged)
-        input_gradient[(blocks, split, groups)](
-            x,
-            kept,
-            dx,
-            statistics,
-            weight,
-            bias,
-            sums,
-            dweight,
-            dbias,
-            *sizes,
-            MASKED=keep,
-            RELU=relu,
-            **tile,
+        launch(
+            merge_gradients,
+            (triton.cdiv(c, merged), groups, 1),
+            (part, sums),
+            (groups, c),
+            (split, merged),
+        )
+        launch(
+            input_gradient,
+            (blocks, split, groups),
+            (x, kept, dx, statistics, weight, bias, sums, dweight, dbias),
+            (*sizes, split),
+            (keep, relu, rows, cols),
         )
     return dx, kept if shortcut else x.new_empty(0), dweight, dbias
 
@@ -510,7 +507,8 @@ def _register() -> torch.library.Library:
         ("norm_forward", norm_forward, _fake_forward),
         ("norm_backward", norm_backward, _fake_backward),
     ):
-        library.impl(name, run, "CompositeExplicitAutograd")
+        # Not for torch.compile to look into, should it come by outside of a graph.
+        library.impl(name, torch.compiler.disable(run), "CompositeExplicitAutograd")
         torch.library.register_fake(f"resnext::{name}", fake, lib=library)
     return library
 

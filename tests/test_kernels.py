@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from resnext import batchnorm, model
 
 triton = pytest.importorskip("triton", reason="triton comes with CUDA builds of torch only")
+from triton.backends.compiler import GPUTarget  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -60,7 +62,6 @@ VARIANTS = [
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_machine_code(capability, tmp_path, monkeypatch):
     """bf16: no value is spilled from the registers, and batches are read and written 128 bits at a time."""
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from resnext import kernels
@@ -101,6 +102,76 @@ def test_machine_code(capability, tmp_path, monkeypatch):
             wide = sum(".v4.b32" in load for load in loads)
             assert wide >= constants["ROWS"] * constants["COLS"] // (128 * 8), (name, loads)
             assert not any("16" in load for load in loads), (name, loads)
+
+
+# ---------------------------------------------------------------------------- launches
+
+
+class PretendedDriver:
+    """What triton asks of a GPU; its launches are only noted down."""
+
+    def __init__(self):
+        self.launches: list[tuple] = []
+        self.utils = SimpleNamespace(
+            load_binary=lambda name, code, *_: (None, hash(code), 32, 0, 1024),
+            get_device_properties=lambda _: {"max_shared_mem": 232448},
+        )
+
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda _: 0)
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+
+    def launcher_cls(self, source, metadata):
+        def run(*arguments):
+            *grid, _, function, _, _, _, _ = arguments[:9]
+            texts = [
+                ("tensor", a.data_ptr() % 16, a.dtype) if isinstance(a, torch.Tensor) else a
+                for a in arguments[9:]
+            ]
+            self.launches.append((metadata.name, function, *grid, *texts))
+
+        return run
+
+
+@pytest.mark.parametrize("shortcut", [False, True])
+def test_later_launches_are_those_of_triton(monkeypatch, tmp_path, shortcut):
+    """The same kernels, grids and arguments when the compiled ones are known; others for other arguments."""
+    from triton.runtime.driver import driver
+
+    from resnext import kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(kernels, "COMPILED", {})
+    pretended = PretendedDriver()
+    monkeypatch.setattr(driver, "_active", pretended)
+
+    def step(images: int, dtype: torch.dtype = torch.bfloat16, offset: int = 0) -> list[tuple]:
+        pretended.launches.clear()
+        memory = torch.zeros(images * 64 * 16 + offset, dtype=dtype)[offset:]
+        x = memory.view(images, 4, 4, 64).permute(0, 3, 1, 2)
+        weight, bias, mean, var = (torch.ones(64) for _ in range(4))
+        skip = x if shortcut else None
+        y, statistics = kernels.norm_forward(
+            x, skip, weight, bias, mean, var, torch.tensor(0), 2, 0.1, 1e-5, True
+        )
+        saved = y if shortcut else None
+        kernels.norm_backward(y, None, x, saved, weight, bias, statistics, shortcut, True)
+        return list(pretended.launches)
+
+    first = step(4)
+    assert len(first) == 6 and len(kernels.COMPILED) == 6
+    with monkeypatch.context() as context:
+        context.setattr(triton.JITFunction, "run", None)  # not needed any more
+        assert step(4) == first
+    for other in (step(3), step(4, torch.float32)):
+        assert other != first and len(other) == 6
+    unaligned = step(4, offset=1)
+    assert [launch[0] for launch in unaligned] == [launch[0] for launch in first]
+    changed = {a[0] for a, b in zip(first, unaligned, strict=True) if a[1] != b[1]}  # other machine code
+    assert changed == {"partial_statistics", "apply", "partial_gradients", "input_gradient"}
+    assert step(4) == first
+    for name in {name for name, _ in VARIANTS}:
+        getattr(kernels, name).device_caches.clear()
 
 
 # ---------------------------------------------------------------------------- shapes
