@@ -388,6 +388,26 @@ def test_each_batch_size_has_a_graph_of_its_own(compiler, extra):
         assert all(isinstance(n, int) for value in placeholders for n in value.shape)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", [(), ("train.bn_group=4",)])
+def test_a_compiled_run_resumed_ahead_of_its_last_batch_has_the_same_bits(extra):
+    sizes = (16, 16, 10, 16)
+
+    def steps(training, sizes):
+        for size in sizes:
+            train_step(training, *batch(size), 0.05)
+
+    whole = training_of("train.compile=true", *extra)
+    steps(whole, sizes[:2])
+    content = copy.deepcopy(checkpoint_content(whole))
+    steps(whole, sizes[2:])
+    torch._dynamo.reset()
+    resumed = training_of("train.compile=true", *extra)
+    restore(resumed, content, Path("last.pt"))
+    steps(resumed, sizes[2:])
+    assert all(map(torch.equal, resumed.model.state_dict().values(), whole.model.state_dict().values()))
+
+
 def test_compiled_gradients_arrive_during_the_backward_pass(compiler):
     """In DistributedDataParallel: those of the last layers before those of the first are computed."""
     from torch._dynamo.backends.common import aot_autograd
