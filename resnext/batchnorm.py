@@ -6,14 +6,12 @@ does the same on one device, so that the number of GPUs no longer changes the re
 """
 
 import contextlib
-import importlib.util
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-TRITON = importlib.util.find_spec("triton") is not None
 
 
 def slice_sizes(images: int, slices: int) -> list[int]:
@@ -30,16 +28,17 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm2d whose training statistics are taken over `groups` near-equal slices of the batch.
 
     Input and output are (N, C, H, W); slices are contiguous in N and fewer than `groups` where
-    N is smaller. Running statistics follow the first slice. Evaluation is plain BatchNorm.
+    N is smaller. Running statistics follow the first slice. Evaluation is plain BatchNorm. With
+    `fused`, training on CUDA in channels_last runs in the kernels of kernels.py.
     """
 
-    def __init__(self, num_features: int, groups: int = 1, eps: float = 1e-5, momentum: float = 0.1):
-        super().__init__(num_features, eps, momentum)
-        self.groups = groups
+    def __init__(self, num_features: int, groups: int = 1, fused: bool = False):
+        super().__init__(num_features)
+        self.groups, self.fused = groups, fused
 
     def forward(self, x: Tensor) -> Tensor:
         if _has_kernel(self, x):
-            return self.fused(x, None, relu=False)[0]
+            return self.run_kernels(x, None, relu=False)[0]
         if not self.training or self.groups == 1:
             return super().forward(x)
         sizes = [size for size in slice_sizes(len(x), self.groups) if size]
@@ -49,7 +48,7 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
             normalised.append(F.batch_norm(part, None, None, self.weight, self.bias, True, 0.0, self.eps))
         return torch.cat(normalised)
 
-    def fused(self, x: Tensor, shortcut: Tensor | None, relu: bool) -> tuple[Tensor, Tensor]:
+    def run_kernels(self, x: Tensor, shortcut: Tensor | None, relu: bool) -> tuple[Tensor, Tensor]:
         """See kernels.norm_relu."""
         from .kernels import norm_relu  # not at the top: it needs triton
 
@@ -76,32 +75,23 @@ def norm_relu(
 ) -> tuple[Tensor, Tensor]:
     """relu(norm(x) + shortcut), twice: for the next convolution and the next shortcut.
 
-    `norm` may be any module, and `relu` another activation. In training on a GPU one operator does it all;
-    then each of the two outputs has a gradient of its own, which the backward pass adds up. Elsewhere they
-    are one tensor.
+    Where `norm` has kernels one operator does it all; then each of the two outputs has a gradient of its
+    own, which the backward pass adds up. Elsewhere they are one tensor.
     """
-    if _has_kernel(norm, x) and not has_hooks(norm):
-        is_relu = relu is _relu or (type(relu) is nn.ReLU and not has_hooks(relu))
-        if is_relu and (shortcut is None or (shortcut.shape == x.shape and shortcut.dtype == x.dtype)):
-            return norm.fused(x, shortcut, relu=True)
+    if (
+        _has_kernel(norm, x)
+        and (relu is _relu or type(relu) is nn.ReLU)
+        and (shortcut is None or (shortcut.shape == x.shape and shortcut.dtype == x.dtype))
+    ):
+        return norm.run_kernels(x, shortcut, relu=True)
     y = norm(x)
     y = relu(y if shortcut is None else y + shortcut)
     return y, y
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether someone listens to what goes into a module and comes out of it."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
 def _has_kernel(norm: nn.Module, x: Tensor) -> bool:
     """Whether kernels.norm_relu can do what this module does to x; if not, torch's own kernels do."""
-    if not (type(norm) is GroupBatchNorm2d and norm.training and on_gpu(x) and x.dim() == 4):
+    if not (type(norm) is GroupBatchNorm2d and norm.fused and norm.training and on_gpu(x) and x.dim() == 4):
         return False
     n, c, h, w = x.shape
     return (
@@ -110,23 +100,39 @@ def _has_kernel(norm: nn.Module, x: Tensor) -> bool:
         and max(1, n // norm.groups) * h * w > 1  # torch has an error for a single value
         and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and x.is_contiguous(memory_format=torch.channels_last)
-        and norm.weight is not None
-        and norm.weight.dtype == torch.float32
-        and norm.running_mean is not None
-        and norm.momentum is not None
+        and norm.weight.dtype == norm.running_mean.dtype == torch.float32
     )
 
 
 def on_gpu(x: Tensor) -> bool:
-    """Whether a tensor is where the kernels run."""
-    return TRITON and x.is_cuda and torch.cuda.get_device_properties(x.device).major >= 8
+    return x.is_cuda
 
 
-def use_group_batchnorm(model: nn.Module, groups: int) -> None:
-    """Let every GroupBatchNorm2d of a model cut its batches into so many slices."""
+def kernels_work(device: torch.device) -> bool:
+    """Whether kernels.py runs on a device: a GPU since Ampere, triton, and a C compiler for it."""
+    if device.type != "cuda" or torch.cuda.get_device_properties(device).major < 8:
+        return False
+    try:
+        import triton
+
+        triton.runtime.driver.active.utils  # noqa: B018 (compiles its way to the driver)
+    except Exception as error:  # of many kinds, and all mean the same
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        warnings.warn(
+            f"BatchNorm runs in torch's own kernels, and a step takes up to 1.4 times as long: triton does "
+            f"not work here ({reason}); install triton, gcc and the headers of Python (python3-dev)",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def use_group_batchnorm(model: nn.Module, groups: int, fused: bool = False) -> None:
+    """Make every BatchNorm2d of a model a GroupBatchNorm2d; parameters, buffers and hooks stay."""
     for module in model.modules():
-        if isinstance(module, GroupBatchNorm2d):
-            module.groups = groups
+        if type(module) in (nn.BatchNorm2d, GroupBatchNorm2d):
+            module.__class__ = GroupBatchNorm2d
+            module.groups, module.fused = groups, fused
 
 
 @contextlib.contextmanager

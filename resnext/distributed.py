@@ -70,7 +70,7 @@ def process_group(timeout: int) -> Iterator[None]:
         except RuntimeError as error:
             raise _explained(error, timeout) from error
     except UserError as error:
-        # torchrun ends all when one has failed: whoever has undertaken to tell must live to do so.
+        # torchrun terminates all once one fails; the one that reports the error must survive until it has.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         with contextlib.suppress(RuntimeError):  # the store may have gone with the first machine
             if store.add("failures", 1) > 1:  # what follows from another's end need not be told
@@ -323,10 +323,8 @@ class StopRequest:
     def __exit__(self, kind: Any, *_: Any) -> None:
         if kind is None:
             self._count()
-        elif (
-            dist.is_initialized()
-        ):  # torchrun's SIGTERM must not come ahead of the message: see process_group
-            return
+        elif dist.is_initialized():
+            return  # torchrun's SIGTERM must not come ahead of the message: see process_group
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SIZES = ["images", "groups", "hw", "split"]  # not worth a kernel for each kind of number
+SIZES = ["images", "groups", "hw", "split"]  # integers that do not deserve a specialised kernel each
 
 
 # ---------------------------------------------------------------------------- rows
@@ -513,7 +513,7 @@ def _register() -> torch.library.Library:
     return library
 
 
-LIBRARY = _register()  # the operators are gone when it is
+LIBRARY = _register()  # keep it: dropping it unregisters the operators
 
 
 def norm_relu(

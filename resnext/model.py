@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from .batchnorm import GroupBatchNorm2d, frozen_running_statistics, has_hooks, norm_relu, on_gpu
+from .batchnorm import GroupBatchNorm2d, frozen_running_statistics, norm_relu, on_gpu
 from .config import STAGES_BY_DEPTH, Model
 from .errors import UserError
 
@@ -50,18 +50,18 @@ class Bottleneck(nn.Module):
         super().__init__()
         self.activate_input = activate_input
         if activate_input:
-            self.bn0 = GroupBatchNorm2d(inputs)
+            self.bn0 = nn.BatchNorm2d(inputs)
         self._build_branch(inputs, outputs, width, cardinality, stride)
-        self.bn3 = nn.Identity() if preactivation else GroupBatchNorm2d(outputs)
+        self.bn3 = nn.Identity() if preactivation else nn.BatchNorm2d(outputs)
         self.activate_output = not preactivation
         self.downsample = shortcut
 
     def _build_branch(self, inputs, outputs, width, cardinality, stride) -> None:
         total = width * cardinality
         self.conv1 = _convolution(inputs, total, 1)
-        self.bn1 = GroupBatchNorm2d(total)
+        self.bn1 = nn.BatchNorm2d(total)
         self.conv2 = _convolution(total, total, 3, stride, groups=cardinality)
-        self.bn2 = GroupBatchNorm2d(total)
+        self.bn2 = nn.BatchNorm2d(total)
         self.conv3 = _convolution(total, outputs, 1)
 
     def _branch(self, x: Tensor) -> Tensor:
@@ -94,9 +94,9 @@ class Path(nn.Module):
     def __init__(self, inputs: int, width: int, stride: int, outputs: int | None = None):
         super().__init__()
         self.conv1 = _convolution(inputs, width, 1)
-        self.bn1 = GroupBatchNorm2d(width)
+        self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = _convolution(width, width, 3, stride)
-        self.bn2 = GroupBatchNorm2d(width)
+        self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Identity() if outputs is None else _convolution(width, outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ class ResNeXt(nn.Module):
         self.conv1 = _convolution(3, 64, 7, 2) if imagenet else _convolution(3, 64, 3)
         # In the pre-activation CIFAR network the first block's bn0 does the stem's work.
         if imagenet or not preactivation:
-            self.bn1 = GroupBatchNorm2d(64)
+            self.bn1 = nn.BatchNorm2d(64)
             self.relu = nn.ReLU(inplace=True)
         if imagenet:
             self.maxpool = nn.MaxPool2d(3, 2, 1)
@@ -212,7 +212,7 @@ class ResNeXt(nn.Module):
                 channels = outputs
             self.add_module(f"layer{number}", stage)
         self.stages = len(stages)
-        self.final_bn = GroupBatchNorm2d(channels) if preactivation else None
+        self.final_bn = nn.BatchNorm2d(channels) if preactivation else None
         self.fc = nn.Identity() if classes is None else nn.Linear(channels, classes)
         _initialise(self, zero_gamma)
 
@@ -242,9 +242,7 @@ class ResNeXt(nn.Module):
         skip = x
         for number in range(1, self.stages + 1):
             for block in getattr(self, f"layer{number}"):
-                # Others who look at a block find one output.
-                twice = on_gpu(x) and isinstance(block, Bottleneck) and not has_hooks(block)
-                if twice:
+                if self.training and type(block.bn3) is GroupBatchNorm2d and block.bn3.fused and on_gpu(x):
                     x, skip = self._run(block, x, skip)
                 else:
                     x = skip = self._run(block, x)
@@ -269,7 +267,7 @@ def _shortcut(kind: str, inputs: int, outputs: int, stride: int, with_bn: bool) 
     if kind == "C" or (kind == "B" and inputs != outputs):
         shortcut = nn.Sequential(_convolution(inputs, outputs, 1, stride))
         if with_bn:
-            shortcut.append(GroupBatchNorm2d(outputs))
+            shortcut.append(nn.BatchNorm2d(outputs))
         return shortcut
     return None if inputs == outputs else ZeroPadShortcut(outputs - inputs, stride)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from .batchnorm import use_group_batchnorm
+from .batchnorm import kernels_work, use_group_batchnorm
 from .checkpoint import check_state
 from .classes import name_outputs
 from .config import Config, Model, Optimizer, network_name, to_text, to_yaml
@@ -165,9 +165,10 @@ def prepare(
     model.activation_checkpointing = train.activation_checkpointing
     group = gradient_group(device, config.run.timeout)
     check_ranks(train, world_size())
+    groups = 1
     if train.bn_group is not None:
-        part = train.batch_size // train.accumulation_steps
-        use_group_batchnorm(model, part // train.bn_group // world_size())
+        groups = train.batch_size // train.accumulation_steps // train.bn_group // world_size()
+    use_group_batchnorm(model, groups, kernels_work(device))
     if train.frozen_stages is not None:
         model.freeze(train.frozen_stages)
     model = place(model, config, device)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from benchmark_data import Table, Variant
 from torch import Tensor, nn
 
-from resnext.batchnorm import GroupBatchNorm2d, norm_relu
+from resnext.batchnorm import GroupBatchNorm2d, kernels_work, norm_relu
 from resnext.config import Config, parse_config
 from resnext.distributed import choose_device, choose_precision, set_numerics
 from resnext.model import build_model
@@ -116,7 +116,7 @@ def norms(overrides: list[str]) -> Iterator[Table]:
             "torch: BatchNorm, addition, ReLU": partial(plain, nn.BatchNorm2d(channels).to(device))
         }
         for groups in (1, 8):
-            norm = GroupBatchNorm2d(channels, groups).to(device)
+            norm = GroupBatchNorm2d(channels, groups, kernels_work(device)).to(device)
             layers[f"ours, {groups} group{'s' * (groups > 1)}"] = partial(fused, norm)
         what = "BatchNorm, shortcut, ReLU" if with_shortcut else "BatchNorm, ReLU"
         yield (

@@ -31,7 +31,7 @@ def networks(overrides: list[str], training: bool) -> Iterator[Table]:
     config = replace(
         config, train=replace(config.train, precision=choose_precision(config.train.precision, device))
     )
-    set_numerics(config.train.precision, config.run.deterministic)
+    set_numerics(config.train.precision, config.run.deterministic, training)
     size, pixels = config.train.batch_size, config.data.image_size
     images = torch.randn(size, 3, pixels, pixels, device=device)
     labels = torch.arange(size, device=device) % CLASSES

@@ -12,11 +12,11 @@ counted.
 """
 
 import contextlib
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,12 +59,16 @@ def counts(config: Config) -> Iterator[tuple[str, dict[str, int]]]:
     """(name, counts) of the steps to compare."""
     train, size = config.train, config.train.batch_size
     uncounted = {  # they need values, or hide what they do
-        "precision=fp16": train.precision == "fp16",
+        f"precision={train.precision}": train.precision in ("fp16", "auto"),
         "ema_decay": train.ema_decay is not None,
         "accumulation_steps": train.accumulation_steps > 1,
         "activation_checkpointing": train.activation_checkpointing,
         "compile": train.compile,
     }
+    if importlib.util.find_spec("triton") is None:
+        raise UserError(
+            "triton is not installed, which our kernels need; it comes with builds of torch for CUDA"
+        )
     for key in (key for key, given in uncounted.items() if given):
         raise UserError(f"train.{key}: steps with it cannot be counted; leave it out")
     others = list(foreign_networks(config))
@@ -73,7 +77,8 @@ def counts(config: Config) -> Iterator[tuple[str, dict[str, int]]]:
         variants[f"ours, bn_group={GROUP}"] = [f"train.bn_group={GROUP}"]
     for name, overrides in variants.items():
         varied = parse_config(to_yaml(config), "count_step", overrides)
-        training = prepare(varied, tuple(map(str, range(CLASSES))), CPU, {})
+        with mock.patch("resnext.state.kernels_work", lambda _: True):
+            training = prepare(varied, tuple(map(str, range(CLASSES))), CPU, {})
         training.model.train()
         with pretended_gpu():
             make_fake(training.model)
@@ -123,7 +128,6 @@ def pretended_gpu() -> Iterator[None]:
     sgd = "torch.optim.sgd._default_to_fused_or_foreach"
     with (
         mock.patch.object(FakeTensor, "is_cuda", True, create=True),
-        mock.patch("torch.cuda.get_device_properties", lambda _: SimpleNamespace(major=9)),
         mock.patch(sgd, lambda *_, **__: (False, True)),
         FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True),
     ):

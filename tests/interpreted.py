@@ -2,6 +2,7 @@
 
 import copy
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -52,13 +53,13 @@ def test_nan_stays():
 def calls(monkeypatch):
     """Let the CPU pass for a GPU; the shapes that the kernels were called with."""
     found = []
-    forward = GroupBatchNorm2d.fused
+    forward = GroupBatchNorm2d.run_kernels
 
     def noted(self, x, shortcut, relu):
         found.append(tuple(x.shape))
         return forward(self, x, shortcut, relu)
 
-    monkeypatch.setattr(GroupBatchNorm2d, "fused", noted)
+    monkeypatch.setattr(GroupBatchNorm2d, "run_kernels", noted)
     for module in (batchnorm, model):
         monkeypatch.setattr(module, "on_gpu", lambda x: True)
     return found
@@ -71,8 +72,8 @@ def network(short=False, groups=2, **options):
     if short:
         made.layer2, made.layer3 = nn.Sequential(), nn.Sequential()
         if made.final_bn:
-            made.final_bn = GroupBatchNorm2d(256)
-    use_group_batchnorm(made, groups)
+            made.final_bn = nn.BatchNorm2d(256)
+    use_group_batchnorm(made, groups, fused=True)
     x = torch.randn(5, 3, 5, 5).contiguous(memory_format=torch.channels_last)
     return made.to(memory_format=torch.channels_last), x
 
@@ -144,46 +145,22 @@ def test_compiled_in_one_graph(calls, plain):
     assert_close(compiled, plain, 0.0)
 
 
-def test_who_looks_at_a_layer_finds_what_it_makes_elsewhere(calls, plain):
-    made, x = network(short=True)
-    seen = {}
-
-    def look(name):
-        made.get_submodule(name).register_forward_hook(lambda *found: seen.update({name: found[2].clone()}))
-
-    for name in ("layer1.0.bn2", "layer1.0", "layer1.1.bn3"):
-        look(name)
-    made.relu.register_forward_pre_hook(lambda _, inputs: seen.update(relu=inputs[0].clone()))
-    assert_close(step(made, x), plain, 1e-4)
-    assert all(seen[name].min() < 0 for name in ("relu", "layer1.0.bn2", "layer1.1.bn3"))
-    assert seen["layer1.0"].min() == 0
-
-
 def test_what_the_kernels_leave_to_torch(calls):
     """Each gives what torch gives, with no call of the kernels."""
     x = torch.randn(4, 8, 3, 3).contiguous(memory_format=torch.channels_last)
-    bare = GroupBatchNorm2d(8)
-    bare.weight = bare.bias = None
-    cumulative = GroupBatchNorm2d(8)
-    cumulative.momentum = None
-    untracked = GroupBatchNorm2d(8)
-    untracked.running_mean = untracked.running_var = untracked.num_batches_tracked = None
+    kept = partial(GroupBatchNorm2d, 8, fused=True)
     for norm, given in (
-        (GroupBatchNorm2d(8).eval(), x),
-        (GroupBatchNorm2d(8), x.contiguous()),
-        (GroupBatchNorm2d(8).double(), x.double()),
-        (bare, x),
-        (cumulative, x),
-        (untracked, x),
+        (kept().eval(), x),
+        (kept(), x.contiguous()),
+        (kept().double(), x.double()),
+        (GroupBatchNorm2d(8), x),
         (nn.BatchNorm2d(8), x),
         (nn.Identity(), x),
     ):
         expected = copy.deepcopy(norm)(given).relu()
         y, y2 = norm_relu(norm, given.clone())
         assert y is y2 and torch.equal(y, expected)
-    norm_relu(GroupBatchNorm2d(8), x, x.double())
+    norm_relu(kept(), x, x.double())
     assert calls == [tuple(x.shape)]  # without the shortcut, which is of another dtype
     with pytest.raises(ValueError, match="more than 1 value per channel"):
-        norm_relu(
-            GroupBatchNorm2d(8, groups=4), x[:, :, :1, :1].contiguous(memory_format=torch.channels_last)
-        )
+        norm_relu(kept(groups=4), x[:, :, :1, :1].contiguous(memory_format=torch.channels_last))

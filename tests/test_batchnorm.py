@@ -5,14 +5,22 @@ those of the mean loss over the whole batch, running statistics the first GPU's.
 rebuilt from separate copies, and compared in float64.
 """
 
+import contextlib
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from resnext.batchnorm import GroupBatchNorm2d, frozen_running_statistics, slice_sizes, use_group_batchnorm
+from resnext.batchnorm import (
+    GroupBatchNorm2d,
+    frozen_running_statistics,
+    kernels_work,
+    slice_sizes,
+    use_group_batchnorm,
+)
 from resnext.config import parse_config
 from resnext.distributed import shares
 from resnext.model import ResNeXt
@@ -327,3 +335,24 @@ def test_recomputed_activations_change_no_bit_of_grouped_steps(steps):
     recomputed = run_steps(start(f"{text}, activation_checkpointing: true"))
     assert torch.equal(plain[0], recomputed[0])
     assert all(torch.equal(recomputed[1][k], v) for k, v in plain[1].items())
+
+
+# ---------------------------------------------------------------------------- where the kernels run
+
+
+@pytest.mark.parametrize("broken", ["no C compiler", "too old", "a CPU", None])
+def test_kernels_are_used_where_triton_works(broken, monkeypatch):
+    class Driver:
+        @property
+        def utils(self):
+            if broken == "no C compiler":
+                raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    runtime = pytest.importorskip("triton").runtime
+    monkeypatch.setattr(runtime.driver, "_active", Driver())
+    major = 7 if broken == "too old" else 9
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=major))
+    device = torch.device("cpu" if broken == "a CPU" else "cuda")
+    warned = pytest.warns(UserWarning, match=r"\(Failed to find C compiler\.\); install triton, gcc and")
+    with warned if broken == "no C compiler" else contextlib.nullcontext():
+        assert kernels_work(device) == (broken is None)

@@ -143,3 +143,14 @@ def test_freezing_batchnorm_changes_no_logit(example):
         before = network.eval()(x)
         example["freeze_batchnorm"](network)
         torch.testing.assert_close(network.train()(x), before)
+
+
+def test_torchvision_takes_a_network_apart():
+    """torch.fx traces it: nothing in forward depends on the values of a picture."""
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    network = resnext.ResNeXt((1, 1, 1, 1), 2, 4, 5).eval()
+    x = torch.randn(2, 3, 64, 64)
+    parts = create_feature_extractor(network, ["layer2", "layer4"])(x)
+    assert parts["layer2"].shape == (2, 512, 8, 8)
+    assert torch.equal(parts["layer4"], network.forward_features(x))
