@@ -132,7 +132,14 @@ def command(part: str, folder: str, data: str | None, tiny: bool) -> list[str]:
     if part == "tests":
         return ["-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", f"--junitxml={folder}/result"]
     if part == "demo":
-        return ["train.py", "--config", "demo.yaml", "--output", f"{folder}/demo", *["train.epochs=1"] * tiny]
+        return [
+            "train.py",
+            "--config",
+            "demo.yaml",
+            "--output",
+            f"{folder}/demo",
+            *["data.train_images=320"] * tiny,
+        ]
     extra = ["--data", data] if part == "files" else []
     if tiny:
         extra += ["--rounds", "1", *(TINY if part != "cifar" else [])]
