@@ -123,15 +123,8 @@ def run(
 ) -> None:
     """Load the data, evaluate in each of the processes, and report in the first."""
     from data import subsets
-    from resnext.distributed import (
-        choose_device,
-        choose_precision,
-        first_on_machine,
-        memory_explained,
-        rank,
-        set_numerics,
-        slow_precision,
-    )
+    from resnext.device import choose_device, choose_precision, memory_explained, set_numerics, slow_precision
+    from resnext.distributed import first_on_machine, rank
     from resnext.state import place
     from resnext.tables import class_rows, report, score_row, to_csv
     from resnext.weights import preprocessing
@@ -306,7 +299,8 @@ def measure(
     from tqdm import tqdm
 
     from data.loader import eval_batches
-    from resnext.distributed import memory_explained, rank, world_size
+    from resnext.device import memory_explained
+    from resnext.distributed import rank, world_size
     from resnext.evaluation import Recorder, evaluate
     from resnext.state import autocast, memory_layout
 

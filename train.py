@@ -208,9 +208,10 @@ def existing_part(output: Path) -> Path:
 
 def run(config: Config, output: Path, source: Path | None, resumed: bool) -> None:
     """Load the data, prepare or restore the state, train; in each of the processes."""
-    from resnext.distributed import StopRequest, choose_device, rank, set_numerics
-    from resnext.preflight import step_explained
+    from resnext.device import choose_device, set_numerics, step_explained
+    from resnext.distributed import rank
     from resnext.reporting import Reporter, Silence, environment
+    from resnext.stop_signal import StopRequest
     from resnext.trainer import read_through, save, summary, train
 
     device = choose_device(config.run.device)
@@ -269,7 +270,8 @@ def read_start(config: Config, source: Path | None, device: Any) -> tuple[Config
     starts from a checkpoint's content, a LuaState, (network, Info) of pretrained weights, or None.
     """
     from resnext.checkpoint import check_resume, read_latest
-    from resnext.distributed import choose_precision, first_on_machine, from_first, slow_precision
+    from resnext.device import choose_precision, slow_precision
+    from resnext.distributed import first_on_machine, from_first
     from resnext.state import check_network
     from resnext.weights import load_lua_run, load_weights
 
@@ -338,7 +340,8 @@ def make_training(
 def make_batches(config: Config, train_set: Any, val_set: Any, device: Any, warn: Any) -> tuple[Any, Any]:
     """(training batches, validation batches) of this process."""
     from data.loader import eval_batches, train_batches
-    from resnext.distributed import rank, share_positions, world_size
+    from resnext.batch_plan import share_positions
+    from resnext.distributed import rank, world_size
 
     train = config.train
     return (
@@ -416,7 +419,8 @@ def write_config(config: Config, versions: dict[str, str], output: Path) -> None
 def check(config: Config, output: Path, arguments: argparse.Namespace) -> int:
     """Try all that a training needs, and begin none; returns the exit status (see resnext/preflight.py)."""
     from resnext import preflight
-    from resnext.distributed import choose_device, choose_precision, from_first, set_numerics
+    from resnext.device import choose_device, choose_precision, set_numerics, step_explained
+    from resnext.distributed import from_first
     from resnext.reporting import environment
 
     device = choose_device(config.run.device)
@@ -446,7 +450,7 @@ def check(config: Config, output: Path, arguments: argparse.Namespace) -> int:
     versions = environment(device) | {"data": sets[2] if sets else "unknown"}
 
     def made() -> tuple[Any, list[str]]:
-        with preflight.step_explained(config, device, exchanging=True):
+        with step_explained(config, device, preflight.error_of_one()):
             return make_training(config, classes, data.images, device, versions, source, start)
 
     training, changes = report.attempt(made) or (None, [])

@@ -13,11 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def slice_sizes(images: int, slices: int) -> list[int]:
-    """Sizes of near-equal contiguous slices, the larger first: (83, 8) → 11 three times, 10 five."""
-    small, larger = divmod(images, slices)
-    return [small + 1] * larger + [small] * (slices - larger)
+from .batch_plan import slice_sizes
 
 
 def _relu(x: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ looks at one thing and tells a `Finding`; nothing here writes a file. Of several
 same functions in the same order, and the first one prints.
 """
 
-import contextlib
 import math
 import os
 import shlex
@@ -23,9 +22,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from .batch_plan import check_last_batch, check_ranks, shares
 from .batchnorm import frozen_running_statistics
 from .config import Config
-from .distributed import check_last_batch, check_ranks, gather, memory_explained, rank, shares, world_size
+from .device import device_name, memory_explained, step_explained
+from .distributed import gather, rank, world_size
 from .errors import UserError
 from .evaluation import at_least_float32
 from .model import build_model
@@ -53,6 +54,11 @@ class Finding(NamedTuple):
 
 class LeftAlone(UserError):
     """Of one process, while others wait for it in an exchange: all must end."""
+
+
+def error_of_one() -> type[UserError]:
+    """What a process raises for which the others, if there are any, wait."""
+    return LeftAlone if world_size() > 1 else UserError
 
 
 class Report:
@@ -432,7 +438,7 @@ def measure_step(training: Training, images: Tensor, labels: Tensor, total: int,
     if not cuda and seconds > LONG_STEP:
         return Step(seconds, loss, part, 0, 0)
     repetitions = 5 if cuda else max(1, min(5, int(MEASURING / max(seconds, 1e-3))))
-    with step_explained(training.config, device, exchanging=True):
+    with step_explained(training.config, device, error_of_one()):
         times = repeated(lambda: train_step(training, images, labels, rate, total), repetitions, device)
     peak, available = 0, 0
     if cuda:
@@ -490,7 +496,7 @@ def measure_validation(training: Training, images: Tensor) -> float:
 
     with memory_explained(
         f"train.eval_batch_size: {len(images)} validation images at once do not fit into the memory of "
-        f"{_device_name(device)}; lower it"
+        f"{device_name(device)}; lower it"
     ):
         number, seconds = grow(work, min(4, len(images)), len(images), device)
     return seconds / number * len(images)
@@ -527,31 +533,6 @@ def step_finding(step: Step, total: int, real: bool) -> Finding:
             "warning", f"{what}, little is left: raise train.accumulation_steps or close other programs"
         )
     return Finding("ok", what)
-
-
-def step_explained(
-    config: Config, device: torch.device, exchanging: bool = False
-) -> contextlib.AbstractContextManager:
-    """Inside, running out of memory is a UserError that names the keys which save some.
-
-    `exchanging`: while other processes, if there are any, wait for this one.
-    """
-    train = config.train
-    recomputing = train.activation_checkpointing or train.compile  # which exclude each other
-    saving = "" if recomputing else ", set train.activation_checkpointing=true"
-    return memory_explained(
-        f"train.batch_size: a step on {train.batch_size // train.accumulation_steps} images at once does "
-        f"not fit into the memory of {_device_name(device)}; raise train.accumulation_steps (now "
-        f"{train.accumulation_steps}){saving}, or lower train.batch_size",
-        LeftAlone if exchanging and world_size() > 1 else UserError,
-    )
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type != "cuda":
-        return "this machine"
-    total = torch.cuda.get_device_properties(device).total_memory
-    return f"{torch.cuda.get_device_name(device)} ({_size(total)})"
 
 
 def repeated(work: Callable[[], object], times: int, device: torch.device) -> list[float]:

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from .batch_plan import check_ranks
 from .batchnorm import kernels_work, use_group_batchnorm
 from .checkpoint import check_state
 from .classes import name_outputs
 from .config import Config, Model, Optimizer, network_name, to_text, to_yaml
-from .distributed import check_ranks, gradient_group, memory_short, world_size
+from .device import memory_short
+from .distributed import gradient_group, world_size
 from .errors import UserError
 from .model import ResNeXt, build_model, convert_form
 from .weights import Info, LuaState

@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .batch_plan import check_last_batch, shares
 from .batchnorm import frozen_running_statistics
 from .checkpoint import write_checkpoint
-from .distributed import check_last_batch, rank, shares, sum_over_ranks, world_size
+from .distributed import rank, sum_over_ranks, world_size
 from .errors import UserError
 from .evaluation import Score, at_least_float32, evaluate, hits
 from .reporting import Reporter, duration

@@ -20,7 +20,7 @@ from data.folder import FileSet, list_set
 from data.images import ImageSet
 from data.loader import TrainBatches, TrainStream, train_batches
 from resnext.config import Config, parse_config
-from resnext.distributed import choose_device, choose_precision, set_numerics
+from resnext.device import choose_device, choose_precision, set_numerics
 from resnext.state import prepare
 from resnext.trainer import train_step
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from resnext.batchnorm import GroupBatchNorm2d, kernels_work, norm_relu
 from resnext.config import Config, parse_config
-from resnext.distributed import choose_device, choose_precision, set_numerics
+from resnext.device import choose_device, choose_precision, set_numerics
 from resnext.model import build_model
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

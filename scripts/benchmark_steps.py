@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from traffic import Traffic
 
 from resnext.config import Config, parse_config, to_yaml
-from resnext.distributed import choose_device, choose_precision, has_instructions, set_numerics
+from resnext.device import choose_device, choose_precision, has_instructions, set_numerics
 from resnext.errors import UserError
 from resnext.state import autocast, prepare
 from resnext.trainer import train_step

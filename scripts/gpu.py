@@ -55,7 +55,7 @@ def main() -> None:
     seconds = 60 * arguments.minutes
     end = time.monotonic() + seconds
 
-    from resnext.distributed import choose_device
+    from resnext.device import choose_device
     from resnext.reporting import environment
 
     device = choose_device("auto")

@@ -133,13 +133,7 @@ def load_network(arguments: argparse.Namespace, classifier: bool) -> Network:
 
     With `classifier`, a UserError where they have no last layer.
     """
-    from resnext.distributed import (
-        choose_device,
-        choose_precision,
-        memory_explained,
-        set_numerics,
-        slow_precision,
-    )
+    from resnext.device import choose_device, choose_precision, memory_explained, set_numerics, slow_precision
     from resnext.state import place
     from resnext.weights import check_classifier, load_weights, preprocessing
 
@@ -170,7 +164,7 @@ def scores(
     import torch
     from tqdm import tqdm
 
-    from resnext.distributed import memory_explained
+    from resnext.device import memory_explained
     from resnext.evaluation import at_least_float32
     from resnext.state import autocast, memory_layout
 

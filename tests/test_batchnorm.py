@@ -14,15 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from resnext.batchnorm import (
-    GroupBatchNorm2d,
-    frozen_running_statistics,
-    kernels_work,
-    slice_sizes,
-    use_group_batchnorm,
-)
+from resnext.batch_plan import shares, slice_sizes
+from resnext.batchnorm import GroupBatchNorm2d, frozen_running_statistics, kernels_work, use_group_batchnorm
 from resnext.config import parse_config
-from resnext.distributed import shares
 from resnext.model import ResNeXt
 from resnext.state import lay_out_momentum, prepare
 from resnext.trainer import train_step

@@ -47,9 +47,9 @@ import train
 from data.folder import FileSet, list_set
 from data.images import ImageSet
 from data.loader import EvalStream, eval_batches, train_batches
-from resnext.batchnorm import slice_sizes
+from resnext.batch_plan import check_last_batch, check_ranks, share_positions, shares, slice_sizes
 from resnext.config import Config, Train, parse_config
-from resnext.distributed import check_ranks, gather, process_group, share_positions, shares, sum_over_ranks
+from resnext.distributed import gather, process_group, sum_over_ranks
 from resnext.errors import UserError
 from resnext.model import build_model
 from resnext.state import prepare
@@ -157,7 +157,7 @@ def sharable() -> Iterator[tuple[Train, int]]:
 
 def as_rank(rank: int, ranks: int) -> mock._patch:
     """Inside, this process takes itself for one of several."""
-    return mock.patch.multiple("resnext.distributed", rank=lambda: rank, world_size=lambda: ranks)
+    return mock.patch.multiple("resnext.batch_plan", rank=lambda: rank, world_size=lambda: ranks)
 
 
 def share_of(config: Train, rank: int, ranks: int) -> Callable[[int], np.ndarray]:
@@ -224,11 +224,11 @@ def test_groups_of_batchnorm_are_the_same_on_any_number_of_processes():
 def test_synchronised_batchnorm_needs_an_image_in_each_process():
     config = parse_config("train: {batch_size: 24, sync_bn: true}", "test")
     for images, ranks in ((48, 4), (28, 4), (3, 3)):
-        resnext.distributed.check_last_batch(config, images, ranks)
+        check_last_batch(config, images, ranks)
     with pytest.raises(UserError, match=r"train\.sync_bn: the last batch of an epoch has 3 images.* 4 proc"):
-        resnext.distributed.check_last_batch(config, 51, 4)
+        check_last_batch(config, 51, 4)
     config = replace(config, train=replace(config.train, sync_bn=False))
-    resnext.distributed.check_last_batch(config, 51, 4)
+    check_last_batch(config, 51, 4)
 
 
 def test_the_message_lists_the_numbers_that_work():

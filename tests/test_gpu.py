@@ -17,7 +17,7 @@ from kernel_cases import SMALL as CASES
 from data.loader import eval_batches, train_batches
 from data.sets import load_set
 from resnext.config import parse_config
-from resnext.distributed import set_numerics
+from resnext.device import set_numerics
 from resnext.evaluation import evaluate
 from resnext.state import autocast, prepare
 from resnext.trainer import train_step

@@ -24,8 +24,8 @@ import train
 from data.decode import decode
 from data.folder import list_set
 from data.walk import walk
+from resnext.batch_plan import check_last_batch
 from resnext.config import parse_config
-from resnext.distributed import check_last_batch
 from resnext.errors import UserError
 from resnext.state import prepare
 from resnext.trainer import train_step

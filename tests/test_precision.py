@@ -9,11 +9,11 @@ import torch
 from commands import Result, call, run_python, tiny
 
 import evaluate
+import resnext.device
 import resnext.evaluation
 import train
-from resnext import distributed
 from resnext.config import parse_config
-from resnext.distributed import choose_precision, has_instructions, slow_precision
+from resnext.device import choose_precision, has_instructions, slow_precision
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 WARNING = (
@@ -54,8 +54,8 @@ def test_auto_on_a_gpu(monkeypatch, native):
 
 
 def test_auto_where_one_process_has_none(monkeypatch):
-    monkeypatch.setattr(distributed, "gather", lambda own: [own, False])
-    monkeypatch.setattr(distributed, "has_instructions", lambda *_: True)
+    monkeypatch.setattr(resnext.device, "gather", lambda own: [own, False])
+    monkeypatch.setattr(resnext.device, "has_instructions", lambda *_: True)
     assert choose_precision("auto", CPU) == "fp32"
 
 
@@ -82,12 +82,12 @@ def switches(monkeypatch):
 def test_switches(switches):
     """TF32 comes and goes; convolutions are tried out in training alone, and never in deterministic mode."""
     for precision in ("tf32", "fp32", "bf16", "tf32", "fp32"):
-        distributed.set_numerics(precision, deterministic=False)
+        resnext.device.set_numerics(precision, deterministic=False)
         allowed = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
         assert allowed == (precision == "tf32",) * 2 and torch.backends.cudnn.benchmark
-    distributed.set_numerics("bf16", deterministic=False, training=False)
+    resnext.device.set_numerics("bf16", deterministic=False, training=False)
     assert not torch.backends.cudnn.benchmark and not torch.are_deterministic_algorithms_enabled()
-    distributed.set_numerics("bf16", deterministic=True)
+    resnext.device.set_numerics("bf16", deterministic=True)
     assert not torch.backends.cudnn.benchmark and torch.are_deterministic_algorithms_enabled()
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert not torch.utils.deterministic.fill_uninitialized_memory, "nothing is read ahead of being written"
@@ -109,7 +109,7 @@ def test_evaluation_does_not_choose_kernels_by_time(switches, finished_run, monk
 
 def test_two_variables_make_any_cpu_one_without_bf16(tmp_path):
     code = (
-        "import torch; from resnext.distributed import choose_precision; "
+        "import torch; from resnext.device import choose_precision; "
         "print(choose_precision('auto', torch.device('cpu')))"
     )
     environment = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
@@ -125,7 +125,7 @@ def pretend(monkeypatch, tmp_path):
 
     def has_bf16(native: bool) -> None:
         monkeypatch.setattr(
-            distributed, "has_instructions", lambda _, precision: native or precision == "fp32"
+            resnext.device, "has_instructions", lambda _, precision: native or precision == "fp32"
         )
 
     return has_bf16

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from resnext.distributed import has_instructions
+from resnext.device import has_instructions
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [

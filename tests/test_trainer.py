@@ -29,11 +29,12 @@ import evaluate
 import resnext.trainer
 import train
 from resnext import preflight
+from resnext.batch_plan import shares
 from resnext.checkpoint import read_checkpoint
 from resnext.config import parse_config
-from resnext.distributed import StopRequest, shares
 from resnext.reporting import Silence
 from resnext.state import checkpoint_content, prepare, restore
+from resnext.stop_signal import StopRequest
 from resnext.trainer import nothing, train_step, validate
 from resnext.weights import load_weights
 
