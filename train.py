@@ -273,13 +273,17 @@ def read_start(config: Config, source: Path | None, device: Any) -> tuple[Config
     from resnext.device import choose_precision, slow_precision
     from resnext.distributed import first_on_machine, from_first
     from resnext.state import check_network
-    from resnext.weights import load_lua_run, load_weights
 
     start, before, warnings = None, None, []
     if source is None:
-        with first_on_machine():  # which downloads what is missing
-            start = load_weights(config.model.pretrained) if config.model.pretrained else None
+        if config.model.pretrained:
+            from resnext.weights import load_weights
+
+            with first_on_machine():  # which downloads what is missing
+                start = load_weights(config.model.pretrained)
     elif source.suffix == ".t7":
+        from resnext.weights import load_lua_run
+
         start = from_first(lambda: load_lua_run(source.parent))
     else:
         start, warnings = from_first(lambda: (read_latest(source, warnings.append), warnings))
@@ -310,15 +314,18 @@ def make_training(
     `classes` and `images` are those of the training set, images None where it is unknown; `start` is from
     read_start.
     """
-    from resnext.state import continue_lua, prepare, restore, start_from
-    from resnext.weights import LuaState
+    from resnext.state import prepare, restore
 
     training = prepare(config, classes, device, versions)
     if start is None:
         return training, []
     if isinstance(start, tuple):
+        from resnext.warm_start import start_from
+
         return training, start_from(training, *start)
-    if isinstance(start, LuaState):
+    if not isinstance(start, dict):
+        from resnext.warm_start import continue_lua
+
         warnings = continue_lua(training, start)
     else:
         restore(training, start, source)
@@ -357,11 +364,10 @@ def load_sets(config: Config, start: Any) -> tuple[Any, Any, str]:
     """
     from data.sets import check_classes, load_set, training_classes
     from resnext.distributed import first_on_machine, gather
-    from resnext.weights import LuaState
 
     before = start["classes"] if isinstance(start, dict) else None
     data = config.data
-    if isinstance(start, LuaState) and data.class_order is None:
+    if start is not None and not isinstance(start, dict | tuple) and data.class_order is None:  # a LuaState
         data = replace(data, class_order="string")
     with first_on_machine():  # which downloads what is missing
         classes = training_classes(data, before)

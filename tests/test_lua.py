@@ -17,8 +17,9 @@ from resnext import ResNeXt, UserError, load_weights
 from resnext.config import read_config
 from resnext.model import build_model
 from resnext.schedule import learning_rate
-from resnext.state import continue_lua, prepare
+from resnext.state import prepare
 from resnext.trainer import train_step
+from resnext.warm_start import continue_lua
 from resnext.weights import load_lua_run
 
 FACTS = golden("oracle.json")["models"]
