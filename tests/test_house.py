@@ -1,0 +1,64 @@
+"""The size of the program and who may import whom, so that neither gets worse unnoticed."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+from commands import ROOT, tiny
+
+FOLDERS = (".", "resnext", "resnext/weights", "data", "scripts")
+SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
+LINES, LONGEST, LOADED = 14_900, 720, 6_700  # of all sources, of one file, of what a training run loads
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def test_the_program_does_not_grow(tmp_path):
+    script = (
+        "import sys, train\n"
+        f"sys.argv[1:] = {['--config', 'demo.yaml', '--output', str(tmp_path / 'run'), *tiny()]!r}\n"
+        "train.main()\n"
+        "files = {getattr(m, '__file__', None) or '' for m in list(sys.modules.values())}\n"
+        "print(*sorted(files), sep='\\n')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    printed = set(done.stdout.splitlines())
+    loaded = sum(lines(path) for path in SOURCES if str(path) in printed)
+    assert loaded > 3_000, "the list of modules was not printed"
+    longest = max(SOURCES, key=lines)
+    found = sum(map(lines, SOURCES)), lines(longest), loaded
+    print(f"source lines {found[0]:,}, longest {longest.name} {found[1]}, of a training run {found[2]:,}")
+    assert all(size <= limit for size, limit in zip(found, (LINES, LONGEST, LOADED), strict=True)), found
+
+
+def imported(path: Path) -> set[str]:
+    """First parts of what a file imports from elsewhere."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def test_the_library_stands_alone():
+    """resnext/ is installed without the rest, and data/ without the entry points."""
+    rest = {"data", "train", "evaluate", "hubconf", "scripts"}
+    for path in SOURCES:
+        folder = path.relative_to(ROOT).parts[0]
+        forbidden = {"resnext": rest, "data": rest - {"data"}}.get(folder, set())
+        assert not imported(path) & forbidden, path
+
+
+def test_all_of_the_library_is_installed():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    folders = {path.parent.relative_to(ROOT) for path in SOURCES if path.is_relative_to(ROOT / "resnext")}
+    assert {".".join(folder.parts) for folder in folders} == set(project["tool"]["setuptools"]["packages"])
