@@ -10,6 +10,7 @@ import os
 import shlex
 import shutil
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -25,12 +26,22 @@ from torch import Tensor
 from .batch_plan import check_last_batch, check_ranks, shares
 from .batchnorm import frozen_running_statistics
 from .config import Config
-from .device import device_name, memory_explained, step_explained
-from .distributed import gather, rank, world_size
+from .device import (
+    choose_device,
+    choose_precision,
+    device_name,
+    memory_explained,
+    set_numerics,
+    step_explained,
+)
+from .distributed import from_first, gather, rank, world_size
 from .errors import UserError
 from .evaluation import at_least_float32
 from .model import build_model
+from .reporting import environment
+from .run_directory import existing_part, resume_source
 from .schedule import learning_rate
+from .start import make_training, read_start
 from .state import Progress, Training
 from .trainer import train_step
 from .weights import LuaState
@@ -671,3 +682,42 @@ def _size(count: float) -> str:
     if count < 2**20:
         return f"{count / 2**10:.3g} KiB" if count >= 2**10 else f"{count} bytes"
     return f"{count / 2**20:,.3g} MiB" if count < 1000 * 2**20 else f"{count / 2**30:,.1f} GiB"
+
+
+def check(
+    config: Config, output: Path, resume: str | None, load_sets: Callable, make_batches: Callable
+) -> int:
+    """Try all that a training needs, and begin none; returns the exit status.
+
+    `resume` is --resume; the other two are data.sets' functions.
+    """
+    device = choose_device(config.run.device)
+    report = Report()
+
+    def beginning() -> tuple[Path | None, Config, Any, list[str]]:
+        source = from_first(lambda: resume_source(resume, output))
+        return source, *read_start(config, source, device)
+
+    found = report.attempt(beginning)
+    source, config, start, notes = found or (None, config, None, [])
+    precision = choose_precision(config.train.precision, device)
+    config = replace(config, train=replace(config.train, precision=precision))
+    set_numerics(precision, config.run.deterministic)
+    sets = report.attempt(lambda: load_present(report, config, lambda config: load_sets(config, start)))
+    data = check_data(report, config, sets, make_batches, device)
+    classes = sets[0].classes if sets else likely_classes(config, start)
+    if found:
+        report.add(output_finding(output, source))
+    place = existing_part(output)
+    report.attempt(lambda: report.add(from_first(lambda: space(config, len(classes), output, place))))
+    report.add(shared_memory_finding(config, data))
+    versions = environment(device) | {"data": sets[2] if sets else "unknown"}
+
+    def made() -> tuple[Any, list[str]]:
+        with step_explained(config, device, error_of_one()):
+            return make_training(config, classes, data.images, device, versions, source, start)
+
+    training, changes = report.attempt(made) or (None, [])
+    report_notes(report, notes + changes)
+    check_training(report, config, training, data, device)
+    return report.finish(start_command(sys.argv[1:]))

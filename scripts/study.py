@@ -19,7 +19,7 @@ from plot_curves import draw, epoch_rows
 
 from resnext.config import Config, differences, find_config, read_config, to_text
 from resnext.errors import UserError, command_parser, run_command
-from train import absolute_paths
+from resnext.run_directory import absolute_paths
 
 
 def main() -> int:

@@ -43,7 +43,6 @@ from torchrun import (
 
 import evaluate
 import resnext.distributed
-import train
 from data.folder import FileSet, list_set
 from data.images import ImageSet
 from data.loader import EvalStream, eval_batches, train_batches
@@ -52,6 +51,7 @@ from resnext.config import Config, Train, parse_config
 from resnext.distributed import gather, process_group, sum_over_ranks
 from resnext.errors import UserError
 from resnext.model import build_model
+from resnext.start import other_statistics
 from resnext.state import prepare
 from resnext.trainer import rehearse, train_step
 
@@ -990,7 +990,7 @@ def test_the_warning_of_batchnorm():
     def warnings(ranks: int, before: str, **changes: object) -> list[str]:
         config = parse_config(f"train: {json.dumps({'batch_size': 24, **changes})}", "test")
         with as_rank(0, ranks):
-            return train.other_statistics(config, before)
+            return other_statistics(config, before)
 
     assert len(warnings(2, "3")) == len(warnings(1, "2")) == 1
     assert warnings(3, "3") == warnings(1, "1") == warnings(2, "unknown") == []
