@@ -10,7 +10,7 @@ from commands import ROOT, tiny
 
 FOLDERS = (".", "resnext", "resnext/weights", "data", "scripts")
 SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
-LINES, LONGEST, LOADED = 14_900, 720, 6_700  # of all sources, of one file, of what a training run loads
+LINES, LONGEST, LOADED = 14_900, 725, 6_200  # of all sources, of one file, of what a training run loads
 
 
 def lines(path: Path) -> int:
