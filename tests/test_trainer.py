@@ -469,7 +469,7 @@ def read_rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_directory_holds_what_the_readme_says(finished_run):
+def test_a_run_directory_holds_what_the_docs_say(finished_run):
     folder, _ = finished_run
     names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.parent.name != "tensorboard"}
     assert names == {

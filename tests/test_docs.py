@@ -1,0 +1,138 @@
+"""The README and docs/: what links, promises, and commands name exists, and the import rule holds."""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from commands import ROOT
+
+from resnext.config import find_config, read_config
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMAND = re.compile(r"(?:python |torchrun .*?|sbatch .*?)((?:scripts/)?\w+\.(?:py|sbatch)\b.*)")
+PLACEHOLDERS = {"NAME", "NAME.yaml", "my.yaml"}  # configurations that the reader writes
+
+
+def code_lines(page: Path) -> list[str]:
+    """The lines inside code blocks; those that end with a backslash are joined to the next."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    return "".join(blocks).replace("\\\n", " ").splitlines()
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """(page, words from the script on) of each command of a script."""
+    found = []
+    for page in PAGES:
+        for line in code_lines(page):
+            match = COMMAND.search(line)
+            if match:
+                found.append((page.name, shlex.split(match[1], comments=True)))
+    return found
+
+
+def anchors(page: Path) -> set[str]:
+    """The ids that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_readme_is_short():
+    lines = PAGES[0].read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 150
+    assert max(map(len, lines)) <= 100
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_something(page):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        name, _, anchor = target.partition("#")
+        path = page.parent / name if name else page
+        assert target.startswith("https:") or path.exists(), target
+        assert not anchor or anchor in anchors(path), target
+
+
+def test_promises_name_tests_that_exist():
+    rows = re.findall(r"^\| P\d+: .*", (ROOT / "docs/reliability.md").read_text(encoding="utf-8"), re.M)
+    assert len(rows) == 10
+    for row in rows:
+        tests = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", row)
+        assert tests, row
+        for file, name in tests:
+            source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+            assert not name or f"def {name}(" in source, name
+
+
+def test_commands_name_scripts_and_options_that_exist():
+    shown = commands()
+    assert len(shown) > 60
+    shared = (ROOT / "scripts/predict.py").read_text(encoding="utf-8")  # has the options of two scripts
+    for page, (script, *words) in shown:
+        source = (ROOT / script).read_text(encoding="utf-8")
+        if script == "scripts/train.sbatch":
+            source = (ROOT / "train.py").read_text(encoding="utf-8")
+        if script == "scripts/extract_features.py":
+            source += shared
+        for word in words if script != "scripts/lua_flags.py" else ():
+            assert not word.startswith("--") or f'"{word}"' in source, (page, script, word)
+
+
+def test_commands_name_configurations_and_keys_that_exist():
+    checked = 0
+    for _, (script, *words) in commands():
+        if script not in ("train.py", "scripts/train.sbatch") or "$KEYS" in words:
+            continue
+        if script == "scripts/train.sbatch":
+            words = ["--config", *words]
+        if "--config" not in words:
+            continue
+        name = words[words.index("--config") + 1]
+        overrides = [word for word in words if re.match(r"[a-z]+\.\w+=", word)]
+        read_config(None if name in PLACEHOLDERS else find_config(name), overrides)  # UserError otherwise
+        checked += 1
+    assert checked > 15
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of data/ and resnext/ that a file imports, as data.X and resnext.X."""
+    package, found = path.relative_to(ROOT).parts[:-1], set()
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parent = list(package[: len(package) - node.level + 1]) if node.level else []
+            module = ".".join(parent + ([node.module] if node.module else []))
+            found |= {f"{module}.{alias.name}" if module == "resnext" else module for alias in node.names}
+    return {".".join(name.split(".")[:2]) for name in found if re.match(r"(data|resnext)\b", name)}
+
+
+def test_data_and_resnext_stay_apart():
+    """data/ knows three modules of resnext/, which knows nothing of data/."""
+    for path in ROOT.glob("data/*.py"):
+        used = {name for name in imported(path) if name.startswith("resnext")}
+        assert used <= {"resnext.config", "resnext.errors", "resnext.classes"}, path
+    for path in ROOT.glob("resnext/**/*.py"):
+        assert all(name.startswith("resnext.") for name in imported(path)), path
+
+
+def test_modules_import_in_one_direction():
+    """In the order of the table in architecture.md."""
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    rows = re.search(r"^\| row \| modules \|\n.*\n((?:\|.*\n)+)", page, re.M)[1]
+    order = re.findall(r"`(\w+)`", rows)
+    for path in ROOT.glob("resnext/**/*.py"):
+        name = path.relative_to(ROOT / "resnext").parts[0].removesuffix(".py")
+        if name != "__init__":
+            used = {module.removeprefix("resnext.") for module in imported(path)} - {name}
+            assert used <= set(order[: order.index(name)]), path
+
+
+def test_every_file_stands_in_the_tree():
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    for folder in ("resnext", "data", "scripts"):
+        block = re.search(rf"^```\n{folder}/\n(.*?)^```", page, re.M | re.S)[1]
+        listed = {line.split()[0] for line in block.splitlines()}
+        files = [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".sbatch", ".txt")]
+        names = {path.relative_to(ROOT / folder).as_posix() for path in files} - {"__init__.py"}
+        assert listed - {"__init__.py"} == names
