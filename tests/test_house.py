@@ -1,6 +1,5 @@
-"""The size of the program and who may import whom, so that neither gets worse unnoticed."""
+"""The size of the program, so that it does not grow unnoticed, and what is installed of it."""
 
-import ast
 import subprocess
 import sys
 import tomllib
@@ -36,26 +35,6 @@ def test_the_program_does_not_grow(tmp_path):
     found = sum(map(lines, SOURCES)), lines(longest), loaded
     print(f"source lines {found[0]:,}, longest {longest.name} {found[1]}, of a training run {found[2]:,}")
     assert all(size <= limit for size, limit in zip(found, (LINES, LONGEST, LOADED), strict=True)), found
-
-
-def imported(path: Path) -> set[str]:
-    """First parts of what a file imports from elsewhere."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            found.add(node.module.split(".")[0])
-    return found
-
-
-def test_the_library_stands_alone():
-    """resnext/ is installed without the rest, and data/ without the entry points."""
-    rest = {"data", "train", "evaluate", "hubconf", "scripts"}
-    for path in SOURCES:
-        folder = path.relative_to(ROOT).parts[0]
-        forbidden = {"resnext": rest, "data": rest - {"data"}}.get(folder, set())
-        assert not imported(path) & forbidden, path
 
 
 def test_all_of_the_library_is_installed():
