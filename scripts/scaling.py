@@ -1,186 +1,97 @@
-"""What several GPUs should gain: time of the gradient exchange and efficiency, computed.
+"""What data-parallel training gains from several GPUs: efficiency computed, communication measured.
 
-    python scripts/scaling.py                                the tables of docs/scaling.md
-    python scripts/scaling.py --images-per-second 2400       with the speed of your GPU on resnext50_32x4d
-    python scripts/scaling.py --images-per-second 908.4 --of resnext101_32x4d --images 128 --nvlink 300
-    python scripts/scaling.py --network 200 50               other networks between the nodes
-    python scripts/scaling.py --chart FILE.png               draws efficiency over the number of GPUs
+    python scripts/scaling.py                               the table of docs/scaling.md
+    python scripts/scaling.py --config resnext101_32x4d.yaml --images-per-second 908 --images 128 --nvlink 300
+    torchrun --nproc-per-node=2 scripts/scaling.py --measure --images 4
 
-Arithmetic on stated constants: nothing in it is measured. It says what to expect of a cluster before it is
-rented, and what limits it: bytes, latency or the last bucket. measure_scaling.py holds the same formulas
-against the clock.
+Without --measure it is arithmetic on stated constants and says what to expect of a cluster before renting it.
+With it, the processes time all-reduces over gloo, and steps on CPUs with and without the all-reduce.
 """
 
 import argparse
+import contextlib
+import functools
 import math
+import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+import torch.distributed as dist
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from resnext.errors import UserError, command_parser, run_command
+from resnext.config import find_config, read_config
+from resnext.distributed import gather, process_group, rank, world_size
+from resnext.errors import TORCHRUN, UserError, command_parser, run_command
+from resnext.model import ResNeXt, build_model
+from resnext.reporting import environment
+from resnext.state import distribute
 
-NETWORKS = (
-    "resnet50",
-    "resnext50_32x4d",
-    "resnet101",
-    "resnext101_32x4d",
-    "resnext101_64x4d",
-    "resnext101_32x8d",
-    "resnext152_32x4d",
-    "resnext101_32x16d",
-)
-EXAMPLE = "resnext50_32x4d"  # in tables of one network
-GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-GPUS_PER_NODE = 8
-GLOBAL_BATCH = 256  # of the recipe
-CLASSES, PIXELS = 1000, 224
-
+Times = list[float]  # seconds
+Timings = dict[Any, Times]  # kind or bytes → seconds
+EXAMPLE, EXAMPLE_SPEED = "resnext50_32x4d", 1001.0  # images/s of an RTX 3090 (timm)
+GPUS, GPUS_PER_NODE = (1, 2, 4, 8, 16, 32, 64), 8
+GLOBAL_BATCH, CLASSES = 256, 1000  # of the recipe
 BACKWARD_SHARE = 2 / 3  # of a step: gradients of inputs and of weights, against one forward pass
 FLOOR_IMAGES = 16  # a step of fewer images takes no less time
 FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20  # bytes: DistributedDataParallel's defaults
+# NCCL's own estimates (src/graph/tuning.cc, ring, protocol "Simple"), seconds: of each call, and of each hop.
+CALL_LATENCY, NVLINK_LATENCY, NETWORK_LATENCY = 8.4e-6, 3.4e-6, 14e-6
 
-# NCCL's own estimates (src/graph/tuning.cc, protocol "Simple"), seconds: of each call, and of each hop.
-BASE_LATENCY = 8.4e-6
-RING_NVLINK, RING_NETWORK = 3.4e-6, 14e-6
-TREE_NVLINK, TREE_NETWORK = 4.0e-6, 14e-6
-TREE_BANDWIDTH = 0.92 * 0.7  # of a ring's, for buffers of 16 to 64 MB
+OPTIONS: dict[str, tuple[type, Any, str, str]] = {  # type, default, unit, help
+    "--images": (int, 32, "N", "on each GPU or process; default: 32"),
+    "--images-per-second": (float, None, "X", f"of one GPU in training; default: 1001 for {EXAMPLE}"),
+    "--nvlink": (float, 450.0, "GB/s", "of a GPU inside a node, one direction; default: 450"),
+    "--network": (float, [400.0, 100.0, 25.0], "Gbit/s", "between nodes, one direction; default: 400 100 25"),
+    "--pixels": (int, 64, "N", "side of measured images; default: 64"),
+    "--megabytes": (float, [0.001, 1.0, 5.0, 25.0, 100.0], "MB", "all-reduced; default: 0.001 1 5 25 100"),
+    "--repeats": (int, 25, "N", "measurements of each kind; default: 25"),
+}
 
 
 def main() -> None:
     arguments = parse_arguments()
-    networks = load_networks()
-    setup = Setup(
-        images=arguments.images,
-        speed=arguments.images_per_second,
-        macs=next(network.macs for network in networks if network.name == arguments.of),
-        links=tuple(Links(arguments.nvlink * 1e9, speed * 1e9 / 8) for speed in arguments.network),
-    )
-    print("\n\n".join(tables(networks, setup)))
-    if arguments.chart:
-        draw(networks, setup, Path(arguments.chart))
+    (measure if arguments.measure else predict)(arguments)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = command_parser(__doc__)
-    add_number(
-        parser, "--images-per-second", 1001.0, "X", "of one GPU in training; default: 1001 (timm, RTX 3090)"
-    )
-    parser.add_argument("--of", default=EXAMPLE, metavar="NETWORK", help=f"the one of X; default: {EXAMPLE}")
-    add_number(parser, "--images", 32, "N", "on each GPU; default: 32", int)
-    add_number(parser, "--nvlink", 450.0, "GB/s", "of a GPU inside a node, one direction; default: 450")
-    add_number(
-        parser,
-        "--network",
-        [400.0, 100.0, 25.0],
-        "Gbit/s",
-        "of a node to the others, one direction; default: 400 100 25",
-        several=True,
-    )
-    parser.add_argument("--chart", metavar="FILE", help=".png, .svg or .pdf")
+    parser.add_argument("--config", default=EXAMPLE, metavar="NAME", help=f"the network; default: {EXAMPLE}")
+    parser.add_argument("--measure", action="store_true", help="under torchrun: time steps and all-reduces")
+    for option, (kind, default, unit, text) in OPTIONS.items():
+        read, nargs = functools.partial(positive, option, kind), "+" if isinstance(default, list) else None
+        parser.add_argument(option, type=read, default=default, metavar=unit, nargs=nargs, help=text)
     arguments = parser.parse_args()
-    if arguments.of not in NETWORKS:
-        raise UserError(f"--of: must be one of {', '.join(NETWORKS)}, not {arguments.of!r}")
-    if arguments.chart and Path(arguments.chart).suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"--chart {arguments.chart}: the name must end in .png, .svg or .pdf")
-    if arguments.chart and not Path(arguments.chart).resolve().parent.is_dir():
-        raise UserError(f"--chart {arguments.chart}: its folder does not exist; make it, or choose another")
+    if arguments.measure and any(variable not in os.environ for variable in TORCHRUN):
+        raise UserError("--measure: start it with torchrun --nproc-per-node=N scripts/scaling.py --measure")
+    if not (arguments.measure or arguments.images_per_second):
+        if arguments.config.removesuffix(".yaml") != EXAMPLE:
+            raise UserError(f"--images-per-second: is known for {EXAMPLE} alone; give that of one GPU")
+        arguments.images_per_second = EXAMPLE_SPEED
     return arguments
 
 
-def add_number(
-    parser: argparse.ArgumentParser,
-    name: str,
-    default: Any,
-    unit: str,
-    help: str,
-    kind: type = float,
-    several: bool = False,
-) -> None:
-    """An option that takes a number above 0, or several."""
-    count = "+" if several else None
-    parser.add_argument(
-        name, type=positive(name, kind), default=default, metavar=unit, help=help, nargs=count
-    )
+def positive(option: str, kind: type, text: str) -> float:
+    """An option's number, which must be above 0."""
+    with contextlib.suppress(ValueError):
+        if 0 < kind(text) < math.inf:
+            return kind(text)
+    raise UserError(f"{option}: must be a {'whole ' * (kind is int)}number above 0, not {text!r}")
 
 
-def positive(option: str, kind: type) -> Callable[[str], float]:
-    """A reader of an option's numbers."""
-
-    def read(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = 0
-        if not 0 < value < math.inf:
-            what = "whole number" if kind is int else "number"
-            raise UserError(f"{option}: must be a {what} above 0, not {text!r}")
-        return value
-
-    return read
+def load_network(config: str, device: str) -> ResNeXt:
+    """The configured network, in training mode; on `meta` its weights need no memory."""
+    with torch.device(device):
+        return build_model(read_config(find_config(config)).model, CLASSES)
 
 
-# ---------------------------------------------------------------------------- the model
-
-
-@dataclass(frozen=True)
-class Network:
-    """What the exchange depends on; `buckets` are bytes, in the order they are sent."""
-
-    name: str
-    parameters: int
-    macs: int  # of one image, forward
-    buckets: tuple[int, ...]
-
-    @property
-    def gradient_bytes(self) -> int:
-        return 4 * self.parameters  # fp32, whatever train.precision is
-
-
-@dataclass(frozen=True)
-class Links:
-    """Bytes/s in one direction: of a GPU inside its node, and of a whole node to the others."""
-
-    nvlink: float
-    network: float
-
-
-@dataclass(frozen=True)
-class Setup:
-    """The assumptions that options change: a speed in images/s, and the multiply-adds of its network."""
-
-    images: int  # on each GPU
-    speed: float
-    macs: int
-    links: tuple[Links, ...]
-
-    def image_seconds(self, network: Network) -> float:
-        """Seconds of training on one image: the known speed, by the ratio of multiply-adds."""
-        return network.macs / self.macs / self.speed
-
-
-def load_networks() -> list[Network]:
-    """Counted on the networks themselves, without memory for their weights."""
-    import torch
-
-    from resnext.config import find_config, read_config
-    from resnext.model import build_model, complexity
-
-    found = []
-    for name in NETWORKS:
-        with torch.device("meta"):
-            model = build_model(read_config(find_config(f"{name}.yaml")).model, CLASSES)
-        found.append(Network(name, *complexity(model, PIXELS), bucket_bytes(arrivals(model))))
-    return found
-
-
-def arrivals(model: Any) -> list[int]:
-    """Bytes of the gradients in the order in which a backward pass makes them; the model is on `meta`."""
-    import torch
-
+def gradient_bytes(model: ResNeXt) -> list[int]:
+    """Bytes of the fp32 gradients in the order of a backward pass; the model is on `meta`."""
     sizes: list[int] = []
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: sizes.append(4 * p.numel()))
@@ -188,15 +99,15 @@ def arrivals(model: Any) -> list[int]:
     return sizes
 
 
-def bucket_bytes(sizes: Iterable[int]) -> tuple[int, ...]:
-    """Bytes of DistributedDataParallel's buckets: a bucket is closed by the gradient that fills it."""
+def bucket_bytes(sizes: Iterable[int]) -> list[int]:
+    """Bytes of DistributedDataParallel's buckets, in order: the gradient that fills a bucket closes it."""
     buckets, filled, limit = [], 0, FIRST_BUCKET
     for size in sizes:
         filled += size
         if filled >= limit:
             buckets.append(filled)
             filled, limit = 0, BUCKET
-    return (*buckets, filled) if filled else tuple(buckets)
+    return [*buckets, filled] if filled else buckets
 
 
 def ring_bytes(gpus: int, size: float) -> float:
@@ -207,247 +118,132 @@ def ring_bytes(gpus: int, size: float) -> float:
 def ring_latency(gpus: int) -> float:
     """Seconds that 2(N-1) hops take, of which 2(nodes-1) cross the network."""
     crossing = 2 * (math.ceil(gpus / GPUS_PER_NODE) - 1)
-    return BASE_LATENCY + (2 * (gpus - 1) - crossing) * RING_NVLINK + crossing * RING_NETWORK
+    return CALL_LATENCY + (2 * (gpus - 1) - crossing) * NVLINK_LATENCY + crossing * NETWORK_LATENCY
 
 
-def ring_seconds(gpus: int, size: float, links: Links) -> float:
-    """Seconds of an all-reduce of `size` bytes in a ring through all GPUs."""
-    return ring_latency(gpus) + ring_bytes(gpus, size) / slowest_link(gpus, links) if gpus > 1 else 0.0
-
-
-def tree_latency(gpus: int) -> float:
-    """Seconds up and down a tree: a chain inside each node, a binary tree of the nodes."""
-    inside = min(gpus, GPUS_PER_NODE) - 1
-    levels = math.log2(math.ceil(gpus / GPUS_PER_NODE))
-    return BASE_LATENCY + 2 * (inside * TREE_NVLINK + levels * TREE_NETWORK)
-
-
-def tree_seconds(gpus: int, size: float, links: Links) -> float:
-    """The same over a tree, where every byte goes up once and comes down once."""
-    speed = TREE_BANDWIDTH * slowest_link(gpus, links)
-    return tree_latency(gpus) + 2 * size / speed if gpus > 1 else 0.0
-
-
-def slowest_link(gpus: int, links: Links) -> float:
-    """Bytes/s of the link that holds up the others; one flow enters and one leaves each node."""
-    return links.nvlink if gpus <= GPUS_PER_NODE else min(links.nvlink, links.network)
-
-
-def all_reduce_seconds(gpus: int, size: float, links: Links) -> float:
-    """The quicker of ring and tree, which is how NCCL chooses."""
-    return min(ring_seconds(gpus, size, links), tree_seconds(gpus, size, links))
+def all_reduce_seconds(gpus: int, size: float, link: float) -> float:
+    """Seconds of an all-reduce of `size` bytes in one ring, whose slowest link has `link` bytes/s."""
+    return ring_latency(gpus) + ring_bytes(gpus, size) / link if gpus > 1 else 0.0
 
 
 def exposed_seconds(buckets: Sequence[float], backward: float) -> float:
-    """Seconds that a step waits for an exchange whose buckets take so long, one after the other.
-
-    All but the last are sent while the backward pass goes on; the last is full when it ends.
-    """
+    """Seconds that a step waits for its buckets, all but the last of which are sent in the backward pass."""
     return max(buckets[-1], sum(buckets) - backward)
 
 
-def step_seconds(
-    network: Network, gpus: int, compute: float, links: Links, exchange: Callable = all_reduce_seconds
-) -> float:
-    """Seconds of a step in which each GPU computes for `compute` s."""
-    buckets = [exchange(gpus, size, links) for size in network.buckets]
-    return compute + exposed_seconds(buckets, BACKWARD_SHARE * compute)
+def efficiency(buckets: list[int], gpus: int, image: float, images: float, link: float, floor: int) -> float:
+    """Speed of N GPUs over N times that of one, for steps of `images` on each, at `image` s an image."""
+    compute = image * max(images, floor)  # a step takes the time of `floor` images at least
+    exchange = [all_reduce_seconds(gpus, size, link) for size in buckets]
+    return image * images / (compute + exposed_seconds(exchange, BACKWARD_SHARE * compute))
 
 
-def weak_efficiency(
-    network: Network, gpus: int, compute: float, links: Links, exchange: Callable = all_reduce_seconds
-) -> float:
-    """Speed of N GPUs over N times that of one, where each computes for `compute` s a step."""
-    return compute / step_seconds(network, gpus, compute, links, exchange)
-
-
-def strong_efficiency(network: Network, gpus: int, image: float, links: Links, floor: int) -> float:
-    """The same where they share the recipe's global batch, at `image` s for each image.
-
-    A step takes the time of `floor` images at least.
-    """
-    compute = image * max(GLOBAL_BATCH / gpus, floor)
-    return image * GLOBAL_BATCH / gpus / step_seconds(network, gpus, compute, links)
-
-
-# ---------------------------------------------------------------------------- tables
-
-
-def tables(networks: Sequence[Network], setup: Setup) -> list[str]:
-    """All tables in Markdown, with their headings."""
-    example = next(network for network in networks if network.name == EXAMPLE)
-    images, fastest = f"{setup.images} images on each GPU", setup.links[0]
-    return [
-        "**Computed, not measured.**",
-        titled("Networks", network_table(networks, setup)),
-        titled("MB that each GPU sends, and receives, in a step; ring", bytes_table(networks)),
-        titled("Time of a step's all-reduces, ms; ring, before any overlap", seconds_table(networks, setup)),
-        titled(
-            f"Ring and tree: {EXAMPLE}, {images}, {gbit(fastest)}", algorithm_table(example, setup, fastest)
-        ),
-        *(
-            titled(
-                f"Efficiency, %: {images}, {gbit(links)} between nodes", weak_table(networks, setup, links)
-            )
-            for links in setup.links
-        ),
-        titled(f"Efficiency, %: {images}, faster GPUs, {EXAMPLE}", speed_table(example, setup)),
-        titled(f"Efficiency, %: global batch of {GLOBAL_BATCH}, {EXAMPLE}", strong_table(example, setup)),
-        titled(
-            f"Efficiency, %: global batch of {GLOBAL_BATCH}, {gbit(fastest)}, floor of {FLOOR_IMAGES} images",
-            strong_networks_table(networks, setup, fastest),
-        ),
-    ]
-
-
-def network_table(networks: Sequence[Network], setup: Setup) -> str:
-    head = ["network", "parameters", "GMACs", "gradients, MB", "buckets", "last bucket, MB", "ms an image"]
+def predict(arguments: argparse.Namespace) -> None:
+    """Print efficiencies of weak and strong scaling, a row for each network between the nodes; Markdown."""
+    images, nvlink, image = arguments.images, arguments.nvlink, 1 / arguments.images_per_second
+    buckets = bucket_bytes(gradient_bytes(load_network(arguments.config, "meta")))
     rows = []
-    for network in networks:
-        image = 1e3 * setup.image_seconds(network)
-        row = [network.name, f"{network.parameters:,}", f"{network.macs / 1e9:.2f}"]
-        row += [
-            f"{network.gradient_bytes / 1e6:.1f}",
-            len(network.buckets),
-            f"{network.buckets[-1] / 1e6:.1f}",
-        ]
-        times = (image, setup.images * image, BACKWARD_SHARE * setup.images * image)
-        rows.append([*row, f"{times[0]:.2f}", f"{times[1]:.1f}", f"{times[2]:.1f}"])
-    return markdown([*head, f"step of {setup.images}, ms", "of it backward, ms"], rows)
-
-
-def bytes_table(networks: Sequence[Network]) -> str:
-    def cells(network: Network) -> list[str]:
-        return [f"{ring_bytes(gpus, network.gradient_bytes) / 1e6:,.1f}" for gpus in GPUS[1:]]
-
-    return markdown(["GPUs", *map(thousands, GPUS[1:])], [[n.name, *cells(n)] for n in networks])
-
-
-def seconds_table(networks: Sequence[Network], setup: Setup) -> str:
-    columns = [(GPUS_PER_NODE, setup.links[0])]
-    columns += [(gpus, links) for gpus in (64, 1024) for links in setup.links]
-    names = ["NVLink", *(gbit(links) for _, links in columns[1:])]
-    rows = []
-    for network in networks:
-        times = [sum(ring_seconds(gpus, size, links) for size in network.buckets) for gpus, links in columns]
-        rows.append([network.name, *(f"{1e3 * seconds:.1f}" for seconds in times)])
-    rows.append(["of it latency of each bucket", *(f"{1e3 * ring_latency(gpus):.2f}" for gpus, _ in columns)])
-    head = [f"{gpus:,} GPUs, {name}" for (gpus, _), name in zip(columns, names, strict=True)]
-    return markdown(["network", *head], rows)
-
-
-def algorithm_table(network: Network, setup: Setup, links: Links) -> str:
-    compute = setup.images * setup.image_seconds(network)
-    kinds = (ring_seconds, tree_seconds, all_reduce_seconds)
-    rows = []
-    for gpus in GPUS[3:]:
-        seconds = (ring_latency(gpus), tree_latency(gpus), *(kind(gpus, BUCKET, links) for kind in kinds[:2]))
-        shares = [weak_efficiency(network, gpus, compute, links, kind) for kind in kinds]
-        rows.append([f"{gpus:,}", *(f"{1e3 * value:.2f}" for value in seconds), *map(percent, shares)])
-    head = ["GPUs", "latency, ring, ms", "latency, tree, ms", "25 MiB, ring, ms", "25 MiB, tree, ms"]
-    return markdown([*head, "efficiency, ring, %", "tree, %", "the quicker, %"], rows)
-
-
-def weak_table(networks: Sequence[Network], setup: Setup, links: Links) -> str:
-    rows = [[n.name, *map(percent, weak_row(n, setup, links))] for n in networks]
-    return markdown(["GPUs", *map(thousands, GPUS)], rows)
-
-
-def weak_row(network: Network, setup: Setup, links: Links, factor: float = 1.0) -> list[float]:
-    """Efficiencies over GPUS on GPUs that are `factor` times as fast as assumed."""
-    compute = setup.images * setup.image_seconds(network) / factor
-    return [weak_efficiency(network, gpus, compute, links) for gpus in GPUS]
-
-
-def speed_table(network: Network, setup: Setup) -> str:
-    speed = 1 / setup.image_seconds(network)
-    rows = [
-        [gbit(links), f"{factor * speed:,.0f}", *map(percent, weak_row(network, setup, links, factor))]
-        for links in setup.links
-        for factor in (1, 2, 4)
-    ]
-    return markdown(["between nodes", "images/s of one GPU", *map(thousands, GPUS)], rows)
-
-
-def strong_row(network: Network, setup: Setup, links: Links, floor: int) -> list[float]:
-    """Efficiencies over those of GPUS that have an image each."""
-    image = setup.image_seconds(network)
-    return [strong_efficiency(network, gpus, image, links, floor) for gpus in GPUS if gpus <= GLOBAL_BATCH]
-
-
-def strong_table(network: Network, setup: Setup) -> str:
-    kinds = [(links, floor) for floor in (1, FLOOR_IMAGES) for links in setup.links]
-    columns = [strong_row(network, setup, links, floor) for links, floor in kinds]
-    gains = [gpus * share for gpus, share in zip(GPUS, columns[len(setup.links)], strict=False)]
-    rows = []
-    for gpus, gain, *shares in zip(GPUS, gains, *columns, strict=False):
-        images = GLOBAL_BATCH // gpus
-        step = 1e3 * images * setup.image_seconds(network)
-        rows.append([gpus, images, f"{step:.1f}", *map(percent, shares), f"{gain:.1f}x"])
-    for gpus in GPUS[len(rows) :]:
-        rows.append([f"{gpus:,}", "impossible", *["–"] * (len(kinds) + 2)])
-    head = [f"{gbit(links)}, {'linear' if floor == 1 else 'floor'}" for links, floor in kinds]
-    last = f"gain, {gbit(setup.links[0])}, floor"
-    return markdown(["GPUs", "images on each", "linear step, ms", *head, last], rows)
-
-
-def strong_networks_table(networks: Sequence[Network], setup: Setup, links: Links) -> str:
-    rows = [[n.name, *map(percent, strong_row(n, setup, links, FLOOR_IMAGES))] for n in networks]
-    return markdown(["GPUs", *GPUS[: len(rows[0]) - 1]], rows)
-
-
-def titled(title: str, table: str) -> str:
-    return f"**{title}**\n\n{table}"
-
-
-def markdown(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    lines = [f"| {' | '.join(map(str, line))} |" for line in (head, *rows)]
-    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
-
-
-def gbit(links: Links) -> str:
-    return f"{8 * links.network / 1e9:g} Gbit/s"
-
-
-def thousands(number: int) -> str:
-    return f"{number:,}"
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f}"
-
-
-def draw(networks: Sequence[Network], setup: Setup, path: Path) -> None:
-    """Efficiency over GPUs: with so many images on each, and with a shared global batch."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (weak, strong) = pyplot.subplots(1, 2, figsize=(8.5, 3.5), sharey=True, layout="constrained")
-    example = next(network for network in networks if network.name == EXAMPLE)
-    counts = [gpus for gpus in GPUS if gpus <= GLOBAL_BATCH]
-    for number, links in enumerate(setup.links):
-        style = {"color": f"C{number}", "markersize": 3}
-        columns = list(zip(*(weak_row(network, setup, links) for network in networks), strict=True))
-        lowest, highest = ([100 * limit(column) for column in columns] for limit in (min, max))
-        weak.fill_between(GPUS, lowest, highest, color=f"C{number}", alpha=0.2, linewidth=0)
-        weak.plot(GPUS, [100 * x for x in weak_row(example, setup, links)], "o-", label=gbit(links), **style)
-        for floor, line in ((1, "--"), (FLOOR_IMAGES, "o-")):
-            strong.plot(counts, [100 * x for x in strong_row(example, setup, links, floor)], line, **style)
-    weak.set(title=f"{setup.images} images on each GPU", ylabel="efficiency, %", ylim=(0, 103))
-    strong.set(title=f"global batch of {GLOBAL_BATCH}; dashed: no floor")
-    weak.legend(title="between nodes", loc="lower left")
-    for axes, ticks in ((weak, GPUS[::2]), (strong, counts[::2])):
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, [f"{gpus:,}" for gpus in ticks])
-        axes.set_xlabel(f"GPUs, {GPUS_PER_NODE} in a node")
-        axes.grid(alpha=0.3)
-    figure.suptitle(
-        f"Computed, not measured: {EXAMPLE}; shaded: range of {len(networks)} networks", fontsize=10
+    for kind, batch, floor in (
+        (f"weak: {images} on each GPU", None, 1),
+        (f"strong: {GLOBAL_BATCH} in all", GLOBAL_BATCH, 1),
+        (f"strong, floor of {FLOOR_IMAGES}", GLOBAL_BATCH, FLOOR_IMAGES),
+    ):
+        for gbit in arguments.network:
+            rows.append([kind, f"{gbit:g}"])
+            for gpus in GPUS:
+                link = 1e9 * (nvlink if gpus <= GPUS_PER_NODE else min(nvlink, gbit / 8))
+                each = batch / gpus if batch else images
+                rows[-1].append(100 * efficiency(buckets, gpus, image, each, link, floor))
+    print(
+        f"**Computed, not measured.** {arguments.config}: {sum(buckets) / 1e6:.1f} MB of gradients in "
+        f"{len(buckets)} buckets, the last of {buckets[-1] / 1e6:.1f} MB; "
+        f"{1e3 * images * image:.1f} ms for {images} images.\n"
     )
-    figure.savefig(path, dpi=80)
-    pyplot.close(figure)
+    print(markdown(["efficiency in %, images", "Gbit/s; GPUs:", *map(str, GPUS)], rows))
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """In each process of torchrun: time steps and all-reduces; the first prints tables in Markdown."""
+    torch.set_num_threads(1)  # so that a process alone has no more of the machine than one of several
+    with process_group(timeout=300):
+        model = load_network(arguments.config, "cpu").to(memory_format=torch.channels_last)
+        images = torch.randn(arguments.images, 3, arguments.pixels, arguments.pixels)
+        images = images.contiguous(memory_format=torch.channels_last)
+        steps, buckets = time_steps(model, images, arguments.repeats)
+        sizes = [max(4, round(megabytes * 1e6)) for megabytes in arguments.megabytes]
+        reduced = time_all_reduce([*sizes, *buckets], arguments.repeats)
+        if rank() == 0:
+            report(arguments, steps, buckets, reduced)
+
+
+def report(arguments: argparse.Namespace, steps: Timings, buckets: list[int], reduced: Timings) -> None:
+    """Print medians; "computed" is the exposed time that the all-reduces of the buckets let one expect."""
+    sent = {size: ring_bytes(world_size(), size) / np.median(times) for size, times in reduced.items()}
+    rows = [[f"{size / 1e6:g}", spread(reduced[size]), f"{speed / 1e9:.3g}"] for size, speed in sent.items()]
+    synced, alone, forward = (np.median(steps[kind]) for kind in ("synced", "alone", "forward"))
+    computed = exposed_seconds([np.median(reduced[size]) for size in buckets], alone - forward)
+    step = [spread(steps["alone"]), spread(steps["synced"]), 1e3 * (synced - alone), 1e3 * computed]
+    step += [100 * (1 - forward / alone), 100 * alone / synced]
+    print(
+        f"{world_size()} processes, {environment(torch.device('cpu'))['device']}, torch {torch.__version__}; "
+        f"medians of {arguments.repeats}, in brackets the quartiles.\n\n**all_reduce over gloo**\n\n"
+        f"{markdown(['MB', 'ms', 'GB/s sent by each'], rows)}\n\n**A step of {arguments.config}, "
+        f"{arguments.images} images of {arguments.pixels} pixels in each process, ms**\n"
+    )
+    head = ["without all-reduce", "with", "exposed", "computed", "backward, %", "efficiency, %"]
+    print(markdown(head, [step]))
+
+
+def time_all_reduce(sizes: Sequence[int], repeats: int) -> Timings:
+    """Bytes → seconds of an all_reduce, the sizes in turn, after one to warm up."""
+    buffers = {size: torch.zeros(size // 4) for size in sizes}
+    seconds: Timings = {size: [] for size in sizes}
+    for _ in range(1 + repeats):
+        for size, times in seconds.items():
+            dist.barrier()
+            begun = time.perf_counter()
+            dist.all_reduce(buffers[size])
+            times.append(time.perf_counter() - begun)
+    return {size: slowest(times[1:]) for size, times in seconds.items()}
+
+
+def time_steps(model: ResNeXt, images: torch.Tensor, repeats: int) -> tuple[Timings, list[int]]:
+    """Seconds of forward and backward passes, and bytes of the buckets.
+
+    "synced": with the gradients' all-reduce; "alone": without, in turn; "forward": the first part of "alone".
+    """
+    model = distribute(model, torch.device("cpu"), dist.group.WORLD)
+    seconds: Timings = {"synced": [], "alone": [], "forward": []}
+    for _ in range(2 + repeats):  # the buckets are rebuilt in the second
+        for kind, context in (("synced", contextlib.nullcontext), ("alone", model.no_sync)):
+            model.zero_grad(set_to_none=True)
+            dist.barrier()
+            begun = time.perf_counter()
+            with context():
+                loss = model(images).square().mean()
+                if kind == "alone":
+                    seconds["forward"].append(time.perf_counter() - begun)
+                loss.backward()
+            seconds[kind].append(time.perf_counter() - begun)
+    sizes = model._get_ddp_logging_data()["rebuilt_bucket_sizes"]
+    return {kind: slowest(times[2:]) for kind, times in seconds.items()}, list(map(int, sizes.split(",")))
+
+
+def slowest(seconds: Times) -> Times:
+    """Of each timing, the longest among the processes: the others wait for it."""
+    return [max(values) for values in zip(*gather(seconds), strict=True)]
+
+
+def markdown(head: list[str], rows: list[list]) -> str:
+    """A table; numbers get one decimal."""
+    lines = [[cell if isinstance(cell, str) else f"{cell:.1f}" for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines))
+
+
+def spread(seconds: Times) -> str:
+    """Median and quartiles in ms."""
+    low, middle, high = 1e3 * np.quantile(seconds, (0.25, 0.5, 0.75))
+    return f"{middle:.2f} ({low:.2f}–{high:.2f})"
 
 
 if __name__ == "__main__":
