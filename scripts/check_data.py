@@ -3,8 +3,8 @@
     python scripts/check_data.py DIR                       DIR has train/CLASS/ and val/CLASS/
     python scripts/check_data.py DIR --json report.json    the complete lists too
 
-Exit status 0: fit for training, whatever the warnings and odd files (gray, CMYK, rotated …); 1: training would
-refuse the folders, files are broken, or the same file is in train/ and val/; 2: wrong usage.
+Exit status 0: fit for training, whatever the warnings and odd files (gray, CMYK, rotated, …); 1: training
+would refuse the folders, files are broken, or the same file is in train/ and val/; 2: wrong usage.
 """
 
 import contextlib
