@@ -3,7 +3,7 @@
     python evaluate.py runs/demo                                    the best checkpoint of a run
     python evaluate.py runs/demo/checkpoints/last.pt                one checkpoint
     python evaluate.py runs/cifar10_resnext29_8x64d --data datasets --json result.json
-    python evaluate.py resnext_50_32x4d.t7 --data imagenet          weights of another program (docs/weights.md)
+    python evaluate.py resnext_50_32x4d.t7 --data imagenet          other programs (docs/weights.md)
     python evaluate.py torchvision:resnext50_32x4d --data imagenet  those that torchvision publishes
     python evaluate.py RUN --ten-crop                               centre, corners, and all five mirrored
     python evaluate.py RUN --image-size 320 --resize 320            the paper's Table 5
