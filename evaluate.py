@@ -19,7 +19,6 @@ at all.
 
 import argparse
 import json
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -28,8 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for python -P
 from resnext.config import Config, network_name
 from resnext.errors import UserError, command_parser, run_command
-
-RUN_FILES = ("config.yaml", "metrics.jsonl", "log.txt")
+from resnext.files import check_source, check_target, write_whole
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -97,6 +95,7 @@ def main() -> None:
     names = arguments.class_names and tuple(subsets.read_classes("--class-names", arguments.class_names))
     splits = subsets.read_splits(arguments.splits) if arguments.splits else []
 
+    from resnext.classes import name_classes
     from resnext.distributed import process_group
     from resnext.weights import check_classifier, load_weights
 
@@ -134,7 +133,7 @@ def run(
     config = replace(config, train=replace(config.train, precision=precision))
     set_numerics(precision, config.run.deterministic, training=False)
     with first_on_machine():  # which downloads what is missing
-        val_set, names, columns, notes = load_scored(info, wanted, arguments.classes)
+        val_set, names, columns, notes = subsets.load_scored(info, wanted, arguments.classes)
     for note in [*slow_precision(precision, device, "--precision "), *notes] if rank() == 0 else ():
         print(note, file=sys.stderr)
     members = subsets.find_members(splits, names, arguments.splits) if splits else {}
@@ -181,24 +180,6 @@ def run(
         print(report(result, arguments.per_class), flush=True)
 
 
-def load_scored(
-    info: Any, wanted: dict[str, int] | None, classes_file: str | None
-) -> tuple[Any, Any, list[int] | None, list[str]]:
-    """(the pictures to score, their names, the outputs that compete or None for all, warnings)."""
-    from data import subsets
-
-    data, classes, notes, columns = info.config.data, info.classes, [], None
-    if classes is None:
-        classes, notes = subsets.known_classes(data, info.outputs, info.origin)
-    if wanted:
-        columns = subsets.find_columns(wanted, classes, classes_file)
-    val_set, names = subsets.load_val(data, classes, columns)
-    notes = [*notes, *val_set.notes]
-    if columns:
-        val_set, names = subsets.restrict(val_set, names, columns, classes_file)
-    return val_set, names, columns, notes
-
-
 def check_arguments(arguments: argparse.Namespace) -> None:
     """What can be said about the command line before anything is read."""
     check_source(arguments.source)
@@ -225,38 +206,6 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             if used and Path(used).resolve() == Path(name).resolve():
                 raise UserError(f"{option} {name}: is {other} too; name another file for the result")
         others[option] = name
-
-
-def check_source(source: str) -> None:
-    """A UserError where load_weights has nothing to look at; costs no import of torch."""
-    if not source.startswith("torchvision:") and not Path(source).expanduser().exists():
-        raise UserError(f"{source}: no such run directory or file of weights; check the path")
-
-
-def check_target(option: str, path: Path) -> None:
-    """A UserError now rather than after the work when the result cannot be written, or must not be."""
-    if path.suffix in (".pt", ".pth", ".pyth", ".tar", ".t7") or path.name in RUN_FILES:
-        raise UserError(f"{option} {path}: is called as a file of a run; name another file for the result")
-    if path.exists() and not path.is_file() and not path.is_dir():
-        writable = os.access(path, os.W_OK)  # a pipe or device
-    else:
-        folder = path.resolve().parent
-        writable = folder.is_dir() and not path.is_dir() and os.access(folder, os.W_OK | os.X_OK)
-        writable = writable and (not path.exists() or os.access(path, os.W_OK))
-    if not writable:
-        raise UserError(f"{option} {path}: cannot be written; name a file in a folder that exists")
-
-
-def name_classes(info: Any, names: tuple[str, ...], file: str) -> Any:
-    """What is known of weights, with the user's names for their outputs."""
-    if info.classes is not None:
-        raise UserError(f"--class-names: {info.file} names its classes; leave the option out")
-    if len(names) != info.outputs:
-        raise UserError(
-            f"--class-names {file}: names {len(names)} classes, and the network of {info.file} has "
-            f"{info.outputs}; write one name a line, in the order of the outputs"
-        )
-    return replace(info, classes=names)
 
 
 def adapt(config: Config, arguments: argparse.Namespace) -> Config:
@@ -321,27 +270,6 @@ def measure(
             recorder=recorder,
         )
         return score, recorder.predictions()
-
-
-def write_whole(option: str, name: str, text: str) -> None:
-    """Write a file under another name first: what stood there stays until the new one is whole."""
-    path, content = Path(name), text.encode("utf-8", "surrogateescape")
-    try:
-        if path.exists() and not path.is_file():  # a pipe or device
-            path.write_bytes(content)
-            return
-        path = path.resolve()
-        temporary = path.with_name(f".{os.getpid()}.partial")
-        try:
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{option} {name}: cannot be written ({error.strerror}); name another file") from None
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def main() -> int | None:
 
     with process_group(config.run.timeout):
         if arguments.check:
-            from data.sets import load_sets, make_batches
+            from data.training import load_sets, make_batches
             from resnext.preflight import check
 
             return check(config, output, arguments.resume, load_sets, make_batches)
@@ -77,7 +77,7 @@ def main() -> int | None:
 
 def run(config: Config, output: Path, source: Path | None, resumed: bool) -> None:
     """Load the data, prepare or restore the state, train; in each of the processes."""
-    from data.sets import load_sets, make_batches
+    from data.training import load_sets, make_batches
     from resnext.device import choose_device, set_numerics, step_explained
     from resnext.distributed import rank
     from resnext.introduction import introduction

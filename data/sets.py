@@ -1,21 +1,13 @@
-"""The choice of a data set: what `data.dataset` stands for; and the batches of a training."""
+"""The choice of a data set: what `data.dataset` stands for."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
 
-import torch
-
-from resnext.batch_plan import share_positions
-from resnext.config import Config, Data
-from resnext.distributed import first_on_machine, gather, rank, world_size
+from resnext.config import Data
 from resnext.errors import UserError
 
 from . import cifar, folder, glyphs
 from .folder import FileSet
 from .images import ImageSet, take_evenly
-from .loader import eval_batches, train_batches
 
 
 def load_set(config: Data, split: str, classes: tuple[str, ...] | None = None) -> ImageSet | FileSet:
@@ -53,42 +45,3 @@ def check_classes(model_classes: int | None, image_set: ImageSet | FileSet) -> i
             "give the data that it was meant for"
         )
     return found
-
-
-def load_sets(config: Config, start: Any) -> tuple[ImageSet | FileSet, ImageSet | FileSet, str]:
-    """(training set, validation set, fingerprint of both), the same in all processes, as is an error.
-
-    A run that goes on, from the `start` of resnext.start.read_start, keeps the order of its classes.
-    """
-    before = start["classes"] if isinstance(start, dict) else None
-    data = config.data
-    if start is not None and not isinstance(start, dict | tuple) and data.class_order is None:  # a LuaState
-        data = replace(data, class_order="string")
-    with first_on_machine():  # which downloads what is missing
-        classes = training_classes(data, before)
-        train_set = load_set(data, "train", classes)
-        check_classes(config.model.classes, train_set)
-        val_set = load_set(data, "val", classes)
-    fingerprint = f"{train_set.fingerprint()} {val_set.fingerprint()}"
-    for number, other in enumerate(gather(fingerprint)):
-        if other != fingerprint:
-            raise UserError(
-                f"data.dir: process {number} has other files in {config.data.dir} than this one; give all "
-                "machines the same data"
-            )
-    return train_set, val_set, fingerprint
-
-
-def make_batches(
-    config: Config,
-    train_set: ImageSet | FileSet,
-    val_set: ImageSet | FileSet,
-    device: torch.device,
-    warn: Callable[[str], None],
-) -> tuple[Any, Any]:
-    """(training batches, validation batches) of this process."""
-    train = config.train
-    return (
-        train_batches(train_set, config, device, warn, partial(share_positions, train=train)),
-        eval_batches(val_set, config.data, train.eval_batch_size, device, rank=rank(), ranks=world_size()),
-    )

@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -218,3 +219,19 @@ def find_members(
             f"scored; write the paths below val/, such as {names[0][-80:]!r}"
         )
     return {split: sorted(found) for split, found in members.items()}
+
+
+def load_scored(
+    info: Any, wanted: dict[str, int] | None, classes_file: str | None
+) -> tuple[ImageSet | FileSet, list[str], list[int] | None, list[str]]:
+    """(the pictures to score, their names, the outputs that compete or None for all, warnings)."""
+    data, classes, notes, columns = info.config.data, info.classes, [], None
+    if classes is None:
+        classes, notes = known_classes(data, info.outputs, info.origin)
+    if wanted:
+        columns = find_columns(wanted, classes, classes_file)
+    val_set, names = load_val(data, classes, columns)
+    notes = [*notes, *val_set.notes]
+    if columns:
+        val_set, names = restrict(val_set, names, columns, classes_file)
+    return val_set, names, columns, notes

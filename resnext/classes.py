@@ -7,6 +7,8 @@ their classes, so where the two orders differ one must know which program traine
 
 import re
 from collections.abc import Collection, Iterable
+from dataclasses import replace
+from typing import Any
 
 from .errors import UserError
 
@@ -85,3 +87,15 @@ def name_outputs(
 def some(names: tuple[str, ...]) -> str:
     """The first names, for a message."""
     return ", ".join(name[:40] for name in names[:4]) + (", …" if len(names) > 4 else "")
+
+
+def name_classes(info: Any, names: tuple[str, ...], file: str) -> Any:
+    """What is known of weights (weights.Info), with the user's names for their outputs."""
+    if info.classes is not None:
+        raise UserError(f"--class-names: {info.file} names its classes; leave the option out")
+    if len(names) != info.outputs:
+        raise UserError(
+            f"--class-names {file}: names {len(names)} classes, and the network of {info.file} has "
+            f"{info.outputs}; write one name a line, in the order of the outputs"
+        )
+    return replace(info, classes=names)

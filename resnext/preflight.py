@@ -689,7 +689,7 @@ def check(
 ) -> int:
     """Try all that a training needs, and begin none; returns the exit status.
 
-    `resume` is --resume; the other two are data.sets' functions.
+    `resume` is --resume; the other two are data.training's functions.
     """
     device = choose_device(config.run.device)
     report = Report()

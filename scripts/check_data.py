@@ -28,8 +28,8 @@ from tqdm import tqdm
 from data.decode import MAX_PIXELS, decode
 from data.folder import Listing, absent_classes, class_folders, class_names, list_split, split_folder
 from data.walk import FORMATS, to_text
-from evaluate import check_target, write_whole
 from resnext.errors import UserError, command_parser, run_command
+from resnext.files import check_target, write_whole
 
 SPLITS = ("train", "val")
 ALIASES = {"MPO": "JPEG", "DIB": "BMP"}  # Pillow's names of kinds of other formats

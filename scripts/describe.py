@@ -16,9 +16,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from evaluate import check_source, check_target, write_whole
 from resnext.config import CONFIG_FOLDER, Config, find_config, network_name, read_config
 from resnext.errors import UserError, command_parser, run_command
+from resnext.files import check_source, check_target, write_whole
 
 CLASSES = {"folder": 1000, "cifar10": 10, "cifar100": 100, "glyphs": 10}
 MIB = 2**20

@@ -24,9 +24,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from evaluate import check_source
 from resnext.config import Config, network_name, to_yaml
 from resnext.errors import UserError, command_parser, run_command
+from resnext.files import check_source
 
 NEEDED = {".pth": [], ".safetensors": ["safetensors"], ".pt2": [], ".onnx": ["onnx", "onnxscript"]}
 PROGRAMS = (".pt2", ".onnx")

@@ -27,8 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data.pictures import find_pictures, picture_batches
 from data.subsets import imagenet_classes, read_classes
-from evaluate import check_source, check_target, name_classes
+from resnext.classes import name_classes
 from resnext.errors import UserError, command_parser, run_command
+from resnext.files import check_source, check_target
 
 
 def main() -> None:
