@@ -8,12 +8,15 @@ Writes what differs from the defaults of this program, defaults of the Lua code 
 commands that run it. Where a flag means something else here, a comment says so. --output never overwrites.
 """
 
+import argparse
+import contextlib
 import difflib
 import math
+import re
 import shlex
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,28 +30,36 @@ from resnext.config import SECTIONS, STAGES_BY_DEPTH, to_text
 from resnext.errors import UserError, command_parser, run_command
 from resnext.strict_yaml import check_limits, convert
 
+RECOMPUTE = "train.activation_checkpointing"
+
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag of opts.lua: type, default there, the key it becomes (whose limits hold) or limit of its own."""
+    """A flag of opts.lua: type, default there, the key it becomes (whose limits hold), that key's value."""
 
     kind: Any
     default: Any = None
     key: str = ""
-    at_least: int | None = None
+    value: Callable[[SimpleNamespace], Any] | None = None
+    at_least: int | None = None  # where the key's limit does not hold
 
 
+# fmt: off
 FLAGS = {
     "data": Flag(str),
-    "dataset": Flag(Literal["imagenet", "cifar10", "cifar100"], "imagenet", "data.dataset"),
+    "dataset": Flag(Literal["imagenet", "cifar10", "cifar100"], "imagenet", "data.dataset",
+                    lambda o: "folder" if o.imagenet else o.dataset),
     "manualSeed": Flag(int, 0, "run.seed"),
-    "nGPU": Flag(int, 1, "train.bn_group"),
+    "nGPU": Flag(int, 1, "train.bn_group", lambda o: None if o.batchSize % o.nGPU else o.share),
     "backend": Flag(Literal["cudnn", "cunn"], "cudnn"),
-    "cudnn": Flag(Literal["fastest", "default", "deterministic"], "fastest", "run.deterministic"),
+    "cudnn": Flag(Literal["fastest", "default", "deterministic"], "fastest", "run.deterministic",
+                  lambda o: o.cudnn == "deterministic"),
     "gen": Flag(str),
-    "precision": Flag(Literal["single", "double", "half"], "single", "train.precision"),
-    "nThreads": Flag(int, 2, "data.workers"),
-    "nEpochs": Flag(int, 0, "train.epochs", at_least=0),
+    "precision": Flag(Literal["single", "double", "half"], "single", "train.precision",
+                      lambda o: "fp16" if o.precision == "half" else "fp32"),
+    "nThreads": Flag(int, 2, "data.workers",
+                     lambda o: math.ceil(o.nThreads / o.nGPU) if o.imagenet else None),
+    "nEpochs": Flag(int, 0, "train.epochs", lambda o: o.nEpochs or (100 if o.imagenet else 300), at_least=0),
     "epochNumber": Flag(int, 1, at_least=1),
     "batchSize": Flag(int, 32, "train.batch_size"),
     "testOnly": Flag(bool, False),
@@ -58,29 +69,83 @@ FLAGS = {
     "LR": Flag(float, 0.1, "optimizer.lr"),
     "momentum": Flag(float, 0.9, "optimizer.momentum"),
     "weightDecay": Flag(float, 1e-4, "optimizer.weight_decay"),
-    "netType": Flag(Literal["resnext", "resnet", "preresnet"], "resnext", "model.architecture"),
-    "bottleneckType": Flag(Literal["resnet", "resnext_B", "resnext_C"], "resnext_C", "model.block"),
+    "netType": Flag(Literal["resnext", "resnet", "preresnet"], "resnext", "model.architecture",
+                    lambda o: "resnet" if o.plain else "resnext"),
+    "bottleneckType": Flag(Literal["resnet", "resnext_B", "resnext_C"], "resnext_C", "model.block",
+                           lambda o: "B" if o.bottleneckType == "resnext_B" and not o.plain else "C"),
     "depth": Flag(int, 34, "model.depth"),
-    "baseWidth": Flag(int, 64, "model.base_width"),
-    "cardinality": Flag(int, 1, "model.cardinality"),
+    "baseWidth": Flag(int, 64, "model.base_width", lambda o: None if o.plain else o.baseWidth),
+    "cardinality": Flag(int, 1, "model.cardinality", lambda o: None if o.plain else o.cardinality),
     "shortcutType": Flag(Literal["A", "B", "C"], "B", "model.shortcut"),
-    "retrain": Flag(str, key="model.pretrained"),
+    "retrain": Flag(str, key="model.pretrained", value=lambda o: None if o.resume else o.retrain),
     "optimState": Flag(str),
-    "shareGradInput": Flag(bool, False, "train.activation_checkpointing"),
-    "optnet": Flag(bool, False, "train.activation_checkpointing"),
-    "resetClassifier": Flag(bool, False, "model.reset_classifier"),
-    "nClasses": Flag(int, 0, "model.classes", at_least=0),
+    "shareGradInput": Flag(bool, False, RECOMPUTE, lambda o: o.shareGradInput or o.optnet),
+    "optnet": Flag(bool, False, RECOMPUTE, lambda o: o.shareGradInput or o.optnet),
+    "resetClassifier": Flag(bool, False, "model.reset_classifier",
+                            lambda o: o.resetClassifier and not o.resume),
+    "nClasses": Flag(int, 0, "model.classes", lambda o: o.nClasses or None, at_least=0),
 }
+PLAIN = "without meaning for a plain ResNet, there and here"
+RECOMPUTED = ("saves memory by computing blocks twice, a third more time for the same result; better left "
+              "out where memory suffices")
+# (flag, when its meaning differs, how); {flag} stands for a flag's value, {share} for the images of a GPU.
+NOTES: list[tuple[str, Callable[[SimpleNamespace], Any], str]] = [
+    ("cardinality", lambda o: o.plain and o.cardinality != 1, PLAIN),
+    ("baseWidth", lambda o: o.plain and o.baseWidth != 64, PLAIN),
+    ("bottleneckType", lambda o: o.bottleneckType == "resnext_B" and not o.plain,
+     "C is the same function and much faster; resnext.model.convert_form takes weights over"),
+    ("shortcutType", lambda o: o.shortcutType == "A",
+     "zeros for the channels that are new; the original's own A could not be run"),
+    ("retrain", lambda o: o.retrain and o.resume, "not used, as -resume comes first, there and here"),
+    ("retrain", lambda o: o.retrain and not o.resume,
+     "the original took the network from the file, whatever the other flags said; here they must describe "
+     "the network in the file"),
+    ("nClasses", lambda o: o.nClasses,
+     "must be what the data has; the original read it with -resetClassifier only"),
+    ("dataset", lambda o: o.imagenet,
+     "data.pipeline is fast, which resizes with antialiasing; torch7 is the original's arithmetic, equal to "
+     "its output, at a third of the speed. The last layer has one output for each folder of train/, not "
+     "always 1000"),
+    ("nThreads", lambda o: o.imagenet,
+     "loader processes, for each of {nGPU} training processes; they change no pixel, and without the key "
+     "there is one a core"),
+    ("nEpochs", lambda o: o.imagenet and o.netType != "resnext" and not o.nEpochs,
+     "100, as in ResNeXt's code; fb.resnet.torch's default was 90"),
+    ("dataset", lambda o: not o.imagenet, "downloaded into --data where it is missing, not into -gen"),
+    ("nThreads", lambda o: not o.imagenet and "nThreads" in o.given,
+     "the set is held in memory, there are no loaders"),
+    ("nGPU", lambda o: o.batchSize % o.nGPU,
+     "does not divide the batch of {batchSize}: the original's first GPUs got an image more. torchrun with "
+     "{nGPU} processes does the same; for another number choose a train.batch_size and a train.bn_group that "
+     "divides it"),
+    ("nGPU", lambda o: o.batchSize % o.nGPU == 0,
+     "the batch is the global one, there and here; BatchNorm works over {share} images, as on one GPU of the "
+     "original, on however many processes this runs"),
+    ("precision", lambda o: o.precision == "half",
+     "not the same: the original kept weights and momentum in half precision, this is autocast with loss "
+     "scaling"),
+    ("shareGradInput", lambda o: o.shareGradInput, RECOMPUTED),
+    ("optnet", lambda o: o.optnet, RECOMPUTED),
+    ("manualSeed", lambda o: o.manualSeed, "other random numbers than Torch7's"),
+    ("manualSeed", lambda o: "manualSeed" in o.given and not o.manualSeed,
+     "other random numbers than Torch7's; the original's loaders were not seeded with 0, ours are"),
+    ("backend", lambda o: "backend" in o.given, "without a counterpart, PyTorch chooses"),
+    ("gen", lambda o: "gen" in o.given, "not needed; lists of files are cached elsewhere"),
+    ("resume", lambda o: o.resume,
+     "goes on from its latest.t7, and writes to --output: the Lua folder stays as it is"),
+    ("optimState", lambda o: "optimState" in o.given and o.resume, "comes with --resume"),
+    ("epochNumber", lambda o: "epochNumber" in o.given and o.resume, "comes with --resume"),
+    ("tenCrop", lambda o: o.tenCrop, "validation takes one crop; the last command takes ten, afterwards"),
+]
+# fmt: on
 DEFAULTS = {f"{section}.{f.name}": f.default for section, make in SECTIONS.items() for f in fields(make)}
 
 
 def main() -> None:
-    words, output = parse_arguments(sys.argv[1:])
-    given = read_flags(words)
-    options = SimpleNamespace(**{name: given.get(name, flag.default) for name, flag in FLAGS.items()})
-    check_options(options, given)
-    name = output or "my.yaml"
-    text = evaluation(options, words) if options.testOnly else training(options, given, words, name)
+    words, output = parse_arguments()
+    options = read_flags(words)
+    check_options(options)
+    text = evaluation(options, words) if options.testOnly else training(options, words, output or "my.yaml")
     if output is None:
         print(text, end="")
     else:
@@ -88,60 +153,50 @@ def main() -> None:
         print(f"wrote {output}; its first lines are the commands")
 
 
-def parse_arguments(arguments: list[str]) -> tuple[list[str], str | None]:
-    """(words of the Lua command line, --output); argparse would take -depth for -d."""
+def parse_arguments() -> tuple[list[str], str | None]:
+    """(words of the Lua command line, --output)."""
     parser = command_parser(__doc__)
-    parser.add_argument("flags", nargs="+", metavar="-flag value", help="as they stood behind th main.lua")
+    parser.allow_abbrev, parser.usage = False, "%(prog)s [--output FILE] [th main.lua] -flag value ..."
+    parser.add_argument("-help", action="help", help=argparse.SUPPRESS)
     parser.add_argument("--output", metavar="FILE", help="write there; default: print")
-    words = [part for word in arguments for part in split_output(word)]
-    own = ["--help"] if {"-h", "-help", "--help"} & set(words) else []
-    if "--output" in words:
-        place = words.index("--output")
-        own += words[place : place + 2]
-        del words[place : place + 2]
-    parsed = parser.parse_args([*own, "--", *words])
-    words = parsed.flags
+    arguments, words = parser.parse_known_args()
     if len(words) == 1:
         try:
             words = shlex.split(words[0].replace("\\\n", " "))
         except ValueError as error:
             raise UserError(f"the command line: {error}; close its quotes") from None
     ends = [i for i, word in enumerate(words) if word.endswith("main.lua")]
-    return words[ends[0] + 1 :] if ends else words, parsed.output
+    return words[ends[0] + 1 :] if ends else words, arguments.output
 
 
-def split_output(word: str) -> list[str]:
-    """--output=FILE as two words."""
-    return word.split("=", 1) if word.startswith("--output=") else [word]
-
-
-def read_flags(words: list[str]) -> dict[str, Any]:
-    """The values that were given, by flag."""
-    given: dict[str, Any] = {}
-    rest = iter(words)
-    for word in rest:
-        name = word.removeprefix("-")
-        if not word.startswith("-") or name not in FLAGS:
-            raise UserError(unknown(word))
-        if name in given:
-            raise UserError(f"{word}: given twice; keep one")
-        text = next(rest, None)
-        if text is None or (text.startswith("-") and text[1:] in FLAGS):
-            example = "true" if FLAGS[name].kind is bool else "VALUE"
-            raise UserError(f"{word}: has no value behind it; write {word} {example}, as in the Lua code")
-        given[name] = read_value(name, text)
-    return given
-
-
-def unknown(word: str) -> str:
-    """What is wrong with a word that is no flag, and what was probably meant."""
-    name = word.lstrip("-").partition("=")[0]
-    lower = {flag.lower(): flag for flag in FLAGS}
-    close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.6)
-    hint = f"did you mean -{lower[close[0]]}?" if close else "they are " + ", ".join(f"-{f}" for f in FLAGS)
-    if not word.startswith("-") and not close:
-        hint = "write -flag value pairs, as behind th main.lua"
-    return f"{word[:60]!r}: not a flag of opts.lua; {hint}"
+def read_flags(words: list[str]) -> SimpleNamespace:
+    """The values of all flags, names of those `given`, and what follows from several of them."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for name in FLAGS:
+        parser.add_argument(f"-{name}", nargs="?", action="append")
+    # argparse takes -LR=1 too, and beginnings of single-dash options, whatever allow_abbrev is.
+    unknown = [word for word in words if re.match("-+[A-Za-z]", word) and word[1:] not in FLAGS]
+    given, rest = parser.parse_known_args([] if unknown else words)
+    for word in [*unknown, *rest]:
+        lower = {name.lower(): f"did you mean -{name}?" for name in FLAGS}
+        close = difflib.get_close_matches(word.lower().lstrip("-").partition("=")[0], lower, n=1)
+        listed, pairs = f"they are -{', -'.join(FLAGS)}", "write -flag value pairs, as behind th main.lua"
+        hint = lower[close[0]] if close else listed if word.startswith("-") else pairs
+        raise UserError(f"{word[:60]!r}: not a flag of opts.lua; {hint}")
+    values = {name: flag.default for name, flag in FLAGS.items()}
+    for name, (text, *more) in vars(given).items():
+        if more:
+            raise UserError(f"-{name}: given twice; keep one")
+        if text is None:
+            usage = f"-{name} {'true' if FLAGS[name].kind is bool else 'VALUE'}"
+            raise UserError(f"-{name}: has no value behind it; write {usage}, as in the Lua code")
+        values[name] = read_value(name, text)
+    o = SimpleNamespace(**values, given=set(vars(given)))
+    o.imagenet, o.share = o.dataset == "imagenet", o.batchSize // o.nGPU
+    o.data = o.data or ("DIR" if o.imagenet else "datasets")  # the original kept CIFAR in -gen
+    paths = {"cardinality", "baseWidth", "bottleneckType"} & o.given  # without: resnet.lua, preresnet.lua
+    o.plain = o.bottleneckType == "resnet" or (o.netType != "resnext" and not paths)
+    return o
 
 
 def read_value(name: str, text: str) -> Any:
@@ -160,199 +215,68 @@ def read_value(name: str, text: str) -> Any:
     return value
 
 
-def check_options(options: SimpleNamespace, given: dict[str, Any]) -> None:
+def check_options(o: SimpleNamespace) -> None:
     """Refuse what the original refused, and what has no counterpart here."""
-    if options.shareGradInput and options.optnet:
-        raise UserError("-optnet: excludes -shareGradInput, as in the original; keep one of the two")
-    if options.resetClassifier and not options.nClasses:
-        raise UserError("-resetClassifier: needs -nClasses, as in the original; give the number of classes")
-    if options.precision == "double":
-        raise UserError("-precision double: not offered; leave it out (fp32), or give -precision half")
-    if options.tenCrop and options.dataset != "imagenet":
-        raise UserError(f"-tenCrop: has no meaning for the 32 pixels of {options.dataset}; leave it out")
-    if options.testOnly:
-        if not (options.resume or options.retrain):
-            raise UserError("-testOnly: of which network? Name its file with -retrain, or -resume DIR")
-        return
-    if not options.resume:
-        for name, meant in (("optimState", options.optimState), ("epochNumber", options.epochNumber > 1)):
-            if meant:
-                raise UserError(
-                    f"-{name}: here network, optimiser and epoch go on together; give -resume DIR, the "
-                    "folder with latest.t7"
-                )
-    if options.momentum == 0:
-        raise UserError("-momentum 0: Nesterov's momentum needs more, as in the original; raise it")
-    if options.nGPU > options.batchSize:
-        raise UserError(f"-nGPU {options.nGPU}: more GPUs than images (-batchSize {options.batchSize})")
-    check_depth(options, given)
+    depths = "50, 101 or 152" if o.imagenet else "9n+2, such as 29"
+    fits = o.depth in STAGES_BY_DEPTH if o.imagenet else o.depth >= 11 and o.depth % 9 == 2
+    source = o.resume or o.retrain
+    look = f", see python scripts/describe.py {shlex.quote(source)}" if source else ""
+    apart = "here network, optimiser and epoch go on together; give -resume DIR, the folder with latest.t7"
+    # fmt: off
+    refused = [
+        (o.shareGradInput and o.optnet,
+         "-optnet: excludes -shareGradInput, as in the original; keep one of the two"),
+        (o.resetClassifier and not o.nClasses,
+         "-resetClassifier: needs -nClasses, as in the original; give the number of classes"),
+        (o.precision == "double",
+         "-precision double: not offered; leave it out (fp32), or give -precision half"),
+        (o.tenCrop and not o.imagenet,
+         f"-tenCrop: has no meaning for the 32 pixels of {o.dataset}; leave it out"),
+        (o.testOnly and not source,
+         "-testOnly: of which network? Name its file with -retrain, or -resume DIR"),
+    ]
+    if not o.testOnly:
+        refused += [
+            (o.optimState and not o.resume, f"-optimState: {apart}"),
+            (o.epochNumber > 1 and not o.resume, f"-epochNumber: {apart}"),
+            (o.momentum == 0, "-momentum 0: Nesterov's momentum needs more, as in the original; raise it"),
+            (o.nGPU > o.batchSize, f"-nGPU {o.nGPU}: more GPUs than images (-batchSize {o.batchSize})"),
+            ("depth" not in o.given,
+             "-depth: is missing, and the original's default of 34 layers is for basic blocks; give "
+             f"{depths}{look}"),
+            (not o.imagenet and o.plain and o.bottleneckType != "resnet",
+             f"-netType {o.netType}: fb.resnet.torch's networks for CIFAR have other blocks and widths, "
+             "which are not offered; give -netType resnext -bottleneckType resnet"),
+            (not fits, f"-depth {o.depth}: bottlenecks on {o.dataset} need {depths} layers"),
+        ]
+    # fmt: on
+    for applies, message in refused:
+        if applies:
+            raise UserError(message)
 
 
-def check_depth(options: SimpleNamespace, given: dict[str, Any]) -> None:
-    """The original's default, 34, is one of basic blocks, and there are only bottlenecks here."""
-    imagenet = options.dataset == "imagenet"
-    valid = "50, 101 or 152" if imagenet else "9n+2, such as 29"
-    if "depth" not in given:
-        source = options.resume or options.retrain
-        look = f", see python scripts/describe.py {shlex.quote(source)}" if source else ""
-        raise UserError(
-            "-depth: is missing, and the original's default of 34 layers is for basic blocks; give "
-            f"{valid}{look}"
-        )
-    if not imagenet and plain_resnet(options, given) and options.bottleneckType != "resnet":
-        raise UserError(
-            f"-netType {options.netType}: fb.resnet.torch's networks for CIFAR have other blocks and widths, "
-            "which are not offered; give -netType resnext -bottleneckType resnet"
-        )
-    if options.depth not in STAGES_BY_DEPTH if imagenet else options.depth < 11 or (options.depth - 2) % 9:
-        raise UserError(f"-depth {options.depth}: bottlenecks on {options.dataset} need {valid} layers")
-
-
-def plain_resnet(options: SimpleNamespace, given: dict[str, Any]) -> bool:
-    """Whether the network is a ResNet: -bottleneckType resnet, or the files resnet.lua, preresnet.lua."""
-    paths = {"cardinality", "baseWidth", "bottleneckType"} & given.keys()
-    return options.bottleneckType == "resnet" or (options.netType != "resnext" and not paths)
-
-
-# ---------------------------------------------------------------------------- translating
-
-
-def translate(options: SimpleNamespace, given: dict[str, Any]) -> dict[str, Any]:
-    """section.key → value of all that the flags say, where it is not our default."""
-    cifar, plain = options.dataset != "imagenet", plain_resnet(options, given)
+def translate(o: SimpleNamespace) -> dict[str, Any]:
+    """section.key → value of all that the flags say, where it is not our default, in our order."""
     values = {
-        "model.stem": "cifar" if cifar else "imagenet",
-        "model.architecture": "resnet" if plain else "resnext",
-        "model.depth": options.depth,
-        "model.cardinality": None if plain else options.cardinality,
-        "model.base_width": None if plain else options.baseWidth,
-        "model.block": "B" if options.bottleneckType == "resnext_B" and not plain else "C",
-        "model.shortcut": options.shortcutType,
-        "model.preactivation": options.netType == "preresnet",
-        "model.classes": options.nClasses or None,
-        "model.pretrained": None if options.resume else options.retrain,
-        "model.reset_classifier": options.resetClassifier and not options.resume,
-        "data.dataset": options.dataset if cifar else "folder",
-        "data.workers": None if cifar else math.ceil(options.nThreads / options.nGPU),
-        "augment.padding": 4 if cifar else 0,
-        "train.epochs": options.nEpochs or (300 if cifar else 100),
-        "train.batch_size": options.batchSize,
-        "train.bn_group": None if options.batchSize % options.nGPU else options.batchSize // options.nGPU,
-        "train.precision": "fp16" if options.precision == "half" else "fp32",
-        "train.activation_checkpointing": options.shareGradInput or options.optnet,
-        "optimizer.lr": options.LR,
-        "optimizer.momentum": options.momentum,
-        "optimizer.weight_decay": options.weightDecay,
-        "schedule.name": "cifar_step" if cifar else "imagenet_step",
-        "run.seed": options.manualSeed,
-        "run.deterministic": options.cudnn == "deterministic",
+        "model.stem": "imagenet" if o.imagenet else "cifar",
+        "model.preactivation": o.netType == "preresnet",
+        "augment.padding": 0 if o.imagenet else 4,
+        "schedule.name": "imagenet_step" if o.imagenet else "cifar_step",
     }
-    return {key: value for key, value in values.items() if value != DEFAULTS.get(key)}
+    for name, flag in FLAGS.items():
+        if flag.key:
+            values[flag.key] = flag.value(o) if flag.value else getattr(o, name)
+    return {key: values[key] for key, default in DEFAULTS.items() if values.get(key, default) != default}
 
 
-def notes_on_network(options: SimpleNamespace, given: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(flag, how its meaning differs): network and weights."""
-    plain = plain_resnet(options, given)
-    for name in ("cardinality", "baseWidth"):
-        if plain and name in given and given[name] != FLAGS[name].default:
-            yield name, "without meaning for a plain ResNet, there and here"
-    if options.bottleneckType == "resnext_B" and not plain:
-        yield (
-            "bottleneckType",
-            "C is the same function and much faster; resnext.model.convert_form takes weights over",
-        )
-    if options.shortcutType == "A":
-        yield "shortcutType", "zeros for the channels that are new; the original's own A could not be run"
-    if options.retrain and options.resume:
-        yield "retrain", "not used, as -resume comes first, there and here"
-    elif options.retrain:
-        yield (
-            "retrain",
-            "the original took the network from the file, whatever the other flags said; here they must "
-            "describe the network in the file",
-        )
-    if options.nClasses:
-        yield "nClasses", "must be what the data has; the original read it with -resetClassifier only"
-
-
-def notes_on_training(options: SimpleNamespace, given: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(flag, how its meaning differs): data and optimisation."""
-    gpus, batch = options.nGPU, options.batchSize
-    if options.dataset == "imagenet":
-        yield (
-            "dataset",
-            "data.pipeline is fast, which resizes with antialiasing; torch7 is the original's arithmetic, "
-            "equal to its output, at a third of the speed. The last layer has one output for each folder of "
-            "train/, not always 1000",
-        )
-        yield (
-            "nThreads",
-            f"loader processes, for each of {gpus} training processes; they change no pixel, and without the "
-            "key there is one a core",
-        )
-        if options.netType != "resnext" and not options.nEpochs:
-            yield "nEpochs", "100, as in ResNeXt's code; fb.resnet.torch's default was 90"
-    else:
-        yield "dataset", "downloaded into --data where it is missing, not into -gen"
-        if "nThreads" in given:
-            yield "nThreads", "the set is held in memory, there are no loaders"
-    if batch % gpus:
-        yield (
-            "nGPU",
-            f"does not divide the batch of {batch}: the original's first GPUs got an image more. torchrun "
-            f"with {gpus} processes does the same; for another number choose a train.batch_size and a "
-            "train.bn_group that divides it",
-        )
-    else:
-        yield (
-            "nGPU",
-            f"the batch is the global one, there and here; BatchNorm works over {batch // gpus} images, as "
-            "on one GPU of the original, on however many processes this runs",
-        )
-    if options.precision == "half":
-        yield (
-            "precision",
-            "not the same: the original kept weights and momentum in half precision, this is autocast with "
-            "loss scaling",
-        )
-    for name in ("shareGradInput", "optnet"):
-        if getattr(options, name):
-            yield (
-                name,
-                "saves memory by computing blocks twice, a third more time for the same result; better left "
-                "out where memory suffices",
-            )
-
-
-def notes_on_program(options: SimpleNamespace, given: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(flag, how its meaning differs): what is not learnt."""
-    if "manualSeed" in given:
-        unseeded = "" if options.manualSeed else "; the original's loaders were not seeded with 0, ours are"
-        yield "manualSeed", f"other random numbers than Torch7's{unseeded}"
-    if "backend" in given:
-        yield "backend", "without a counterpart, PyTorch chooses"
-    if "gen" in given:
-        yield "gen", "not needed; lists of files are cached elsewhere"
-    if options.resume:
-        yield "resume", "goes on from its latest.t7, and writes to --output: the Lua folder stays as it is"
-    for name in ("optimState", "epochNumber"):
-        if name in given and options.resume:
-            yield name, "comes with --resume"
-    if options.tenCrop:
-        yield "tenCrop", "validation takes one crop; the last command takes ten, afterwards"
-
-
-# ---------------------------------------------------------------------------- writing
-
-
-def training(options: SimpleNamespace, given: dict[str, Any], words: list[str], name: str) -> str:
+def training(options: SimpleNamespace, words: list[str], name: str) -> str:
     """The configuration: commands, then each note at the key that its flag became, or on top without one."""
-    values = translate(options, given)
+    values = translate(options)
     top, beside = [], {key: [] for key in values}
-    for notes in (notes_on_network, notes_on_training, notes_on_program):
-        for flag, note in notes(options, given):
-            said = f"-{flag} {to_text(getattr(options, flag))}" + ("" if flag in given else " (default)")
-            beside.get(FLAGS[flag].key, top).append(f"{said}: {note}")
+    for flag, differs, note in NOTES:
+        if differs(options):
+            said = f"-{flag} {to_text(getattr(options, flag))}" + " (default)" * (flag not in options.given)
+            beside.get(FLAGS[flag].key, top).append(f"{said}: {note.format(**vars(options))}")
     lines = heading(words, training_commands(options, name))
     lines += [line for note in top for line in comment(note)]
     for section in SECTIONS:
@@ -366,37 +290,28 @@ def training(options: SimpleNamespace, given: dict[str, Any], words: list[str], 
 
 def training_commands(options: SimpleNamespace, name: str) -> list[str]:
     """What starts the training, on one GPU and on as many as the original had, and evaluates ten crops."""
-    stem = Path(name).stem
-    words = ["train.py", "--config", name, "--data", data_folder(options)]
-    output = options.save
+    output, usual = options.save, f"runs/{Path(name).stem}"
+    words = ["train.py", "--config", name, "--data", options.data]
     if options.resume:
         same = output is None or Path(output).absolute() == Path(options.resume).absolute()
-        output = f"runs/{stem}" if same else output
+        output = usual if same else output
         words += ["--resume", options.resume]
     words += ["--output", output] if output else []
     commands = [["python", *words]]
     if options.nGPU > 1:
         commands.append(["torchrun", f"--nproc-per-node={options.nGPU}", *words])
     if options.tenCrop:
-        commands.append(["python", "evaluate.py", output or f"runs/{stem}", "--ten-crop"])
+        commands.append(["python", "evaluate.py", output or usual, "--ten-crop"])
     return list(map(shlex.join, commands))
 
 
 def evaluation(options: SimpleNamespace, words: list[str]) -> str:
     """Comments alone: evaluate.py needs no configuration."""
-    command = ["python", "evaluate.py", options.resume or options.retrain, "--data", data_folder(options)]
-    command += ["--ten-crop"] if options.tenCrop else []
-    command += ["--precision", "fp16"] if options.precision == "half" else []
-    note = (
-        "-testOnly true: the file tells network and preprocessing, no configuration is needed; of the other "
-        "flags only -data, -tenCrop and -precision matter"
-    )
+    command = ["python", "evaluate.py", options.resume or options.retrain, "--data", options.data]
+    command += ["--ten-crop"] * options.tenCrop + ["--precision", "fp16"] * (options.precision == "half")
+    note = "-testOnly true: the file tells network and preprocessing, no configuration is needed; of the "
+    note += "other flags only -data, -tenCrop and -precision matter"
     return "\n".join([*heading(words, [shlex.join(command)]), *comment(note), ""])
-
-
-def data_folder(options: SimpleNamespace) -> str:
-    """--data: the original kept CIFAR in -gen, and had no default for ImageNet."""
-    return options.data or ("DIR" if options.dataset == "imagenet" else "datasets")
 
 
 def heading(words: list[str], commands: list[str]) -> list[str]:
@@ -406,30 +321,21 @@ def heading(words: list[str], commands: list[str]) -> list[str]:
 
 def comment(note: str, indent: str = "") -> list[str]:
     """A note as lines of comment."""
-    lead = f"{indent}# "
-    return textwrap.wrap(
-        note,
-        110,
-        initial_indent=lead,
-        subsequent_indent=f"{lead}  ",
-        break_on_hyphens=False,
-        break_long_words=False,
-    )
+    wrapper = textwrap.TextWrapper(110, f"{indent}# ", f"{indent}#   ", break_on_hyphens=False)
+    wrapper.break_long_words = False
+    return wrapper.wrap(note)
 
 
 def write_new(path: Path, text: str) -> None:
     """Write a file that does not exist yet, whole or not at all."""
     try:
-        file = open(path, "x", encoding="utf-8")  # noqa: SIM115
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(text)
     except FileExistsError:
         raise UserError(f"--output {path}: exists already; name another file") from None
     except OSError as error:
-        raise UserError(f"--output {path}: cannot be written ({error.strerror}); name another file") from None
-    try:
-        with file:
-            file.write(text)
-    except OSError as error:
-        path.unlink()
+        with contextlib.suppress(OSError):
+            path.unlink()
         raise UserError(f"--output {path}: cannot be written ({error.strerror}); name another file") from None
 
 

@@ -189,6 +189,7 @@ def test_notes_stand_at_their_keys():
         ("-batchsize 50", ["-batchSize?"]),
         ("--depth 50", ["-depth?"]),
         ("-depth=50", ["-depth?"]),
+        ("-dep 50", ["'-dep'", "-depth?"]),
         ("-qwxz 50", ["-qwxz", "-resetClassifier"]),
         ("-depth 50 29", ["'29'", "-flag value"]),
         ("-depth 50 -depth 29", ["-depth", "twice"]),
