@@ -3,9 +3,8 @@
     python scripts/check_data.py DIR                       DIR has train/CLASS/ and val/CLASS/
     python scripts/check_data.py DIR --json report.json    the complete lists too
 
-Exit status 0: fit for training; warnings are those of training, odd files (gray, CMYK, rotated …) do no harm.
-1: training would refuse the folders, files are broken, or the same file is in train/ and val/.
-2: wrong usage, such as a folder that is not there.
+Exit status 0: fit for training, whatever the warnings and odd files (gray, CMYK, rotated …); 1: training
+would refuse the folders, files are broken, or the same file is in train/ and val/; 2: wrong usage.
 """
 
 import contextlib
@@ -15,46 +14,33 @@ import json
 import multiprocessing
 import os
 import signal
-import stat
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from data.decode import MAX_PIXELS, decode
 from data.folder import Listing, absent_classes, class_folders, class_names, list_split, split_folder
 from data.walk import FORMATS, to_text
+from evaluate import check_target, write_whole
 from resnext.errors import UserError, command_parser, run_command
 
 SPLITS = ("train", "val")
-ENDINGS = {
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
-    "MPO": (".jpg", ".jpeg"),
-    "PNG": (".png",),
-    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
-    "BMP": (".bmp",),
-    "DIB": (".bmp",),
-    "WEBP": (".webp",),
-    "GIF": (".gif",),
-    "TIFF": (".tif", ".tiff"),
-    "JPEG2000": (".jp2",),
-    "AVIF": (".avif",),
-}
-ODD = {  # a bit of a record's flags each, in this order
+ALIASES = {"MPO": "JPEG", "DIB": "BMP"}  # Pillow's names of kinds of other formats
+ODD = {
     "gray": "gray",
     "cmyk": "CMYK",
-    "deep": "16 bits a channel",
-    "format": "another format than the name says",
+    "deep": "16 bits per channel",
+    "format": "not the format that the name says",
     "orientation": "EXIF orientation, which is ignored",
-    "alpha": "transparency, which is dropped: the colours below it show",
-    "frames": "several pictures in a file, of which the first is taken",
+    "alpha": "transparency, which is dropped: the colors below it show",
+    "frames": "several pictures in one file, of which the first is used",
     "small": "a side under 32 pixels",
     "large": "a side over 10,000 pixels",
     "aspect": "one side over 5 times the other",
@@ -64,370 +50,237 @@ PROBLEMS = {
     "broken": "broken files",
     "train_and_val": "the same file in train/ and val/",
 }
-RECORD = np.dtype(
-    [("decoded", "?"), ("width", "i4"), ("height", "i4"), ("bytes", "i8"), ("flags", "u2"), ("hash", "u8", 2)]
-)
-LARGEST_FILE = 1 << 30  # bytes; what is larger is not read
-CHUNK = 32  # files a task
-QUANTILES = (0, 0.05, 0.5, 0.95, 1)
+RECORD = np.dtype(f"?, i4, i4, i8, S16, ({len(ODD)},)?")
+RECORD.names = ("decoded", "width", "height", "bytes", "hash", "odd")
+Inspected = tuple[np.ndarray, dict[int, str]]  # a RECORD per file; by number, why some are broken
+CHUNK = 32  # files per task
 
 
 def main() -> int:
     parser = command_parser(__doc__)
     parser.add_argument("folder", metavar="DIR", help="folder with train/ and val/")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
-    parser.add_argument("--json", metavar="FILE", help="write everything that was found there")
-    parser.add_argument(
-        "--max-pixels",
-        type=int,
-        default=MAX_PIXELS,
-        metavar="N",
-        help=f"refuse pictures with more (data.max_pixels; default: {MAX_PIXELS:,})",
-    )
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--workers", type=int, default=cores, metavar="N", help="default: one per core")
+    parser.add_argument("--json", metavar="FILE", help="write everything that was found to FILE")
+    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help="data.max_pixels")
     arguments = parser.parse_args()
-    if arguments.workers is not None and arguments.workers < 1:
+    if arguments.workers < 1:
         raise UserError(f"--workers: must be at least 1, not {arguments.workers}")
     for split in SPLITS:
         split_folder(arguments.folder, split)
     root = Path(arguments.folder).expanduser()
     if arguments.json:
-        check_target(Path(arguments.json))
-    classes, refusals = find_classes(root)
+        check_target("--json", Path(arguments.json))
+    try:
+        classes, refused = class_names(str(root)), []
+    except UserError as error:
+        classes, refused = tuple(class_folders(root / "train")), [str(error)]
     listings = {split: list_split(root / split, classes) for split in SPLITS}
     paths = np.concatenate([np.char.add(f"{split}/".encode(), listings[split].paths) for split in SPLITS])
-    records, reasons = inspect_all(root, paths, arguments.workers or count_cores(), arguments.max_pixels)
-    report = summarise(root, classes, listings, paths, records, reasons)
-    report["problems"]["refused"][:0] = refusals
+    found = inspect_all(root, paths, arguments.workers, arguments.max_pixels)
+    report = summarize(root, classes, listings, paths, found)
+    report["problems"]["refused"][:0] = refused
     print_report(report, arguments.json)
     if arguments.json:
-        try:
-            Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--json {arguments.json}: cannot be written ({error.strerror})") from None
+        write_whole("--json", arguments.json, json.dumps(report, indent=1) + "\n")
         print(f"wrote {arguments.json}")
     return int(any(report["problems"].values()))
 
 
-def check_target(path: Path) -> None:
-    """A UserError now rather than after the work when the report cannot be written."""
-    folder = path.resolve().parent
-    if path.is_dir() or not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
-        raise UserError(f"--json {path}: cannot be written; name a file in a folder that exists")
-
-
-def count_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Which files there are
-
-
-def find_classes(root: Path) -> tuple[tuple[str, ...], list[str]]:
-    """(the classes of train/, why training would not take them)."""
-    try:
-        return class_names(str(root)), []
-    except UserError as error:
-        return tuple(class_folders(root / "train")), [str(error)]
-
-
-# ---------------------------------------------------------------------------------------------------------
-# One file after another, in other processes
-
-
-def inspect(root: Path, paths: np.ndarray, max_pixels: int) -> tuple[np.ndarray, dict[int, str]]:
-    """A RECORD of each file, and the reasons why some are broken."""
+def inspect(root: Path, paths: np.ndarray, max_pixels: int) -> Inspected:
+    """Return a RECORD of each file, and the reasons why some are broken."""
     records = np.zeros(len(paths), RECORD)
     reasons = {}
     for number, path in enumerate(paths):
         name = os.fsdecode(path)
         try:
             records[number] = inspect_file(root / name, name, max_pixels)
+        except OSError as error:
+            reasons[number] = f"cannot be read ({error.strerror})"
         except UserError as error:
             reasons[number] = str(error).removeprefix(f"{name}: ")
     return records, reasons
 
 
 def inspect_file(path: Path, name: str, max_pixels: int) -> tuple:
-    """The fields of a RECORD; a UserError for a broken file."""
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
-            raise UserError("not a file")
-        if status.st_size > LARGEST_FILE:
-            raise UserError("over 1 GiB, too large for a picture")
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot be read ({error.strerror})") from None
+    """Return the fields of a RECORD. Raise UserError or OSError if the file is broken."""
+    if path.stat().st_size > 1 << 30:
+        raise UserError("over 1 GiB, too large for a picture")
+    content = path.read_bytes()
     if not content:
         raise UserError("empty")
     height, width, _ = decode(content, name, max_pixels=max_pixels).shape
-    digest = np.frombuffer(hashlib.blake2b(content, digest_size=16).digest(), "u8")
-    short, long = sorted((height, width))
-    odd = {"small": short < 32, "large": long > 10_000, "aspect": long > 5 * short}
-    odd |= look_at_header(content, name)
-    flags = sum(1 << bit for bit, kind in enumerate(ODD) if odd.get(kind))
-    return True, width, height, len(content), flags, digest
-
-
-def look_at_header(content: bytes, name: str) -> dict[str, bool]:
-    """What decoding makes equal: kind of pixels, format, orientation."""
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            mode, kind = image.mode, image.format
-            alpha = image.has_transparency_data
-            frames = kind != "MPO" and getattr(image, "n_frames", 1) > 1
-            orientation = image.getexif().get(274, 1)
-    except Exception:  # the pixels were decoded; EXIF data may still be damaged in any way
-        orientation = 1
-    # Pillow opens 16-bit colour PNGs as 8-bit ones: their header tells.
-    deep = mode.startswith("I") or (kind == "PNG" and content[24:25] == b"\x10")
-    return {
+    alpha, frames, orientation = False, False, 1
+    # The pixels have been decoded, but EXIF data may be damaged in any way.
+    with contextlib.suppress(Exception), Image.open(io.BytesIO(content)) as image:
+        mode, kind, alpha = image.mode, image.format, image.has_transparency_data
+        frames = kind != "MPO" and getattr(image, "n_frames", 1) > 1
+        orientation = image.getexif().get(274, 1)
+    odd = {
         "gray": mode in ("1", "L", "LA", "La") or mode.startswith("I"),
         "cmyk": mode == "CMYK",
-        "deep": deep,
-        "format": not name.lower().endswith(ENDINGS.get(kind, ())),
+        # Pillow opens 16-bit color PNGs as 8-bit ones; their header tells.
+        "deep": mode.startswith("I") or (kind == "PNG" and content[24:25] == b"\x10"),
+        "format": Image.registered_extensions().get(path.suffix.lower()) != ALIASES.get(kind, kind),
+        "orientation": orientation not in (0, 1),
         "alpha": alpha,
         "frames": frames,
-        "orientation": orientation not in (0, 1),
+        "small": min(height, width) < 32,
+        "large": max(height, width) > 10_000,
+        "aspect": max(height, width) > 5 * min(height, width),
     }
+    digest = hashlib.blake2b(content, digest_size=16).digest()
+    return True, width, height, len(content), digest, [odd[key] for key in ODD]
 
 
-def inspect_all(
-    root: Path, paths: np.ndarray, workers: int, max_pixels: int
-) -> tuple[np.ndarray, dict[int, str]]:
-    """RECORDs of all files and why some are broken, whatever happens to the processes that look at them."""
+def inspect_all(root: Path, paths: np.ndarray, workers: int, max_pixels: int) -> Inspected:
+    """Inspect all files in other processes. A file that crashes its process is one of the broken ones."""
     records = np.zeros(len(paths), RECORD)
     reasons: dict[int, str] = {}
-    with Progress("decoding", len(paths), "pictures") as progress:
-
-        def store(start: int, found: np.ndarray, why: dict[int, str]) -> None:
-            records[start : start + len(found)] = found
-            reasons.update({start + number: reason for number, reason in why.items()})
-            progress.advance(len(found))
-
-        spans = list(range(0, len(paths), CHUNK))[::-1]
-        running: dict[Future, int] = {}
-        while spans or running:
+    spans = [range(len(paths))[start : start + CHUNK] for start in range(0, len(paths), CHUNK)][::-1]
+    with progress("decoding", len(paths), " pictures") as bar:
+        while spans:
+            running: dict[Future, range] = {}
             try:
-                with worker_pool(workers) as pool:
+                with process_pool(workers) as pool:
                     while spans or running:
-                        while spans and len(running) < 2 * workers:
-                            chunk = paths[spans[-1] : spans[-1] + CHUNK]
-                            future = pool.submit(inspect, root, chunk, max_pixels)
+                        while spans and len(running) < (2 * workers if len(spans[-1]) > 1 else 1):
+                            future = pool.submit(inspect, root, paths[spans[-1]], max_pixels)
                             running[future] = spans.pop()
                         for future in wait(running, return_when=FIRST_COMPLETED).done:
-                            result = future.result()
-                            store(running.pop(future), *result)
-            except BrokenProcessPool:  # a process has died: find the file that does it
-                for start in running.values():
-                    numbers = range(start, min(start + CHUNK, len(paths)))
-                    inspect_singly(root, paths, numbers, max_pixels, store)
-                running.clear()
+                            found, why = future.result()
+                            span = running.pop(future)
+                            records[span] = found
+                            reasons.update({span[number]: reason for number, reason in why.items()})
+                            bar.update(len(span))
+            except BrokenExecutor:  # run what was running file by file, to find the one that did it
+                suspects = [range(n, n + 1) for span in running.values() for n in span]
+                if len(suspects) != 1:
+                    spans += reversed(suspects)
+                else:
+                    reasons[suspects[0].start] = "its process died (the decoder crashed, or out of memory)"
+                    bar.update()
     return records, reasons
 
 
-def inspect_singly(root: Path, paths: np.ndarray, numbers: range, max_pixels: int, store: Callable) -> None:
-    """One file at a time, so that one that kills its process takes no other along."""
-    left = list(numbers)[::-1]
-    while left:
-        with worker_pool(1) as pool:
-            try:
-                pool.submit(int).result()
-            except BrokenProcessPool:
-                raise UserError("worker processes die as they start; is there enough memory?") from None
-            try:
-                while left:
-                    found = pool.submit(inspect, root, paths[left[-1] : left[-1] + 1], max_pixels)
-                    store(left[-1], *found.result())
-                    left.pop()
-            except BrokenProcessPool:
-                reason = "the process that decoded it died (a decoder's crash, or out of memory)"
-                store(left.pop(), np.zeros(1, RECORD), {0: reason})
-
-
-class WorkerPool(ProcessPoolExecutor):
-    """Processes that never see Ctrl-C, from their first instruction on: it is for their parent."""
-
-    def submit(self, *arguments):
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # processes are started here
-        try:
-            return super().submit(*arguments)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 @contextlib.contextmanager
-def worker_pool(workers: int) -> Iterator[WorkerPool]:
-    """Processes that end at once when the block is left by a signal, or when this process is killed."""
-    before = set(multiprocessing.active_children())
+def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that end at once if an exception or a signal ends the block, or if this process is killed."""
     handler = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    pool = WorkerPool(workers, multiprocessing.get_context("spawn"), initializer=start_worker)
-    try:
-        yield pool
-    except BaseException:
-        for child in set(multiprocessing.active_children()) - before:
-            child.kill()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-        signal.signal(signal.SIGTERM, handler)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), end_with_parent) as pool:
+        try:
+            # Workers inherit the mask: Ctrl-C is for this process. They are started by `submit`.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            started = [pool.submit(int) for _ in range(workers)]
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            if started[0].exception():
+                raise UserError("worker processes die as they start; is there enough memory?")
+            yield pool
+        except BaseException:
+            for child in multiprocessing.active_children():
+                child.kill()
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, handler)
 
 
-def start_worker() -> None:
-    """In a new process of the pool."""
-
-    def follow_parent() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=follow_parent, daemon=True).start()
+def end_with_parent() -> None:
+    """In a worker: exit when the parent process has ended, however that happened."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: os._exit(parent.join() or 1), daemon=True).start()
 
 
-class Progress:
-    """A bar on a terminal; elsewhere a line now and then."""
-
-    def __init__(self, title: str, total: int, unit: str, seconds: float = 30):
-        self.title, self.total, self.seconds = title, total, seconds
-        self.done, self.said = 0, time.monotonic()
-        self.bar = None
-        if sys.stdout.isatty():
-            from tqdm import tqdm
-
-            options = {"unit": f" {unit}"} if unit != "B" else {"unit": unit, "unit_scale": True}
-            self.bar = tqdm(
-                total=total, desc=title, leave=False, file=sys.stdout, dynamic_ncols=True, **options
-            )
-
-    def advance(self, amount: int) -> None:
-        self.done += amount
-        if self.bar is not None:
-            self.bar.update(amount)
-        elif time.monotonic() - self.said >= self.seconds:
-            self.said = time.monotonic()
-            print(f"{self.title}: {100 * self.done / self.total:.1f} %", flush=True)
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self.bar is not None:
-            self.bar.close()
+def progress(title: str, total: int, unit: str) -> tqdm:
+    """A progress bar on standard error; if that is not a terminal, an update every 30 s."""
+    seconds = 0.1 if sys.stderr.isatty() else 30
+    often = {"delay": seconds, "mininterval": seconds, "miniters": 1}
+    return tqdm(desc=title, total=total, unit=unit, unit_scale=unit == "B", leave=False, **often)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# What it means
-
-
-def summarise(
-    root: Path,
-    classes: tuple[str, ...],
-    listings: dict[str, Listing],
-    paths: np.ndarray,
-    records: np.ndarray,
-    reasons: dict[int, str],
+def summarize(
+    root: Path, classes: tuple[str, ...], listings: dict[str, Listing], paths: np.ndarray, found: Inspected
 ) -> dict:
-    """Everything that was found, as plain values for JSON."""
+    """Return everything that was found, as plain values for JSON."""
 
     def names(numbers: Iterable[int]) -> list[str]:
         return [to_text(paths[number]) for number in numbers]
 
-    counts = {
-        split: dict(zip(classes, np.bincount(part.labels, minlength=len(classes)).tolist(), strict=True))
-        for split, part in listings.items()
-    }
-    broken = dict(zip(names(sorted(reasons)), (reasons[number] for number in sorted(reasons)), strict=True))
-    groups: dict[str, list] = {"train_and_val": [], "train": [], "val": []}
-    for group in sorted(same_files(records), key=lambda group: group[0]):
-        found = names(group)
-        splits = {name.partition("/")[0] for name in found}
-        groups["train_and_val" if len(splits) == 2 else splits.pop()].append(found)
-    problems = {
-        "refused": [error for listing in listings.values() for error in listing.errors],
-        "broken": broken,
-        "train_and_val": groups.pop("train_and_val"),
-    }
-    odd = {kind: names(np.flatnonzero(records["flags"] & (1 << bit))) for bit, kind in enumerate(ODD)}
-    absent = absent_classes(root / "val", listings["val"].labels, classes)
-    notes = [*listings["train"].notes, *listings["val"].notes, *absent]
-    others = [path for part in listings.values() for path in part.found.others]
-    sizes, start = {}, 0
-    for split, listing in listings.items():
-        part = records[start : start + len(listing.paths)]
-        start += len(listing.paths)
-        sizes[split] = quantiles(part[part["decoded"]])
+    records, reasons = found
+    _, content, copies = np.unique(records["hash"], return_inverse=True, return_counts=True)
+    groups: dict[int, list[int]] = {}
+    for number in np.flatnonzero(records["decoded"] & (copies[content] > 1)):
+        groups.setdefault(content[number], []).append(number)
+    same: dict[str, list] = {"train_and_val": [], "train": [], "val": []}
+    for group in map(names, groups.values()):
+        splits = {name.partition("/")[0] for name in group}
+        same["train_and_val" if len(splits) == 2 else splits.pop()].append(group)
+    train, val = listings["train"], listings["val"]
+    parts = zip(SPLITS, np.split(records, [len(train.paths)]), strict=True)
+    decoded = {split: part[part["decoded"]] for split, part in parts}
+    notes = [*train.notes, *val.notes, *absent_classes(root / "val", val.labels, classes)]
     return {
         "folder": str(root),
         "pictures": {split: len(listing.paths) for split, listing in listings.items()},
-        "problems": problems,
+        "problems": {
+            "refused": [*train.errors, *val.errors],
+            "broken": {to_text(paths[number]): reasons[number] for number in sorted(reasons)},
+            "train_and_val": same.pop("train_and_val"),
+        },
         "warnings": [note.removeprefix("warning: ") for note in notes],
-        "odd": odd,
-        "duplicates": groups,
-        "ignored": [to_text(os.path.relpath(path, os.fsencode(root))) for path in others],
-        "sizes": sizes,
-        "classes": counts,
+        "odd": {kind: names(np.flatnonzero(records["odd"][:, n])) for n, kind in enumerate(ODD)},
+        "duplicates": same,
+        "ignored": [
+            to_text(os.path.relpath(path, os.fsencode(root)))
+            for path in train.found.others + val.found.others
+        ],
+        "sizes": {
+            split: {key: quantiles(part[key]) for key in ("width", "height", "bytes") if len(part)}
+            for split, part in decoded.items()
+        },
+        "classes": {
+            split: dict(zip(classes, np.bincount(part.labels, minlength=len(classes)).tolist(), strict=True))
+            for split, part in listings.items()
+        },
     }
 
 
-def same_files(records: np.ndarray) -> Iterator[np.ndarray]:
-    """Groups of two and more files of the same content, as numbers of files."""
-    known = np.flatnonzero(records["decoded"])
-    order = known[np.lexsort(records["hash"][known].T)]  # stable: numbers ascend within a group
-    hashes = records["hash"][order]
-    borders = np.flatnonzero((hashes[1:] != hashes[:-1]).any(axis=1)) + 1
-    starts, stops = np.r_[0, borders], np.r_[borders, len(order)]
-    several = stops - starts > 1
-    for start, stop in zip(starts[several], stops[several], strict=True):
-        yield order[start:stop]
-
-
-def quantiles(records: np.ndarray) -> dict[str, dict[str, int]]:
-    """Width, height and bytes: minimum, 5 %, median, 95 %, maximum."""
-    return {
-        key: {f"{q:g}": int(v) for q, v in zip(QUANTILES, np.quantile(records[key], QUANTILES), strict=True)}
-        for key in ("width", "height", "bytes")
-        if len(records)
-    }
+def quantiles(values: np.ndarray) -> dict[str, int]:
+    """Return minimum, 5 %, median, 95 % and maximum."""
+    return {f"{q:g}": int(np.quantile(values, q)) for q in (0, 0.05, 0.5, 0.95, 1)}
 
 
 def print_report(report: dict, json_file: str | None) -> None:
-    """A page for people."""
-    for split in SPLITS:
-        counts = report["classes"][split]
-        print(f"{split}: {report['pictures'][split]:,} pictures in {len(counts):,} classes", end="")
+    """Print a page for people."""
+    for split, counts in report["classes"].items():
+        text = f"{split}: {report['pictures'][split]:,} pictures in {len(counts):,} classes"
         if counts:
             low, high = min(counts, key=counts.get), max(counts, key=counts.get)
-            middle = np.median(list(counts.values()))
-            print(f", {counts[low]:,} ({plain(low)}) to {counts[high]:,} ({plain(high)}) each", end="")
-            print(f", median {middle:,g}", end="")
-        print()
+            text += f", {counts[low]:,} ({plain(low)}) to {counts[high]:,} ({plain(high)}) each"
+            text += f", median {np.median(list(counts.values())):,g}"
+        print(text)
     if any(report["sizes"].values()):
         print(f"\n{'':14}" + "".join(f"{text:>12}" for text in ("least", "5 %", "median", "95 %", "most")))
     for split, table in report["sizes"].items():
         for key, row in table.items():
             print(f"{split + ' ' + key:14}" + "".join(f"{value:>12,}" for value in row.values()))
-
     more = f"in {json_file}" if json_file else "with --json FILE"
-    print_lists("Problems", PROBLEMS, report["problems"], 10, more)
-    within = {split: f"the same file several times in {split}/" for split in SPLITS}
-    ignored = {"ignored": f"ignored, as not {FORMATS}"}
+    kinds = ODD | {split: f"the same file several times in {split}/" for split in SPLITS}
+    kinds["ignored"] = f"ignored, as not {FORMATS}"
     remarks = report["odd"] | report["duplicates"] | {"ignored": report["ignored"]}
+    print_lists("Problems", PROBLEMS, report["problems"], 10, more)
     print_lists("Warnings", {"warnings": "training says too"}, report, 10, more)
-    print_lists("Odd, but no obstacle", ODD | within | ignored, remarks, 3, more)
-    bad = any(report["problems"].values())
-    print("\nnot fit for training: see Problems" if bad else "\nfit for training")
+    print_lists("Odd, but no obstacle", kinds, remarks, 3, more)
+    print("\nnot fit for training" if any(report["problems"].values()) else "\nfit for training")
 
 
 def print_lists(title: str, kinds: dict[str, str], found: dict, limit: int, more: str) -> None:
-    """The first of each kind."""
+    """Print the first `limit` items of each kind that was found."""
     if any(found[kind] for kind in kinds):
         print(f"\n{title}")
     for kind, text in kinds.items():
         items = found[kind]
-        if not items:
-            continue
-        print(f"  {text}: {len(items):,}")
+        if items:
+            print(f"  {text}: {len(items):,}")
         for item in list(items)[:limit]:
             if isinstance(item, list):
                 others = f" (and {len(item) - 3:,} more)" if len(item) > 3 else ""
@@ -439,7 +292,7 @@ def print_lists(title: str, kinds: dict[str, str], found: dict, limit: int, more
 
 
 def plain(name: str) -> str:
-    """A file's name as it can be printed, whatever bytes it is made of."""
+    """Return a file's name in a form that can be printed, whatever bytes it is made of."""
     return name if name.isprintable() else ascii(name)
 
 

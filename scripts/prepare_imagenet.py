@@ -35,7 +35,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # its own folder too, for python -P
-from check_data import Progress, count_cores, worker_pool
+from check_data import process_pool, progress
 from PIL import Image
 
 from data.decode import decode
@@ -249,13 +249,13 @@ def verify(archive: Path, work: Work, check: bool) -> None:
     expected = dict(ARCHIVE_META.values())[archive.name]
     digest = hashlib.md5(usedforsecurity=False)
     with (
-        Progress(f"hash of {archive.name}", status.st_size, "B") as progress,
+        progress(f"hash of {archive.name}", status.st_size, "B") as bar,
         reading(archive),
         open(archive, "rb") as file,
     ):
         while content := file.read(1 << 23):
             digest.update(content)
-            progress.advance(len(content))
+            bar.update(len(content))
     if digest.hexdigest() != expected:
         raise UserError(
             f"{archive}: md5 is {digest.hexdigest()}, the official archive has {expected}; {AGAIN}, "
@@ -613,10 +613,12 @@ def carry_out(split: str, plan: Plan, output: Path, work: Work, encoding: Encodi
         free = shutil.disk_usage(work.folder).free
         if free < sum(plan.sizes):
             print(f"{split}: needs {sum(plan.sizes) / 1e9:.1f} GB, {free / 1e9:.1f} are free", flush=True)
-    with Progress(f"{split}: unpacking", sum(plan.sizes), "B") as progress:
-        for number, result in run_tasks(plan.run, plan.tasks, count_cores() if encoding else 0):
+    with progress(f"{split}: unpacking", sum(plan.sizes), "B") as bar:
+        for number, result in run_tasks(
+            plan.run, plan.tasks, len(os.sched_getaffinity(0)) if encoding else 0
+        ):
             plan.finish(plan.tasks[number], result)
-            progress.advance(plan.sizes[number])
+            bar.update(plan.sizes[number])
     classes, pictures = plan.verify()
     if not was_complete:
         os.sync()  # a power cut after "complete" must not leave empty files
@@ -632,7 +634,7 @@ def run_tasks(function: Callable, tasks: Iterable[tuple], workers: int) -> Itera
         yield from ((number, function(*task)) for number, task in enumerate(tasks))
         return
     try:
-        with worker_pool(workers) as pool:
+        with process_pool(workers) as pool:
             futures = {pool.submit(function, *task): number for number, task in enumerate(tasks)}
             for future in as_completed(futures):
                 yield futures[future], future.result()
@@ -693,7 +695,7 @@ def sort_flat(source: Path, devkit: Path, output: Path, work: Work) -> None:
         if path != f"{classes[name]}/{name}" or name in entries:
             reason = f"is also in {source}" if name in entries else f"belongs to class {classes[name]}"
             raise UserError(f"{root / path}: {reason}; nothing is overwritten, look which is right")
-    with Progress("val: moving", len(entries), "pictures") as progress:
+    with progress("val: moving", len(entries), " pictures") as bar:
         # Class by class: a val/ that is sorted in part lacks classes, and no training takes it for whole.
         for name in sorted(entries, key=lambda name: (classes[name], name)):
             target = root / classes[name] / name
@@ -705,7 +707,7 @@ def sort_flat(source: Path, devkit: Path, output: Path, work: Work) -> None:
                     f"{source / name}: cannot be moved to {target.parent} ({error.strerror}); "
                     "both must be on one disk, and writable"
                 ) from None
-            progress.advance(1)
+            bar.update(1)
     work.complete("val", *verify_val(root, classes))
     print(f"val: complete{'' if entries else ' already'}{totals('val', work)}")
 

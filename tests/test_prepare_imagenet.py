@@ -255,7 +255,7 @@ def test_stopped_at_each_step_and_resumed(tars, tmp_path, monkeypatch, options):
     wanted = expected()
     if options:
         wanted = {path: prepare_imagenet.encode(content, path, 8, 90) for path, content in wanted.items()}
-    monkeypatch.setattr(prepare_imagenet, "count_cores", lambda: 0)  # in this process
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: ())  # in this process
     real = {"write": prepare_imagenet.write, "rename": os.rename, "replace": os.replace}
 
     def stopping(name: str, when: int, how: str):
