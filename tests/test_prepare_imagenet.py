@@ -9,12 +9,10 @@ import os
 import random
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tarfile
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -194,12 +192,12 @@ def test_complete_output_is_left_alone(tars, output):
 def test_each_set_alone(tars, output):
     (tars / VAL).rename(tars / "later")
     result = prepare(tars, output)
-    assert result.status == 0 and f"val: left out, {VAL} missing" in result.output
+    assert result.status == 0 and f"val: skipped, {VAL} missing" in result.output
     assert found(output) == {path: x for path, x in expected().items() if path.startswith("train/")}
     (tars / TRAIN).unlink()
     (tars / "later").rename(tars / VAL)
     printed = finish(tars, output)
-    assert "left out" not in printed and "train: complete already" in printed
+    assert "skipped" not in printed and "train: complete already" in printed
 
 
 def test_nothing_to_do(tars, output):
@@ -336,7 +334,7 @@ def test_interrupted_with_one_line_about_going_on(tars, output, monkeypatch):
         patch.setattr(prepare_imagenet, "extract_class", interrupt)
         result = prepare(tars, output)
     assert result.status == 130
-    assert result.error == "stopped; the same command goes on from here\ninterrupted\n"
+    assert result.error == "stopped; run the same command again to resume\ninterrupted\n"
     finish(tars, output)
 
 
@@ -356,7 +354,7 @@ def test_disk_full(tars, output):
     text = message(
         run_python("-c", code, script, tars, output, "--no-hash", cwd=tars, PYTHONPATH=str(script.parent))
     )
-    assert "n01484850_1.JPEG: cannot be written" in text and "the same command goes on" in text
+    assert "n01484850_1.JPEG: cannot be written" in text and "run the same command again" in text
     assert not (output / "train").exists()
     done = {path: path.stat().st_ino for path in (output / ".prepare_imagenet/train").rglob("*.JPEG")}
     assert len(done) == 5
@@ -368,15 +366,15 @@ def test_disk_full(tars, output):
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_files_lost_in_a_power_cut_are_made_again(tars, output, monkeypatch, split):
-    complete = prepare_imagenet.Work.complete
+    finish_set = prepare_imagenet.Work.finish
 
-    def stop(work, name, *counts):
+    def stop(work, name, *rest):
         if name == split:
             raise Killed
-        complete(work, name, *counts)
+        finish_set(work, name, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_imagenet.Work, "complete", stop)
+        patch.setattr(prepare_imagenet.Work, "finish", stop)
         with pytest.raises(Killed):
             prepare(tars, output)
     next((output / ".prepare_imagenet" / split).rglob("*.JPEG")).write_bytes(b"")
@@ -412,7 +410,7 @@ def test_output_in_use(tars, output):
     assert "holds 'thesis.tex'" in message(prepare(tars, output))
     (output / "thesis.tex").unlink()
     (output / "train").mkdir()
-    assert "train: exists, and this program did not make it" in message(prepare(tars, output))
+    assert "train: exists, and this program did not create it" in message(prepare(tars, output))
     (output / "train").rmdir()
     (output / "val").mkdir()
     assert f"--flat-val {output / 'val'}" in message(prepare(tars, output))
@@ -478,28 +476,29 @@ def damaged(name: str) -> bytes:
     return header(name, 0).tobuf(tarfile.USTAR_FORMAT).replace(b"ustar", b"mustr")
 
 
-HOSTILE = {
-    "symbolic link": lambda name: [(header(name, 0, type=tarfile.SYMTYPE, linkname="/etc/passwd"), b"")],
-    "hard link": lambda name: [(header(name, 0, type=tarfile.LNKTYPE, linkname="../../evil"), b"")],
-    "a device": lambda name: [(header(name, 0, type=tarfile.CHRTYPE), b"")],
-    "a pipe": lambda name: [(header(name, 0, type=tarfile.FIFOTYPE), b"")],
-    "a folder": lambda name: [(header("folder", 0, type=tarfile.DIRTYPE), b"")],
-    "unknown kind": lambda name: [(header(name, 3, type=b"Z"), b"abc")],
-    "unknown kind, a long name": lambda name: [
-        (header("././@LongLink", 3, type=b"L"), b"/a\0"),
-        (name, b"x"),
+HOSTILE = {  # what the message says, and which case it is
+    "not a plain file, a symbolic link": lambda name: [
+        (header(name, 0, type=tarfile.SYMTYPE, linkname="/etc/passwd"), b"")
     ],
-    "unknown kind, sparse": lambda name: [(header(name, 0, type=tarfile.GNUTYPE_SPARSE), b"")],
+    "not a plain file, a hard link": lambda name: [
+        (header(name, 0, type=tarfile.LNKTYPE, linkname="../../evil"), b"")
+    ],
+    "not a plain file, a device": lambda name: [(header(name, 0, type=tarfile.CHRTYPE), b"")],
+    "not a plain file, a pipe": lambda name: [(header(name, 0, type=tarfile.FIFOTYPE), b"")],
+    "not a plain file, a folder": lambda name: [(header("folder", 0, type=tarfile.DIRTYPE), b"")],
+    "not a plain file, unknown": lambda name: [(header(name, 3, type=b"Z"), b"abc")],
+    "not a plain file, sparse": lambda name: [(header(name, 0, type=tarfile.GNUTYPE_SPARSE), b"")],
+    "not a name, a long one": lambda name: [(header("././@LongLink", 3, type=b"L"), b"/a\0"), (name, b"x")],
+    "not a name, from an extended header": lambda name: [pax("path=/evil.JPEG"), (name, b"x")],
     "not a name, absolute": lambda name: [(f"/{name}", b"x")],
     "not a name, above": lambda name: [(f"../{name}", b"x")],
     "not a name, below": lambda name: [(f"folder/{name}", b"x")],
     "not a name, another": lambda name: [("readme.txt", b"x")],
     "not a name, with a line end": lambda name: [(f"{name}\n", b"x")],
-    "claims": lambda name: [(header(name, 10**9), b"x")],
-    "claims less than nothing": lambda name: [(negative_size(name), b"x")],
-    "changes name or size": lambda name: [pax("path=/evil.JPEG"), (name, b"x")],
-    "changes name or size, huge": lambda name: [(header("p", 70_000, type=tarfile.XHDTYPE), bytes(70_000))],
-    "damaged header": lambda name: [(damaged(name), b"")],
+    "cut off or damaged, large": lambda name: [(header(name, 10**8), b"x")],
+    "cut off or damaged, negative size": lambda name: [(negative_size(name), b"x")],
+    "cut off or damaged, header": lambda name: [(damaged(name), b"")],
+    "no picture has": lambda name: [(header(name, 10**9), b"x")],
 }
 
 
@@ -511,7 +510,8 @@ def test_hostile_archives(tars, output, where, what):
     before = snapshot(tars.parent, folders=True)
     text = message(prepare(tars, output)).replace(str(tars.parent), "")  # the folder has the test's name
     assert {"train": TRAIN, "class": f"{TRAIN}: n01443537.tar", "val": VAL}[where] in text
-    assert what.partition(",")[0].partition(" less")[0] in text
+    if what != "no picture has" or where == "class":  # in the other archives, headers are read first
+        assert what.partition(",")[0] in text
     after = snapshot(tars.parent, folders=True)
     assert {path: x for path, x in after.items() if not path.startswith("out")} == before
     for path in output.rglob("*"):
@@ -587,23 +587,14 @@ def test_devkit_cut_off(tars, output):
     for cut in range(0, len(whole), 37):
         (tars / DEVKIT).write_bytes(whole[:cut])
         text = message(prepare(tars, output))
-        assert DEVKIT in text and ("cut off" in text), text
+        assert DEVKIT in text and "cut off" in text, text
     (tars / DEVKIT).write_bytes(b"not gzip at all, but long enough for it")
     assert "damaged" in message(prepare(tars, output))
-    (tars / DEVKIT).write_bytes(gzip.compress(gzip.decompress(whole)[:-10240]))
-    assert "without an end mark" in message(prepare(tars, output))
-
-
-def matlab_bomb() -> bytes:
-    unpacked = bytes(prepare_imagenet.LARGEST_DEVKIT + 1000)
-    packed = zlib.compress(unpacked)
-    return meta()[:128] + struct.pack("<II", 15, len(packed)) + packed
 
 
 DEVKITS = {
     "has no ILSVRC2012_devkit_t12/data/meta.mat": lambda: devkit((TRUTH, truth())),
     "has no ILSVRC2012_devkit_t12/data/ILSVRC2012_val": lambda: devkit((META, meta())),
-    "is there twice": lambda: devkit((META, meta()), (TRUTH, truth()), (TRUTH, truth())),
     "has no ILSVRC2012_devkit_t12/data/meta.mat; get": lambda: devkit(
         (header(META, 0, type=tarfile.SYMTYPE, linkname="/etc/passwd"), b""), (TRUTH, truth())
     ),
@@ -619,8 +610,6 @@ DEVKITS = {
     "7 pictures, 6 lines": lambda: devkit((META, meta()), (TRUTH, truth(VAL_IDS[:-1]))),
     "7 pictures, 8 lines": lambda: devkit((META, meta()), (TRUTH, truth([*VAL_IDS, 1]))),
     "7 pictures, 0 lines": lambda: devkit((META, meta()), (TRUTH, b"")),
-    "unpacks to more than": lambda: gzip.compress(bytes(prepare_imagenet.LARGEST_DEVKIT + 1)),
-    "meta.mat unpacks to more": lambda: devkit((META, matlab_bomb()), (TRUTH, truth())),
 }
 
 
@@ -637,9 +626,9 @@ def test_devkit_may_hold_other_things(tars, output):
     link = header("ILSVRC2012_devkit_t12/link", 4000, type=tarfile.LNKTYPE, linkname="/etc/passwd")
     extra = [
         (link, b""),
+        pax("path=a"),
         ("ILSVRC2012_devkit_t12/readme.txt", b"x"),
         (header("../up", 0), b""),
-        pax("path=a"),
     ]
     (tars / DEVKIT).write_bytes(devkit(*extra, (META, meta()), (TRUTH, truth())))
     finish(tars, output)
@@ -726,17 +715,17 @@ def test_one_output_holds_one_kind(tars, output, monkeypatch):
     before = snapshot(output)
     for options in ((), ("--max-side", "9"), ("--max-side", "8", "--quality", "91")):
         text = message(prepare(tars, output, *options))
-        assert "was begun with --max-side 8 --quality 90" in text
+        assert "was started with --max-side 8 --quality 90" in text
     assert snapshot(output) == before
     assert prepare(tars, output, "--max-side", "8", "--quality", "90").status == 0
     other = output.with_name("other")
     with monkeypatch.context() as patch:  # stopped before the first file is there
-        patch.setattr(prepare_imagenet, "carry_out", lambda *_: 1 / 0)
+        patch.setattr(prepare_imagenet, "make_train", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prepare(tars, other)
-    assert "was begun without --max-side" in message(prepare(tars, other, "--max-side", "8"))
+    assert "was started without --max-side" in message(prepare(tars, other, "--max-side", "8"))
     finish(tars, other)
-    assert "was begun without --max-side" in message(prepare(tars, other, "--max-side", "8"))
+    assert "was started without --max-side" in message(prepare(tars, other, "--max-side", "8"))
 
 
 @pytest.mark.parametrize(
@@ -821,8 +810,12 @@ def test_flat_val_stopped_at_each_move(tars, output, flat, monkeypatch):
         assert sorted(path.name for path in flat.rglob("*.JPEG")) == sorted(name for name, _ in val_members())
         if _ == 2:
             text = message(prepare(tars, output))
-            assert "exists, and this program did not make it" in text
-    assert prepare(tars, output, "--flat-val", flat).status == 0
+            assert "exists, and this program did not create it" in text
+    with monkeypatch.context() as patch:  # all is moved, but not yet recorded
+        patch.setattr(prepare_imagenet.Work, "finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare(tars, output, "--flat-val", flat)
+    assert "val: complete, 7 pictures" in prepare(tars, output, "--flat-val", flat).output
     assert found(output, ["val"]) == sorted_val()
 
 
