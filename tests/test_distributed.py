@@ -4,6 +4,7 @@ What a process has of a batch is tested by itself; the rest with real processes 
 started by torchrun. What happens when one dies or hangs is in another file.
 """
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -155,9 +156,14 @@ def sharable() -> Iterator[tuple[Train, int]]:
         yield config, ranks
 
 
-def as_rank(rank: int, ranks: int) -> mock._patch:
+@contextlib.contextmanager
+def as_rank(rank: int, ranks: int) -> Iterator[None]:
     """Inside, this process takes itself for one of several."""
-    return mock.patch.multiple("resnext.batch_plan", rank=lambda: rank, world_size=lambda: ranks)
+    with (
+        mock.patch.multiple("resnext.batch_plan", rank=lambda: rank, world_size=lambda: ranks),
+        mock.patch("resnext.start.world_size", lambda: ranks),
+    ):
+        yield
 
 
 def share_of(config: Train, rank: int, ranks: int) -> Callable[[int], np.ndarray]:
