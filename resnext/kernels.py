@@ -1,6 +1,6 @@
 """BatchNorm over slices of the batch, + shortcut, + ReLU, in three kernels forward and three back.
 
-`norm_relu` is what batchnorm.py calls. Importing this module needs triton.
+`norm_relu`, at the end, is what batchnorm.py calls. Importing this module needs triton.
 
 Tensors are (N, C, H, W) in channels_last: M = N·H·W rows of C values. Slice g, one of batchnorm.slice_sizes,
 is a range of rows that a kernel works out itself, so a smaller last batch needs no other kernel. A slice is
@@ -515,31 +515,11 @@ def _register() -> torch.library.Library:
 
 LIBRARY = _register()  # keep it: dropping it unregisters the operators
 
-
-def norm_relu(
-    x: Tensor,
-    shortcut: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    batches: Tensor | None,
-    groups: int,
-    momentum: float,
-    eps: float,
-    relu: bool,
-) -> tuple[Tensor, Tensor]:
-    """relu(batch_norm(x) + shortcut) in training, twice: for the next convolution and the next shortcut.
-
-    The two outputs share memory; each has a gradient of its own, which the backward pass adds up.
-
-    Args:
-        x: (N, C, H, W) in channels_last; bf16, fp16 or fp32. `shortcut` is the same, or None.
-        weight, bias, running_mean, running_var: float32 (C). The running ones follow the first slice.
-        batches: int64 scalar, counted up; None: left alone.
-        groups: slices of the batch with statistics of their own, at most N; 2 values per channel in each.
-        momentum: weight of the new statistics in the running ones.
-    """
-    return torch.ops.resnext.norm_relu(
-        x, shortcut, weight, bias, running_mean, running_var, batches, groups, momentum, eps, relu
-    )
+# relu(batch_norm(x) + shortcut) in training, twice: for the next convolution and the next shortcut. The two
+# outputs share memory; each has a gradient of its own, which the backward pass adds up.
+#   x: (N, C, H, W) in channels_last; bf16, fp16 or fp32. `shortcut` is the same, or None.
+#   weight, bias, running_mean, running_var: float32 (C). The running ones follow the first slice.
+#   batches: int64 scalar, counted up; None: left alone.
+#   groups: slices of the batch with statistics of their own, at most N; 2 values per channel in each.
+#   momentum: weight of the new statistics in the running ones.
+norm_relu = torch.ops.resnext.norm_relu
