@@ -97,7 +97,7 @@ def main() -> None:
 
     from resnext.classes import name_classes
     from resnext.distributed import process_group
-    from resnext.weights import check_classifier, load_weights
+    from resnext.weights.load import check_classifier, load_weights
 
     model, info = load_weights(arguments.source)
     check_classifier(info)
@@ -124,9 +124,9 @@ def run(
     from data import subsets
     from resnext.device import choose_device, choose_precision, memory_explained, set_numerics, slow_precision
     from resnext.distributed import first_on_machine, rank
-    from resnext.state import place
-    from resnext.tables import class_rows, report, score_row, to_csv
-    from resnext.weights import preprocessing
+    from resnext.engine.report import class_rows, report, score_row, to_csv
+    from resnext.engine.train_state import place
+    from resnext.weights.load import preprocessing
 
     config, device = info.config, choose_device(arguments.device)
     precision = choose_precision(config.train.precision, device)
@@ -250,8 +250,8 @@ def measure(
     from data.loader import eval_batches
     from resnext.device import memory_explained
     from resnext.distributed import rank, world_size
-    from resnext.evaluation import Recorder, evaluate
-    from resnext.state import autocast, memory_layout
+    from resnext.engine.evaluator import Recorder, evaluate
+    from resnext.engine.train_state import autocast, memory_layout
 
     crops = 10 if arguments.ten_crop else 1
     batch_size = arguments.batch_size or max(1, config.train.eval_batch_size // crops)

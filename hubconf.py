@@ -47,7 +47,7 @@ def _load_as(name, constructor, weights, options):
     import torch
 
     from resnext import load_weights
-    from resnext.checkpoint import check_state
+    from resnext.engine.checkpoint import check_state
 
     model, info = load_weights(weights)
     found = info.config.model

@@ -24,8 +24,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for python -P
 from resnext.config import Config, to_yaml
+from resnext.engine.run_directory import configuration, output_folder, resume_source, write_config
 from resnext.errors import UserError, command_parser, launched_as, run_command
-from resnext.run_directory import configuration, output_folder, resume_source, write_config
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -80,11 +80,11 @@ def run(config: Config, output: Path, source: Path | None, resumed: bool) -> Non
     from data.training import load_sets, make_batches
     from resnext.device import choose_device, set_numerics, step_explained
     from resnext.distributed import rank
-    from resnext.introduction import introduction
-    from resnext.reporting import Reporter, Silence, environment
-    from resnext.start import make_training, read_start
+    from resnext.engine.introduction import introduction
+    from resnext.engine.logger import Reporter, Silence, environment
+    from resnext.engine.resume import make_training, read_start
+    from resnext.engine.trainer import read_through, save, summary, train
     from resnext.stop_signal import StopRequest
-    from resnext.trainer import read_through, save, summary, train
 
     device = choose_device(config.run.device)
     config, start, warnings = read_start(config, source, device)

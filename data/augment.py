@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 
 from resnext.config import Augment
 
-from .draws import Stream, hashes, uniforms
+from .rng import Stream, hashes, uniforms
 
 
 def on_device(array: np.ndarray, device: torch.device) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 
 from resnext.errors import UserError
 
-from .images import ImageSet
+from .in_memory import ImageSet
 
 TIMEOUT = 60.0  # seconds without a byte from the server
 

@@ -7,8 +7,8 @@ ground take any two contrasting colours, so that no linear function of the pixel
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .draws import Stream, uniforms
-from .images import ImageSet, check_memory
+from .in_memory import ImageSet, check_memory
+from .rng import Stream, uniforms
 
 DIGITS = "0123456789"
 SIZES = {"train": 5000, "val": 1000}

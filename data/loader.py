@@ -39,9 +39,9 @@ from .augment import (
     on_device,
 )
 from .decode import check_decoder
-from .draws import Stream, epoch_order, hashes, uniforms
-from .folder import FileSet
-from .images import ImageSet
+from .image_folder import FileSet
+from .in_memory import ImageSet
+from .rng import Stream, epoch_order, hashes, uniforms
 from .transforms import CROP_DRAWS, apply_policy, eval_images, train_image
 
 TIMEOUT = 300  # seconds without a batch from the workers

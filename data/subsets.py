@@ -16,9 +16,9 @@ from resnext.classes import name_outputs, output_numbers, some
 from resnext.config import Data
 from resnext.errors import UserError
 
-from .folder import FileSet, class_folders, list_set, one_folder_too_many, read_set, split_folder
-from .images import ImageSet
-from .sets import load_set
+from .datasets import load_set
+from .image_folder import FileSet, class_folders, list_set, one_folder_too_many, read_set, split_folder
+from .in_memory import ImageSet
 from .walk import to_text
 
 MAX_SPLITS = 50

@@ -12,16 +12,16 @@ from resnext.config import Config
 from resnext.distributed import first_on_machine, gather, rank, world_size
 from resnext.errors import UserError
 
-from .folder import FileSet
-from .images import ImageSet
+from .datasets import check_classes, load_set, training_classes
+from .image_folder import FileSet
+from .in_memory import ImageSet
 from .loader import eval_batches, train_batches
-from .sets import check_classes, load_set, training_classes
 
 
 def load_sets(config: Config, start: Any) -> tuple[ImageSet | FileSet, ImageSet | FileSet, str]:
     """(training set, validation set, fingerprint of both), the same in all processes, as is an error.
 
-    A run that goes on, from the `start` of resnext.start.read_start, keeps the order of its classes.
+    A run that goes on, from the `start` of resnext.engine.resume.read_start, keeps the order of its classes.
     """
     before = start["classes"] if isinstance(start, dict) else None
     data = config.data

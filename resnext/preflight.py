@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .batch_plan import check_last_batch, check_ranks, shares
-from .batchnorm import frozen_running_statistics
 from .config import Config
 from .device import (
     choose_device,
@@ -35,16 +34,17 @@ from .device import (
     step_explained,
 )
 from .distributed import from_first, gather, rank, world_size
+from .engine.evaluator import at_least_float32
+from .engine.logger import environment
+from .engine.resume import make_training, read_start
+from .engine.run_directory import existing_part, resume_source
+from .engine.train_state import Progress, Training
+from .engine.trainer import train_step
 from .errors import UserError
-from .evaluation import at_least_float32
-from .model import build_model
-from .reporting import environment
-from .run_directory import existing_part, resume_source
+from .models.ghost_batchnorm import frozen_running_statistics
+from .models.resnext import build_model
 from .schedule import learning_rate
-from .start import make_training, read_start
-from .state import Progress, Training
-from .trainer import train_step
-from .weights import LuaState
+from .weights.load import LuaState
 
 LONG_STEP = 20.0  # seconds: on a CPU a longer step is estimated from a part of the batch
 MEASURING = 10.0  # seconds that repetitions of a measurement may take

@@ -118,7 +118,7 @@ def table(title: str, variants: list, seconds: dict[str, list[float]]) -> dict:
 
 def write_json(path: Path, what: str, results: list[dict]) -> None:
     from resnext.device import choose_device
-    from resnext.reporting import environment
+    from resnext.engine.logger import environment
 
     content = {"benchmark": what, "environment": environment(choose_device("auto")), "tables": results}
     try:

@@ -16,13 +16,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from data.folder import FileSet, list_set
-from data.images import ImageSet
+from data.image_folder import FileSet, list_set
+from data.in_memory import ImageSet
 from data.loader import TrainBatches, TrainStream, train_batches
 from resnext.config import Config, parse_config
 from resnext.device import choose_device, choose_precision, set_numerics
-from resnext.state import prepare
-from resnext.trainer import train_step
+from resnext.engine.train_state import prepare
+from resnext.engine.trainer import train_step
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PLAIN = ("augment.jitter=0", "augment.lighting=0")

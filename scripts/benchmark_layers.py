@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from benchmark_data import Table, Variant
 from torch import Tensor, nn
 
-from resnext.batchnorm import GroupBatchNorm2d, kernels_work, norm_relu
 from resnext.config import Config, parse_config
 from resnext.device import choose_device, choose_precision, set_numerics
-from resnext.model import build_model
+from resnext.models.ghost_batchnorm import GroupBatchNorm2d, kernels_work, norm_relu
+from resnext.models.resnext import build_model
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

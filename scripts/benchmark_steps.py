@@ -15,9 +15,9 @@ from traffic import Traffic
 
 from resnext.config import Config, parse_config, to_yaml
 from resnext.device import choose_device, choose_precision, has_instructions, set_numerics
+from resnext.engine.train_state import autocast, prepare
+from resnext.engine.trainer import train_step
 from resnext.errors import UserError
-from resnext.state import autocast, prepare
-from resnext.trainer import train_step
 
 CLASSES = 1000
 GROUP = 32  # images, the recipe's bn_group

@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data.decode import MAX_PIXELS, decode
-from data.folder import Listing, absent_classes, class_folders, class_names, list_split, split_folder
+from data.image_folder import Listing, absent_classes, class_folders, class_names, list_split, split_folder
 from data.walk import FORMATS, to_text
 from resnext.errors import UserError, command_parser, run_command
 from resnext.files import check_target, write_whole

@@ -29,9 +29,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from traffic import Traffic
 
 from resnext.config import Config, network_name, parse_config, to_yaml
+from resnext.engine.train_state import parameter_groups, prepare
+from resnext.engine.trainer import train_step
 from resnext.errors import UserError, command_parser, run_command
-from resnext.state import parameter_groups, prepare
-from resnext.trainer import train_step
 
 CPU = torch.device("cpu")
 MEMORY = 80e9  # bytes
@@ -77,7 +77,7 @@ def counts(config: Config) -> Iterator[tuple[str, dict[str, int]]]:
         variants[f"ours, bn_group={GROUP}"] = [f"train.bn_group={GROUP}"]
     for name, overrides in variants.items():
         varied = parse_config(to_yaml(config), "count_step", overrides)
-        with mock.patch("resnext.state.kernels_work", lambda _: True):
+        with mock.patch("resnext.engine.train_state.kernels_work", lambda _: True):
             training = prepare(varied, tuple(map(str, range(CLASSES))), CPU, {})
         training.model.train()
         with pretended_gpu():

@@ -87,7 +87,7 @@ def totals(name: str, config: Config, model: Any = None) -> tuple[dict[str, Any]
     """(the costs of a network as JSON holds them, the network); `model` defaults to `config`'s, on meta."""
     import torch
 
-    from resnext.model import build_model, complexity
+    from resnext.models.resnext import build_model, complexity
 
     if model is None:
         with torch.device("meta"):

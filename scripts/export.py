@@ -40,7 +40,7 @@ def main() -> None:
 
     import torch
 
-    from resnext.weights import check_classifier, load_weights
+    from resnext.weights.load import check_classifier, load_weights
 
     original, info = load_weights(arguments.weights)
     check_classifier(info)
@@ -109,7 +109,7 @@ def check_arguments(source: str, output: Path, fold: bool, image_size: int | Non
 
 def in_form_c(model: Any, config: Config) -> tuple[Any, Config]:
     """The same function as a new network in form C, and its configuration, without this machine's paths."""
-    from resnext.model import convert_form
+    from resnext.models.resnext import convert_form
 
     state = convert_form(model.state_dict(), config.model.cardinality, config.model.block, "C")
     # torchvision and safetensors want plain layout; a run's weights are channels_last.
@@ -126,7 +126,7 @@ def own_network(config: Config, state: dict[str, Any]) -> Any:
     """Our own network for a configuration, in evaluation mode, with these weights."""
     import torch
 
-    from resnext.model import build_model
+    from resnext.models.resnext import build_model
 
     with torch.device("meta"):
         model = build_model(config.model, config.model.classes)
@@ -175,7 +175,7 @@ def fold_batchnorm(model: Any) -> Any:
 
 def metadata(config: Config, classes: tuple[str, ...] | None, origin: str, image_size: int) -> dict[str, str]:
     """What the weights do not say: texts, as safetensors and ONNX hold them."""
-    from resnext.weights import EXPORTED
+    from resnext.weights.load import EXPORTED
 
     data = config.data
     return {

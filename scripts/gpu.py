@@ -56,7 +56,7 @@ def main() -> None:
     end = time.monotonic() + seconds
 
     from resnext.device import choose_device
-    from resnext.reporting import environment
+    from resnext.engine.logger import environment
 
     device = choose_device("auto")
     now = environment(device)

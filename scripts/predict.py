@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data.pictures import find_pictures, picture_batches
 from data.subsets import imagenet_classes, read_classes
+from data.unlabeled import find_pictures, picture_batches
 from resnext.classes import name_classes
 from resnext.errors import UserError, command_parser, run_command
 from resnext.files import check_source, check_target
@@ -135,8 +135,8 @@ def load_network(arguments: argparse.Namespace, classifier: bool) -> Network:
     With `classifier`, a UserError where they have no last layer.
     """
     from resnext.device import choose_device, choose_precision, memory_explained, set_numerics, slow_precision
-    from resnext.state import place
-    from resnext.weights import check_classifier, load_weights, preprocessing
+    from resnext.engine.train_state import place
+    from resnext.weights.load import check_classifier, load_weights, preprocessing
 
     model, info = load_weights(arguments.weights)
     if classifier:
@@ -166,8 +166,8 @@ def scores(
     from tqdm import tqdm
 
     from resnext.device import memory_explained
-    from resnext.evaluation import at_least_float32
-    from resnext.state import autocast, memory_layout
+    from resnext.engine.evaluator import at_least_float32
+    from resnext.engine.train_state import autocast, memory_layout
 
     model, _, config, device = network
     text = f"--batch-size: the device has no memory for {arguments.batch_size} pictures; lower it"

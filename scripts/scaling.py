@@ -27,10 +27,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from resnext.config import find_config, read_config
 from resnext.distributed import gather, process_group, rank, world_size
+from resnext.engine.logger import environment
+from resnext.engine.train_state import distribute
 from resnext.errors import TORCHRUN, UserError, command_parser, run_command
-from resnext.model import ResNeXt, build_model
-from resnext.reporting import environment
-from resnext.state import distribute
+from resnext.models.resnext import ResNeXt, build_model
 
 Times = list[float]  # seconds
 Timings = dict[Any, Times]  # kind or bytes → seconds

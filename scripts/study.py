@@ -18,8 +18,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # its own folder too, for pyt
 from plot_curves import draw, epoch_rows
 
 from resnext.config import Config, differences, find_config, read_config, to_text
+from resnext.engine.run_directory import absolute_paths
 from resnext.errors import UserError, command_parser, run_command
-from resnext.run_directory import absolute_paths
 
 
 def main() -> int:
@@ -97,7 +97,7 @@ def check_unchanged(folder: Path, config: Config) -> None:
 
 def finished(folder: Path, config: Config) -> bool:
     """Whether a run has reached its last epoch and saved it."""
-    from resnext.checkpoint import read_checkpoint
+    from resnext.engine.checkpoint import read_checkpoint
 
     last = folder / "checkpoints" / "last.pt"
     return last.exists() and read_checkpoint(last)["progress"]["epoch"] > config.train.epochs
@@ -124,7 +124,7 @@ def report(plan: list[tuple[str, Config, int, str]], output: Path) -> None:
     """table.md and curves.png."""
     import torch
 
-    from resnext.model import build_model, complexity
+    from resnext.models.resnext import build_model, complexity
 
     lines = [
         "| configuration | parameters | multiply-adds | top-1 error (%) | top-5 error (%) | seeds | time |",
@@ -153,7 +153,7 @@ def report(plan: list[tuple[str, Config, int, str]], output: Path) -> None:
 
 def classes(folder: Path) -> int:
     """How many classes a finished run has."""
-    from resnext.checkpoint import find_checkpoint, read_checkpoint
+    from resnext.engine.checkpoint import find_checkpoint, read_checkpoint
 
     return len(read_checkpoint(find_checkpoint(folder, "last.pt"))["classes"])
 

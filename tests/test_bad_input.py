@@ -22,7 +22,7 @@ from PIL import Image
 
 import evaluate
 import train
-from resnext.reporting import Reporter
+from resnext.engine.logger import Reporter
 
 # ---------------------------------------------------------------------------- configuration files
 

@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as tv
 
 import evaluate
 import train
-from resnext.weights import load_weights
+from resnext.weights.load import load_weights
 
 CLASSES = [f"n{number:02d}" for number in range(12)]
 SETTINGS = {

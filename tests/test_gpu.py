@@ -14,13 +14,13 @@ from commands import draw_folders
 from kernel_cases import LARGE, check, results
 from kernel_cases import SMALL as CASES
 
+from data.datasets import load_set
 from data.loader import eval_batches, train_batches
-from data.sets import load_set
 from resnext.config import parse_config
 from resnext.device import set_numerics
-from resnext.evaluation import evaluate
-from resnext.state import autocast, prepare
-from resnext.trainer import train_step
+from resnext.engine.evaluator import evaluate
+from resnext.engine.train_state import autocast, prepare
+from resnext.engine.trainer import train_step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -175,7 +175,7 @@ def test_kernels_give_the_same_bits_again(case):
 
 def test_kernels_on_a_batch_beyond_32_bit_offsets():
     """2.2e9 values: the last slice's outputs and gradients are those of the slice alone."""
-    from resnext.kernels import norm_relu
+    from resnext.models.kernels import norm_relu
 
     if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
         pytest.skip("needs 40 GiB")

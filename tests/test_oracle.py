@@ -29,11 +29,11 @@ from oracle import (
 
 from data.augment import cifar_crop, normalise
 from resnext.config import STATISTICS, Schedule, parse_config
-from resnext.evaluation import evaluate, hits, sum_crops
-from resnext.model import build_model
+from resnext.engine.evaluator import evaluate, hits, sum_crops
+from resnext.engine.train_state import Sums, autocast, lay_out_momentum, prepare
+from resnext.engine.trainer import train_step
+from resnext.models.resnext import build_model
 from resnext.schedule import learning_rate
-from resnext.state import Sums, autocast, lay_out_momentum, prepare
-from resnext.trainer import train_step
 
 FACTS = golden("oracle.json")
 CPU = torch.device("cpu")

@@ -1,0 +1,47 @@
+"""The choice of a data set: what `data.dataset` stands for."""
+
+from collections.abc import Sequence
+
+from resnext.config import Data
+from resnext.errors import UserError
+
+from . import cifar, glyphs, image_folder
+from .image_folder import FileSet
+from .in_memory import ImageSet, take_evenly
+
+
+def load_set(config: Data, split: str, classes: tuple[str, ...] | None = None) -> ImageSet | FileSet:
+    """The "train" or "val" part of the configured data set.
+
+    A folder's classes are those of train/, or the given ones.
+    """
+    limit = config.train_images if split == "train" else config.val_images
+    if config.dataset == "glyphs":
+        return glyphs.draw_set(split, limit, config.image_size, config.characters or glyphs.DIGITS)
+    if config.dir is None:
+        raise UserError(f"data.dir: {config.dataset} needs a folder; give --data DIR")
+    if config.dataset == "folder":
+        files = image_folder.list_set(config.dir, split, limit, classes, config.class_order)
+        if config.pipeline == "memory":
+            return image_folder.read_set(files, config.image_size, config.max_pixels)
+        return files
+    return take_evenly(cifar.read_set(config.dataset, config.dir, split, config.download), limit)
+
+
+def training_classes(config: Data, before: Sequence[str] | None) -> tuple[str, ...] | None:
+    """The class folders of train/; those of a run that goes on in its order. None for other sets."""
+    if config.dataset != "folder" or config.dir is None:
+        return None
+    names = image_folder.class_names(config.dir, config.class_order)
+    return tuple(before) if before and set(before) == set(names) else names
+
+
+def check_classes(model_classes: int | None, image_set: ImageSet | FileSet) -> int:
+    """The number of classes; a UserError where model.classes says another."""
+    found = len(image_set.classes)
+    if model_classes not in (None, found):
+        raise UserError(
+            f"model.classes: {model_classes}, but the data has {found} classes; remove the key or "
+            "give the data that it was meant for"
+        )
+    return found

@@ -1,0 +1,124 @@
+"""What a fresh training starts from other than nothing: trained weights, or a run of the Lua code."""
+
+import torch
+from torch import Tensor
+
+from ..classes import name_outputs
+from ..config import Config, Model, network_name, to_text
+from ..errors import UserError
+from ..models.resnext import ResNeXt, convert_form
+from ..weights.load import Info, LuaState
+from .checkpoint import check_state
+from .train_state import Progress, Training, lay_out_momentum
+
+
+def start_from(training: Training, source: ResNeXt, info: Info) -> list[str]:
+    """Trained weights for a fresh run (-retrain, -resetClassifier); lines for the log.
+
+    The last layer is taken along where there is one and the classes are the same, perhaps in another order;
+    otherwise it starts anew.
+    """
+    own, theirs = training.config, info.config
+    check_architecture(theirs.model, own.model, f"model.pretrained: {info.file}")
+    state = in_form(source.state_dict(), theirs.model, own.model)
+    outputs, lines = pretrained_classes(info, own, training.classes)
+    kept = outputs is not None
+    if kept:
+        row = {name: output for output, name in enumerate(outputs)}
+        order = torch.tensor([row[name] for name in training.classes])
+        state |= {key: state[key][order] for key in ("fc.weight", "fc.bias")}
+    else:
+        fresh = training.model.state_dict()
+        state |= {key: fresh[key] for key in ("fc.weight", "fc.bias")}
+    check_state(training.model, state, info.file)
+    training.model.load_state_dict(state)
+    if training.ema:
+        training.ema.module.load_state_dict(state)
+    last = "last layer included" if kept else f"a new last layer of {len(training.classes)} classes"
+    if info.outputs is None:
+        last += " (the file has none)"
+    if kept and info.classes is None:
+        last += " (the file names no classes: if they are others, set model.reset_classifier=true)"
+    lines.append(f"starting from the {info.weights} of {info.file} ({info.origin}), {last}")
+    keys = ["mean", "std"]
+    if "memory" not in (own.data.pipeline, theirs.data.pipeline):
+        keys += ["pipeline", "interpolation"]
+    settings = [
+        f"data.{key}={to_text(getattr(theirs.data, key))}".replace(", ", ",")
+        for key in keys
+        if getattr(own.data, key) != getattr(theirs.data, key)
+    ]
+    if settings:
+        lines.append(f"warning: they are meant for {' '.join(settings)}, and this run has others")
+    return lines
+
+
+def pretrained_classes(
+    info: Info, config: Config, classes: tuple[str, ...]
+) -> tuple[tuple[str, ...] | None, list[str]]:
+    """(names of the outputs of weights, warnings); None where they are not a training's `classes`."""
+    if info.outputs != len(classes) or config.model.reset_classifier:
+        return None, []
+    if info.classes is not None:
+        return (info.classes if set(info.classes) == set(classes) else None), []
+    if config.data.dataset != "folder":
+        return classes, []
+    try:
+        return name_outputs(classes, info.outputs, info.origin, config.data.class_order, "data.class_order=")
+    except UserError as error:
+        raise UserError(
+            f"model.pretrained: {info.file}: {error}, or start a new last layer with "
+            "model.reset_classifier=true"
+        ) from None
+
+
+def in_form(state: dict[str, Tensor], source: Model, target: Model) -> dict[str, Tensor]:
+    """Weights (or momenta) of a network of one block form for another; the function stays the same."""
+    if source.block == target.block:
+        return dict(state)
+    return convert_form(state, source.cardinality, source.block, target.block)
+
+
+def check_architecture(found: Model, configured: Model, where: str) -> None:
+    """A UserError that names the keys in which weights and configuration are of different networks."""
+    keys = ("stem", "stages", "cardinality", "base_width", "preactivation")
+    pairs = [(key, getattr(found, key), getattr(configured, key)) for key in keys]
+    differing = [f"model.{key}={to_text(theirs)}" for key, theirs, ours in pairs if theirs != ours]
+    if differing:
+        raise UserError(
+            f"{where} is {network_name(found)}, the configuration {network_name(configured)}: another "
+            f"architecture; set {' '.join(differing)}, or give other weights"
+        )
+
+
+def continue_lua(training: Training, run: LuaState) -> list[str]:
+    """Bring a fresh Training to the end of a Lua run's latest epoch (-resume); lines for the log.
+
+    As in ours, and unlike there, the configuration's momentum and decay are used.
+    """
+    own, config, where = training.model, training.config, f"--resume {run.info.file}"
+    check_architecture(run.info.config.model, config.model, where)
+    classes = run.model.fc.out_features
+    if classes != len(training.classes):
+        raise UserError(
+            f"{where}: has {classes} classes and the data {len(training.classes)}; give the data of that run "
+            "with --data"
+        )
+    state = in_form(run.model.state_dict(), run.info.config.model, config.model)
+    check_state(own, state, run.info.file)
+    own.load_state_dict(state)
+    if training.ema:
+        training.ema.module.load_state_dict(state)
+    momentum = in_form(run.momentum, run.info.config.model, config.model) if run.momentum else {}
+    for name, parameter in own.named_parameters():
+        if parameter.requires_grad and momentum:
+            training.optimizer.state[parameter]["momentum_buffer"] = momentum[name]
+    lay_out_momentum(training.optimizer)
+    training.progress = Progress(epoch=run.epoch + 1, global_step=run.steps)
+    pairs = {"momentum": "momentum", "nesterov": "nesterov", "weight_decay": "weightDecay"}
+    return [
+        f"warning: the Lua run had optimizer.{ours}={to_text(run.options[theirs])}, this has "
+        f"{to_text(getattr(config.optimizer, ours))}"
+        for ours, theirs in pairs.items()
+        if run.options.get(theirs, getattr(config.optimizer, ours)) != getattr(config.optimizer, ours)
+    ]

@@ -1,0 +1,166 @@
+"""The kernels on a CPU, in triton's interpreter: test_kernels.py runs this with TRITON_INTERPRET=1."""
+
+import copy
+import os
+from functools import partial
+
+import pytest
+import torch
+from kernel_cases import SMALL, check
+from torch import nn
+
+from resnext.models import kernels
+from resnext.models.ghost_batchnorm import GroupBatchNorm2d, norm_relu, use_group_batchnorm
+from resnext.models.kernels import BACKWARD, FORWARD, blocks_of
+from resnext.models.resnext import ResNeXt
+
+assert os.environ["TRITON_INTERPRET"] == "1"
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_case(case):
+    check(case, "cpu")
+
+
+def test_cases_have_several_parts():
+    for tile in (FORWARD, BACKWARD):
+        splits = {
+            blocks_of(n, case.groups, h * w, channels, tile)[2]
+            for case in SMALL
+            for n, channels, h, w in [case.shape]
+        }
+        assert len(splits) > 1
+
+
+def test_nan_stays():
+    """A diverged training must not look like one with finite outputs, and other slices keep theirs."""
+    x = torch.randn(4, 8, 2, 2).contiguous(memory_format=torch.channels_last)
+    x[0, 3, 0, 0] = torch.nan
+    x.requires_grad_()
+    y, _ = kernels.norm_relu(
+        x, None, torch.ones(8), torch.zeros(8), torch.zeros(8), torch.ones(8), None, 2, 0.1, 1e-5, True
+    )
+    y.sum().backward()
+    for found in (y, x.grad):
+        assert found[:2, 3].isnan().all() and not found[2:].isnan().any()
+        assert not found[:, [0, 1, 2, 4, 5, 6, 7]].isnan().any()
+
+
+# ---------------------------------------------------------------------------- networks
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Let the CPU pass for a GPU; the shapes that the kernels were called with."""
+    found = []
+    forward = GroupBatchNorm2d.run_kernels
+
+    def noted(self, x, shortcut, relu):
+        found.append(tuple(x.shape))
+        return forward(self, x, shortcut, relu)
+
+    monkeypatch.setattr(GroupBatchNorm2d, "run_kernels", noted)
+    for module in (ghost_batchnorm, resnext):
+        monkeypatch.setattr(module, "on_gpu", lambda x: True)
+    return found
+
+
+def network(short=False, groups=2, **options):
+    """A network and pictures; `short`: with its first stage only."""
+    torch.manual_seed(3)
+    made = ResNeXt((2 if short else 1, 1, 1), 2, 4, None, stem="cifar", **options)
+    if short:
+        made.layer2, made.layer3 = nn.Sequential(), nn.Sequential()
+        if made.final_bn:
+            made.final_bn = nn.BatchNorm2d(256)
+    use_group_batchnorm(made, groups, fused=True)
+    x = torch.randn(5, 3, 5, 5).contiguous(memory_format=torch.channels_last)
+    return made.to(memory_format=torch.channels_last), x
+
+
+def step(made, x, run=None):
+    """(loss, gradients, buffers) of a copy."""
+    made = copy.deepcopy(made)
+    scores = (run(made) if run else made)(x)
+    loss = (scores * torch.linspace(-1, 1, scores.numel()).view_as(scores)).sum()
+    loss.backward()
+    return loss.detach(), {k: p.grad for k, p in made.named_parameters()}, dict(made.named_buffers())
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """A step of the short network by the kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (ghost_batchnorm, resnext):
+            patch.setattr(module, "on_gpu", lambda x: True)
+        return step(*network(short=True))
+
+
+def assert_close(ours, theirs, tolerance):
+    for mine, other in zip(ours[1:], theirs[1:], strict=True):
+        assert mine.keys() == other.keys()
+        for key, value in other.items():
+            difference = (mine[key] - value).abs().max()
+            assert difference <= tolerance * value.abs().max(), key
+    assert (ours[0] - theirs[0]).abs() <= tolerance * theirs[0].abs()
+
+
+def norms(made):
+    return sum(isinstance(m, GroupBatchNorm2d) for m in made.modules())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"groups": 1}, {"short": True, "preactivation": True}, {"short": True, "form": "B"}],
+    ids=["whole, plain", "preactivation", "form B"],
+)
+def test_networks_are_those_of_torch(options, calls, monkeypatch):
+    made, x = network(**options)
+    ours = step(made, x)
+    assert len(calls) == norms(made)
+    monkeypatch.undo()
+    theirs = step(made, x)
+    assert len(calls) == norms(made)
+    assert_close(ours, theirs, 1e-4)
+
+
+def test_recomputed_activations_change_no_bit(calls, plain):
+    made, x = network(short=True)
+    made.activation_checkpointing = True
+    recomputed = step(made, x)
+    assert len(calls) == 2 * norms(made) - 1  # the stem is not recomputed
+    assert_close(recomputed, plain, 0.0)
+
+
+def test_compiled_in_one_graph(calls, plain):
+    made, x = network(short=True)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(str(graph.graph))
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    compiled = step(made, x, lambda m: torch.compile(m, backend=backend, fullgraph=True, dynamic=False))
+    assert len(graphs) == 1 and graphs[0].count("torch.ops.resnext.norm_relu") == norms(made)
+    assert_close(compiled, plain, 0.0)
+
+
+def test_what_the_kernels_leave_to_torch(calls):
+    """Each gives what torch gives, with no call of the kernels."""
+    x = torch.randn(4, 8, 3, 3).contiguous(memory_format=torch.channels_last)
+    kept = partial(GroupBatchNorm2d, 8, fused=True)
+    for norm, given in (
+        (kept().eval(), x),
+        (kept(), x.contiguous()),
+        (kept().double(), x.double()),
+        (GroupBatchNorm2d(8), x),
+        (nn.BatchNorm2d(8), x),
+        (nn.Identity(), x),
+    ):
+        expected = copy.deepcopy(norm)(given).relu()
+        y, y2 = norm_relu(norm, given.clone())
+        assert y is y2 and torch.equal(y, expected)
+    norm_relu(kept(), x, x.double())
+    assert calls == [tuple(x.shape)]  # without the shortcut, which is of another dtype
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        norm_relu(kept(groups=4), x[:, :, :1, :1].contiguous(memory_format=torch.channels_last))

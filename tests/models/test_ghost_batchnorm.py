@@ -1,0 +1,357 @@
+"""BatchNorm over groups against one plain BatchNorm (or one whole network) per group.
+
+The original trained on several GPUs: each normalised its own slice of the batch, gradients were
+those of the mean loss over the whole batch, running statistics the first GPU's. Here that is
+rebuilt from separate copies, and compared in float64.
+"""
+
+import contextlib
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from resnext.batch_plan import shares, slice_sizes
+from resnext.config import parse_config
+from resnext.engine.train_state import lay_out_momentum, prepare
+from resnext.engine.trainer import train_step
+from resnext.models.ghost_batchnorm import (
+    GroupBatchNorm2d,
+    frozen_running_statistics,
+    kernels_work,
+    use_group_batchnorm,
+)
+from resnext.models.resnext import ResNeXt
+
+CPU = torch.device("cpu")
+
+
+def error(ours, theirs):
+    """Largest difference, relative to the largest value."""
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    return ((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30)).item()
+
+
+def pictures(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------------------------------- slices
+
+
+@pytest.mark.parametrize(
+    "images, slices, expected",
+    [
+        (64, 4, [16, 16, 16, 16]),
+        (50, 4, [13, 13, 12, 12]),
+        (83, 8, [11, 11, 11, 10, 10, 10, 10, 10]),
+        (3, 4, [1, 1, 1, 0]),
+        (0, 2, [0, 0]),
+        (7, 1, [7]),
+    ],
+)
+def test_slice_sizes(images, slices, expected):
+    assert slice_sizes(images, slices) == expected
+
+
+def test_accumulation_parts_end_where_groups_do():
+    """However a batch is accumulated, the groups are the slices of the whole batch."""
+    for groups in (1, 2, 4, 8):
+        for steps in [n for n in (1, 2, 4, 8) if n <= groups]:
+            text = f"train: {{batch_size: {4 * groups}, bn_group: 4, accumulation_steps: {steps}}}"
+            train = parse_config(text, "test").train
+            for images in range(1, 4 * groups + 1):
+                parts = [n for [n] in shares(images, train, 1) if n]
+                found = [size for part in parts for size in slice_sizes(part, groups // steps) if size]
+                assert found == [size for size in slice_sizes(images, groups) if size]
+
+
+@pytest.mark.parametrize("images, expected", [(64, [16] * 4), (50, [13, 13, 12, 12]), (2, [1, 1])])
+def test_accumulation_parts_without_groups(images, expected):
+    train = parse_config("train: {batch_size: 64, accumulation_steps: 4}", "test").train
+    assert [n for [n] in shares(images, train, 1) if n] == expected
+
+
+# ---------------------------------------------------------------------------- the layer
+
+
+def grouped_and_replicas(groups, used):
+    """A GroupBatchNorm2d, and `used` plain copies of it."""
+    norm = GroupBatchNorm2d(5, groups).double()
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(0.5, 1.5, 5))
+        norm.bias.copy_(torch.linspace(-1, 1, 5))
+        norm.running_mean.copy_(torch.linspace(-0.2, 0.3, 5))
+        norm.running_var.copy_(torch.linspace(0.7, 2, 5))
+    plain = nn.BatchNorm2d(5).double()
+    plain.load_state_dict(norm.state_dict())
+    return norm, [copy.deepcopy(plain) for _ in range(used)]
+
+
+@pytest.mark.parametrize(
+    "images, groups, sizes",
+    [
+        (64, 4, [16] * 4),
+        (50, 4, [13, 13, 12, 12]),
+        (17, 8, [3, 2, 2, 2, 2, 2, 2, 2]),
+        (3, 4, [1, 1, 1]),
+        (1, 2, [1]),
+        (12, 1, [12]),
+    ],
+)
+def test_groups_are_replicas(images, groups, sizes):
+    norm, replicas = grouped_and_replicas(groups, len(sizes))
+    x = (2 + 3 * pictures(images, 5, 4, 3)).requires_grad_()
+    weights = pictures(images, 5, 4, 3, seed=1)
+    output = norm(x)
+    (output * weights).sum().backward()
+    parts = [p.clone().requires_grad_() for p in x.detach().split(sizes)]
+    expected = [replica(part) for replica, part in zip(replicas, parts, strict=True)]
+    (torch.cat(expected) * weights).sum().backward()
+    assert error(output, torch.cat(expected)) < 1e-14
+    assert error(x.grad, torch.cat([p.grad for p in parts])) < 1e-13
+    for name in ("weight", "bias"):
+        theirs = sum(getattr(replica, name).grad for replica in replicas)
+        assert error(getattr(norm, name).grad, theirs) < 1e-13
+    for name in ("running_mean", "running_var"):
+        assert error(getattr(norm, name), getattr(replicas[0], name)) < 1e-14
+    assert norm.num_batches_tracked == replicas[0].num_batches_tracked == 1
+
+
+def test_running_statistics_of_several_steps_follow_the_first_group():
+    norm, (replica,) = grouped_and_replicas(4, 1)
+    for step, images in enumerate((64, 64, 50, 6)):
+        x = pictures(images, 5, 3, 3, seed=step)
+        norm(x)
+        replica(x[: slice_sizes(images, 4)[0]])
+    assert error(norm.running_mean, replica.running_mean) < 1e-14
+    assert error(norm.running_var, replica.running_var) < 1e-14
+    assert norm.num_batches_tracked == 4
+
+
+def test_other_groups_leave_the_running_statistics_alone():
+    first, second = (grouped_and_replicas(2, 1)[0] for _ in range(2))
+    x = pictures(8, 5, 3, 3)
+    first(x)
+    second(torch.cat([x[:4], 100 + 7 * x[4:]]))
+    assert torch.equal(first.running_mean, second.running_mean)
+    assert torch.equal(first.running_var, second.running_var)
+
+
+@pytest.mark.parametrize("images", [8, 3, 1])
+def test_evaluation_is_plain(images):
+    norm, (replica,) = grouped_and_replicas(4, 1)
+    before = {k: v.clone() for k, v in norm.state_dict().items()}
+    x = pictures(images, 5, 3, 3)
+    assert torch.equal(norm.eval()(x), replica.eval()(x))
+    assert all(torch.equal(v, before[k]) for k, v in norm.state_dict().items())
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_bf16_input(layout):
+    """As under autocast: half-precision pictures, float32 parameters and statistics."""
+    norm, replicas = grouped_and_replicas(4, 4)
+    norm.float()
+    x = pictures(50, 5, 4, 4).bfloat16().to(memory_format=layout)
+    output = norm(x)
+    parts = x.split([13, 13, 12, 12])
+    expected = [r.float()(p) for r, p in zip(replicas, parts, strict=True)]
+    assert output.dtype == torch.bfloat16 and norm.running_mean.dtype == torch.float32
+    assert torch.equal(output, torch.cat(expected))
+    assert torch.equal(norm.running_mean, replicas[0].running_mean)
+    assert torch.equal(norm.running_var, replicas[0].running_var)
+
+
+def test_channels_last_stays():
+    norm, _ = grouped_and_replicas(4, 1)
+    x = pictures(16, 5, 4, 4)
+    output = norm(x.to(memory_format=torch.channels_last))
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    assert error(output, norm(x)) < 1e-14
+
+
+@pytest.mark.parametrize("form", "ABC")
+@pytest.mark.parametrize("preactivation", [False, True])
+def test_every_norm_of_a_network_is_replaced(form, preactivation):
+    def network():
+        torch.manual_seed(0)
+        return ResNeXt((1, 1, 1), 2, 4, 5, stem="cifar", form=form, preactivation=preactivation).double()
+
+    model, plain = network(), network()
+    parameters = list(model.parameters())
+    use_group_batchnorm(model, 4)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms and all(type(m) is GroupBatchNorm2d and m.groups == 4 for m in norms)
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    state = plain.state_dict()
+    assert {k: (v.dtype, v.shape) for k, v in model.state_dict().items()} == {
+        k: (v.dtype, v.shape) for k, v in state.items()
+    }
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+# ---------------------------------------------------------------------------- frozen statistics
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_frozen_running_statistics(groups):
+    norm, (replica,) = grouped_and_replicas(groups, 1)
+    model, x = nn.Sequential(norm, nn.ReLU()), pictures(12, 5, 3, 3)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with frozen_running_statistics(model), frozen_running_statistics(model):
+        inside = model(x)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(model(x), inside)  # batch statistics, inside as outside
+    replica(x[: slice_sizes(12, groups)[0]])
+    assert error(norm.running_mean, replica.running_mean) < 1e-14
+    assert norm.num_batches_tracked == 1 and norm.momentum == 0.1
+
+
+def test_running_statistics_thaw_after_an_exception():
+    norm, _ = grouped_and_replicas(1, 1)
+    with pytest.raises(ZeroDivisionError), frozen_running_statistics(norm):
+        raise ZeroDivisionError
+    assert norm.momentum == 0.1 and norm.num_batches_tracked == 0
+
+
+# ---------------------------------------------------------------------------- a whole training step
+
+LR, MOMENTUM, DECAY = 0.05, 0.9, 1e-3
+BATCHES = (64, 50, 3)  # whole, smaller, fewer images than groups
+
+
+def labelled(images, step):
+    labels = torch.arange(images) * 3 % 7
+    return pictures(images, 3, 6, 6, seed=step), labels
+
+
+def start(train, model=""):
+    """A Training in float64 on pictures of 6 pixels, 7 classes."""
+    config = parse_config(
+        f"""
+        model: {{stem: cifar, stages: [1, 1, 1], cardinality: 2, base_width: 4{model}}}
+        data: {{dataset: glyphs}}
+        train: {{batch_size: 64, {train}}}
+        optimizer: {{lr: {LR}, momentum: {MOMENTUM}, weight_decay: {DECAY}}}
+        """,
+        "test",
+    )
+    training = prepare(config, tuple("abcdefg"), CPU, {})
+    training.model.double()
+    lay_out_momentum(training.optimizer)
+    return training
+
+
+def run_steps(training, batches=BATCHES):
+    """([mean loss, top-1 hits, top-5 hits] of each step, state after them)."""
+    training.model.train()
+    results = [train_step(training, *labelled(n, i), LR) for i, n in enumerate(batches)]
+    return torch.stack(results), {k: v.clone() for k, v in training.model.state_dict().items()}
+
+
+def replica_steps(sizes_of, batches=BATCHES, model=""):
+    """The same by hand: a network for each slice, gradients added, the first one's statistics."""
+    network = start("precision: fp32", model).model.train()
+    momenta = [torch.zeros_like(p) for p in network.parameters()]
+    results = []
+    for step, images in enumerate(batches):
+        x, labels = labelled(images, step)
+        sizes = sizes_of(images)
+        replicas = [copy.deepcopy(network) for _ in sizes]
+        loss, top1, top5 = 0.0, 0, 0
+        for replica, part, targets in zip(replicas, x.split(sizes), labels.split(sizes), strict=True):
+            logits = replica(part)
+            part_loss = F.cross_entropy(logits, targets, reduction="sum") / images
+            part_loss.backward()
+            loss += part_loss.item()
+            places = (logits > logits.gather(1, targets[:, None])).sum(1)
+            top1, top5 = top1 + (places < 1).sum().item(), top5 + (places < 5).sum().item()
+        results.append([loss, top1, top5])
+        gradients = [sum(g) for g in zip(*([p.grad for p in r.parameters()] for r in replicas), strict=True)]
+        network.load_state_dict(replicas[0].state_dict())
+        with torch.no_grad():
+            for p, g, v in zip(network.parameters(), gradients, momenta, strict=True):
+                g = g + DECAY * p
+                v.copy_(MOMENTUM * v + g)
+                p -= LR * (g + MOMENTUM * v)
+    return torch.tensor(results, dtype=torch.float64), network.state_dict()
+
+
+def assert_same(ours, theirs):
+    assert ours[0][:, 1:].equal(theirs[0][:, 1:])
+    assert error(ours[0][:, 0], theirs[0][:, 0]) < 1e-11
+    assert ours[1].keys() == theirs[1].keys()
+    for key, value in theirs[1].items():
+        assert error(ours[1][key].double(), value.double()) < 1e-9, key
+
+
+MODELS = {"post": "", "pre": ", preactivation: true", "form B": ", block: B"}
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_grouped_steps_are_those_of_replicas(model):
+    expected = replica_steps(lambda n: [s for s in slice_sizes(n, 4) if s], model=model)
+    assert_same(run_steps(start("bn_group: 16", model)), expected)
+
+
+@pytest.mark.parametrize("images", BATCHES)
+def test_one_step_of_each_batch_size(images):
+    expected = replica_steps(lambda n: [s for s in slice_sizes(n, 4) if s], (images,))
+    assert_same(run_steps(start("bn_group: 16"), (images,)), expected)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_accumulation_with_groups_changes_nothing(steps):
+    """Losses, counts, weights and running statistics, smaller batches included."""
+    expected = run_steps(start("bn_group: 16"))
+    ours = run_steps(start(f"bn_group: 16, accumulation_steps: {steps}"))
+    assert_same(ours, expected)
+    counts = [v for k, v in ours[1].items() if k.endswith("num_batches_tracked")]
+    assert counts and all(c == len(BATCHES) for c in counts)
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_accumulation_without_groups_normalises_each_part(steps):
+    expected = replica_steps(lambda n: [s for s in slice_sizes(n, steps) if s])
+    assert_same(run_steps(start(f"accumulation_steps: {steps}")), expected)
+
+
+def test_without_groups_the_whole_batch_is_normalised():
+    expected = replica_steps(lambda n: [n])
+    assert_same(run_steps(start("accumulation_steps: 1")), expected)
+    grouped = run_steps(start("bn_group: 16"))
+    assert error(grouped[1]["conv1.weight"], expected[1]["conv1.weight"]) > 1e-4  # it does matter
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_recomputed_activations_change_no_bit_of_grouped_steps(steps):
+    text = f"bn_group: 16, accumulation_steps: {steps}"
+    plain = run_steps(start(text))
+    recomputed = run_steps(start(f"{text}, activation_checkpointing: true"))
+    assert torch.equal(plain[0], recomputed[0])
+    assert all(torch.equal(recomputed[1][k], v) for k, v in plain[1].items())
+
+
+# ---------------------------------------------------------------------------- where the kernels run
+
+
+@pytest.mark.parametrize("broken", ["no C compiler", "too old", "a CPU", None])
+def test_kernels_are_used_where_triton_works(broken, monkeypatch):
+    class Driver:
+        @property
+        def utils(self):
+            if broken == "no C compiler":
+                raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    runtime = pytest.importorskip("triton").runtime
+    monkeypatch.setattr(runtime.driver, "_active", Driver())
+    major = 7 if broken == "too old" else 9
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=major))
+    device = torch.device("cpu" if broken == "a CPU" else "cuda")
+    warned = pytest.warns(UserWarning, match=r"\(Failed to find C compiler\.\); install triton, gcc and")
+    with warned if broken == "no C compiler" else contextlib.nullcontext():
+        assert kernels_work(device) == (broken is None)

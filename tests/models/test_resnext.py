@@ -1,0 +1,610 @@
+"""Networks: against torchvision, against published counts, against a plain functional reference.
+
+The reference states the original's definition (models/resnext.lua, preresnet.lua) in a few lines
+of torch.nn.functional, for every stem, form, shortcut and activation order. Forms A, B and C are
+also compared with each other, and every shipped configuration is built and counted.
+"""
+
+import importlib
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+import resnext
+from resnext.config import CONFIG_FOLDER, Model, read_config
+from resnext.errors import UserError
+from resnext.models.resnext import ResNeXt, build_model, complexity, convert_form
+
+META = torch.device("meta")
+
+
+def error(ours, theirs):
+    """Largest difference, relative to the largest value."""
+    assert ours.shape == theirs.shape
+    return ((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30)).item()
+
+
+def random_model(*args, **kwargs):
+    """A float64 network whose BatchNorms are not trivial either."""
+    torch.manual_seed(7)
+    model = ResNeXt(*args, **kwargs).double()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                for tensor in (module.weight, module.running_var):
+                    tensor.uniform_(0.5, 1.5)
+                for tensor in (module.bias, module.running_mean):
+                    tensor.uniform_(-0.3, 0.3)
+        model.fc.bias.uniform_(-0.3, 0.3)
+    return model
+
+
+def pictures(*shape):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+def gradients(model, x):
+    """(logits, {name: gradient}) of a training-mode step on a loss that weighs all logits."""
+    model.train().zero_grad()
+    logits = model(x)
+    weights = torch.linspace(-1, 2, logits.numel(), dtype=x.dtype).view_as(logits)
+    (logits * weights).sum().backward()
+    return logits.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+# ---------------------------------------------------------------------------- torchvision
+
+TORCHVISION = ["resnet50", "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"]
+
+
+@pytest.mark.parametrize("name", [*TORCHVISION, "resnet101", "resnet152"])
+def test_state_is_torchvisions(name):
+    with META:
+        ours = getattr(resnext, name)().state_dict()
+        theirs = getattr(torchvision.models, name)().state_dict()
+    assert {k: (v.shape, v.dtype) for k, v in ours.items()} == {
+        k: (v.shape, v.dtype) for k, v in theirs.items()
+    }
+    assert list(ours) == list(theirs)
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_logits_are_torchvisions(name):
+    torch.manual_seed(0)
+    ours = getattr(resnext, name)(classes=40).double()
+    with META:
+        theirs = getattr(torchvision.models, name)(num_classes=40)
+    theirs.load_state_dict(ours.state_dict(), assign=True)
+    x = pictures(2, 3, 64, 64)
+    with torch.no_grad():
+        assert error(ours.train()(x), theirs.train()(x)) < 1e-12
+        if "101" not in name:
+            assert error(ours.eval()(x), theirs.eval()(x)) < 1e-12
+
+
+# ---------------------------------------------------------------------------- counts
+
+IMAGENET_COUNTS = {
+    (50, 1, 64): (25_557_032, 4_089_184_256),
+    (50, 2, 40): (25_425_000, 4_124_508_160),
+    (50, 4, 24): (25_292_968, 4_159_832_064),
+    (50, 8, 14): (25_603_016, 4_267_409_408),
+    (50, 32, 4): (25_028_904, 4_230_479_872),
+    (101, 1, 64): (44_549_160, 7_801_405_440),
+    (101, 2, 40): (44_456_296, 7_843_553_280),
+    (101, 4, 24): (44_363_432, 7_885_701_120),
+    (101, 8, 14): (45_104_328, 8_076_871_680),
+    (101, 32, 4): (44_177_704, 7_969_996_800),
+    (101, 1, 100): (85_611_336, 15_272_862_720),
+    (101, 2, 64): (84_198_184, 15_123_087_360),
+    (101, 64, 4): (83_455_272, 15_460_270_080),
+    (101, 32, 8): (88_791_336, 16_414_015_488),
+    (101, 32, 16): (194_026_792, 36_163_289_088),
+    (152, 32, 4): (59_951_400, 11_709_513_728),
+}
+CIFAR_COUNTS = {  # parameters with 10 and with 100 classes, multiply-adds with 10
+    (1, 64): (4_914_250, 5_006_500, 748_365_824),
+    (2, 40): (4_879_626, 4_971_876, 754_788_352),
+    (4, 24): (4_845_002, 4_937_252, 761_210_880),
+    (8, 14): (4_901_098, 4_993_348, 780_904_448),
+    (32, 4): (4_775_754, 4_868_004, 774_055_936),
+    (8, 64): (34_426_698, 34_518_948, 5_387_266_048),
+    (16, 64): (68_155_210, 68_247_460, 10_688_866_304),
+}
+STAGES = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+
+
+@pytest.mark.parametrize("depth, cardinality, base_width", IMAGENET_COUNTS)
+def test_imagenet_counts(depth, cardinality, base_width):
+    with META:
+        model = ResNeXt(STAGES[depth], cardinality, base_width)
+    assert complexity(model, 224) == IMAGENET_COUNTS[depth, cardinality, base_width]
+
+
+@pytest.mark.parametrize("cardinality, base_width", CIFAR_COUNTS)
+def test_cifar_counts(cardinality, base_width):
+    of_10, of_100, macs = CIFAR_COUNTS[cardinality, base_width]
+    for classes, expected in ((10, (of_10, macs)), (100, (of_100, macs + 90 * 1024))):
+        with META:
+            model = ResNeXt((3, 3, 3), cardinality, base_width, classes, stem="cifar")
+        assert complexity(model, 32) == expected
+
+
+@pytest.mark.parametrize("form", "ABC")
+def test_complexity_leaves_the_model_alone(form):
+    model = ResNeXt((1, 1, 1), 2, 4, 10, stem="cifar", form=form)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    assert complexity(model, 16)[0] == sum(p.numel() for p in model.parameters())
+    assert model.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    complexity(model.eval(), 16)
+    assert not model.training
+
+
+CONFIG_COUNTS = {  # (parameters, multiply-adds) with the classes of the data set
+    "cifar100_preresnext29_16x64d": (68_243_876, 10_688_958_464),
+    "cifar100_preresnext29_8x64d": (34_515_364, 5_387_358_208),
+    "cifar100_resnext29_16x64d": (68_247_460, 10_688_958_464),
+    "cifar100_resnext29_8x64d": (34_518_948, 5_387_358_208),
+    "cifar10_preresnext29_16x64d": (68_151_626, 10_688_866_304),
+    "cifar10_preresnext29_8x64d": (34_423_114, 5_387_266_048),
+    "cifar10_resnext29_16x64d": (68_155_210, 10_688_866_304),
+    "cifar10_resnext29_1x64d": (4_914_250, 748_365_824),
+    "cifar10_resnext29_2x40d": (4_879_626, 754_788_352),
+    "cifar10_resnext29_32x4d": (4_775_754, 774_055_936),
+    "cifar10_resnext29_4x24d": (4_845_002, 761_210_880),
+    "cifar10_resnext29_8x14d": (4_901_098, 780_904_448),
+    "cifar10_resnext29_8x64d": (34_426_698, 5_387_266_048),
+    "demo": (831_562, 29_468_672),
+    "finetune_resnext50_32x4d": (25_028_904, 4_230_479_872),
+    "imagenet5k_resnext50_32x4d": (33_224_904, 4_238_671_872),
+    "resnet101": (44_549_160, 7_801_405_440),
+    "resnet50": (25_557_032, 4_089_184_256),
+    "resnext101_1x100d": (85_611_336, 15_272_862_720),
+    "resnext101_2x40d": (44_456_296, 7_843_553_280),
+    "resnext101_2x64d": (84_198_184, 15_123_087_360),
+    "resnext101_32x16d": (194_026_792, 36_163_289_088),
+    "resnext101_32x4d": (44_177_704, 7_969_996_800),
+    "resnext101_32x8d": (88_791_336, 16_414_015_488),
+    "resnext101_4x24d": (44_363_432, 7_885_701_120),
+    "resnext101_64x4d": (83_455_272, 15_460_270_080),
+    "resnext101_8x14d": (45_104_328, 8_076_871_680),
+    "resnext152_32x4d": (59_951_400, 11_709_513_728),
+    "resnext50_2x40d": (25_425_000, 4_124_508_160),
+    "resnext50_32x4d": (25_028_904, 4_230_479_872),
+    "resnext50_32x4d_v2": (25_028_904, 4_230_479_872),
+    "resnext50_4x24d": (25_292_968, 4_159_832_064),
+    "resnext50_8x14d": (25_603_016, 4_267_409_408),
+}
+
+
+def test_every_shipped_configuration_is_counted():
+    assert {p.stem for p in CONFIG_FOLDER.glob("*.yaml")} == set(CONFIG_COUNTS)
+
+
+@pytest.mark.parametrize("name", CONFIG_COUNTS)
+def test_shipped_configurations(name):
+    config = read_config(CONFIG_FOLDER / f"{name}.yaml")
+    classes = {"cifar10": 10, "cifar100": 100, "glyphs": 10, "folder": 1000}[config.data.dataset]
+    with META:
+        model = build_model(config.model, config.model.classes or classes)
+    assert complexity(model, config.data.image_size) == CONFIG_COUNTS[name]
+    assert (model.final_bn is not None) == ("preresnext" in name)
+
+
+# ---------------------------------------------------------------------------- functional reference
+
+
+class Reference:
+    """The network from its definition. `used` collects the parameters that took part."""
+
+    def __init__(self, model, stages, cardinality, stem, form, shortcut, preactivation):
+        self.state = dict(model.named_parameters())
+        self.stages, self.cardinality, self.stem, self.form = stages, cardinality, stem, form
+        self.shortcut, self.preactivation = shortcut, preactivation
+        self.used = set()
+
+    def get(self, key):
+        self.used.add(key)
+        return self.state[key]
+
+    def conv(self, x, key, stride=1, groups=1):
+        weight = self.get(f"{key}.weight")
+        return F.conv2d(x, weight, None, stride, weight.shape[-1] // 2, groups=groups)
+
+    def bn(self, x, key):
+        mean = x.mean((0, 2, 3), keepdim=True)
+        variance = (x - mean).square().mean((0, 2, 3), keepdim=True)
+        weight, bias = (self.get(f"{key}.{name}").view(1, -1, 1, 1) for name in ("weight", "bias"))
+        return (x - mean) / (variance + 1e-5).sqrt() * weight + bias
+
+    def bn_relu(self, x, key):
+        return self.bn(x, key).clamp_min(0)
+
+    def branch(self, x, block, stride):
+        if self.form == "C":
+            x = self.bn_relu(self.conv(x, f"{block}.conv1"), f"{block}.bn1")
+            x = self.bn_relu(self.conv(x, f"{block}.conv2", stride, self.cardinality), f"{block}.bn2")
+            return self.conv(x, f"{block}.conv3")
+        paths = [f"{block}.paths.{i}" for i in range(self.cardinality)]
+        outputs = []
+        for path in paths:
+            y = self.bn_relu(self.conv(x, f"{path}.conv1"), f"{path}.bn1")
+            outputs.append(self.bn_relu(self.conv(y, f"{path}.conv2", stride), f"{path}.bn2"))
+        if self.form == "B":
+            return self.conv(torch.cat(outputs, 1), f"{block}.conv3")
+        return sum(self.conv(y, f"{path}.conv3") for y, path in zip(outputs, paths, strict=True))
+
+    def skip(self, x, block, outputs, stride):
+        if self.shortcut == "C" or (self.shortcut == "B" and x.shape[1] != outputs):
+            x = self.conv(x, f"{block}.downsample.0", stride)
+            return x if self.preactivation else self.bn(x, f"{block}.downsample.1")
+        x = F.avg_pool2d(x, 1, stride)
+        return torch.cat([x, x.new_zeros(len(x), outputs - x.shape[1], *x.shape[2:])], 1)
+
+    def block(self, x, block, outputs, stride, activation):
+        if not self.preactivation:
+            y = self.bn(self.branch(x, block, stride), f"{block}.bn3")
+            return (y + self.skip(x, block, outputs, stride)).clamp_min(0)
+        y = x if activation == "none" else self.bn_relu(x, f"{block}.bn0")
+        skipped = y if activation == "shared" else x
+        return self.branch(y, block, stride) + self.skip(skipped, block, outputs, stride)
+
+    def __call__(self, x):
+        if self.stem == "imagenet":
+            x = F.max_pool2d(self.bn_relu(self.conv(x, "conv1", 2), "bn1"), 3, 2, 1)
+        elif self.preactivation:
+            x = self.conv(x, "conv1")
+        else:
+            x = self.bn_relu(self.conv(x, "conv1"), "bn1")
+        for stage, blocks in enumerate(self.stages):
+            for index in range(blocks):
+                activation = "branch" if index else "shared"
+                if self.stem == "imagenet" and stage == index == 0:
+                    activation = "none"
+                stride = 2 if stage > 0 and index == 0 else 1
+                key = f"layer{stage + 1}.{index}"
+                x = self.block(x, key, 256 * 2**stage, stride, activation)
+        if self.preactivation:
+            x = self.bn_relu(x, "final_bn")
+        return F.linear(x.flatten(2).mean(2), self.get("fc.weight"), self.get("fc.bias"))
+
+
+@pytest.mark.parametrize(
+    "stem, preactivation, form, shortcut",
+    list(itertools.product(["cifar", "imagenet"], [False, True], "ABC", "ABC")),
+)
+def test_network_is_its_definition(stem, preactivation, form, shortcut):
+    stages = (2, 1, 1) if stem == "cifar" else (2, 1, 1, 1)
+    options = {"stem": stem, "form": form, "shortcut": shortcut, "preactivation": preactivation}
+    model = random_model(stages, 3, 5, 7, **options)
+    reference = Reference(model, stages, 3, **options)
+    x = pictures(2, 3, 13, 10) if stem == "cifar" else pictures(2, 3, 45, 38)
+    logits, ours = gradients(model, x)
+    model.zero_grad()
+    expected, theirs = gradients_of_reference(reference, model, x)
+    assert error(logits, expected) < 1e-12
+    assert reference.used == set(ours)
+    for name in ours:
+        assert error(ours[name], theirs[name]) < 1e-10, name
+
+
+def gradients_of_reference(reference, model, x):
+    logits = reference(x)
+    weights = torch.linspace(-1, 2, logits.numel(), dtype=x.dtype).view_as(logits)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    found = torch.autograd.grad((logits * weights).sum(), parameters)
+    return logits.detach(), dict(zip(names, found, strict=True))
+
+
+@pytest.mark.parametrize("form", "ABC")
+def test_path_width_follows_the_stage(form):
+    """D = n · base_width / 64 in a stage of n features, whatever the cardinality."""
+    model = ResNeXt((1, 1, 1), 2, 14, 10, stem="cifar", form=form)
+    for features, stage in ((64, model.layer1), (128, model.layer2), (256, model.layer3)):
+        width = features * 14 // 64
+        shapes = [p.shape for n, p in stage.named_parameters() if n.endswith("conv2.weight")]
+        expected = [(2 * width, width, 3, 3)] if form == "C" else [(width, width, 3, 3)] * 2
+        assert [tuple(s) for s in shapes] == expected
+
+
+# ---------------------------------------------------------------------------- forms A, B, C
+
+NETWORKS = {
+    "cifar": ((2, 1, 1), {"stem": "cifar"}),
+    "cifar-preactivation": ((2, 1, 1), {"stem": "cifar", "preactivation": True}),
+    "imagenet": ((1, 1, 1, 1), {"shortcut": "C"}),
+    "imagenet-preactivation": ((1, 2, 1, 1), {"preactivation": True, "shortcut": "A"}),
+}
+PAIRS = [(a, b) for a in "ABC" for b in "ABC"]
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_forms_compute_the_same_function(network):
+    stages, options = NETWORKS[network]
+    x = pictures(2, 3, 12, 12) if "cifar" in network else pictures(2, 3, 40, 40)
+    original = random_model(stages, 4, 6, 7, **options)
+    start = {k: v.clone() for k, v in original.state_dict().items()}
+    logits, expected = gradients(original, x)
+    after = original.state_dict()
+    with torch.no_grad():
+        evaluated = original.eval()(x)
+    for form in "AB":
+        model = ResNeXt(stages, 4, 6, 7, form=form, **options).double()
+        model.load_state_dict(convert_form(start, 4, "C", form))
+        ours, found = gradients(model, x)
+        assert error(ours, logits) < 1e-12
+        found = convert_form(found, 4, form, "C")
+        assert found.keys() == expected.keys()
+        assert all(error(found[k], expected[k]) < 1e-10 for k in expected)
+        buffers = convert_form(model.state_dict(), 4, form, "C")
+        assert buffers.keys() == after.keys()
+        assert all(error(buffers[k].double(), after[k].double()) < 1e-12 for k in after)
+        with torch.no_grad():
+            assert error(model.eval()(x), evaluated) < 1e-12
+
+
+@pytest.mark.parametrize("source, target", PAIRS)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_conversions_round_trip_exactly(network, source, target):
+    stages, options = NETWORKS[network]
+    state = random_model(stages, 4, 6, 7, form=source, **options).state_dict()
+    there = convert_form(state, 4, source, target)
+    with META:
+        expected = ResNeXt(stages, 4, 6, 7, form=target, **options).state_dict()
+    assert {k: v.shape for k, v in there.items()} == {k: v.shape for k, v in expected.items()}
+    back = convert_form(there, 4, target, source)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[k], state[k]) for k in state)
+
+
+@pytest.mark.parametrize("source, target", PAIRS)
+def test_conversions_copy(source, target):
+    model = random_model((1, 1, 1), 2, 4, 3, stem="cifar", form=source)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    converted = convert_form(model.state_dict(), 2, source, target)
+    pointers = {v.untyped_storage().data_ptr() for v in converted.values()}
+    assert len(pointers) == len(converted)  # nothing inside shares memory either
+    for value in converted.values():
+        value.fill_(9)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_conversion_arranges_paths():
+    """Path i: rows i·D...(i+1)·D of form C's 1x1 and 3x3, and those columns of the last 1x1."""
+    state = random_model((1, 1, 1), 4, 6, 3, stem="cifar").state_dict()
+    paths = convert_form(state, 4, "C", "A")
+    for i in range(4):
+        rows = slice(i * 12, (i + 1) * 12)
+        for leaf in ("conv1.weight", "bn1.bias", "conv2.weight", "bn2.running_var"):
+            assert torch.equal(paths[f"layer2.0.paths.{i}.{leaf}"], state[f"layer2.0.{leaf}"][rows])
+        last = state["layer2.0.conv3.weight"]
+        assert torch.equal(paths[f"layer2.0.paths.{i}.conv3.weight"], last[:, rows])
+    assert "layer2.0.conv3.weight" in convert_form(state, 4, "C", "B")
+
+
+# ---------------------------------------------------------------------------- initialisation
+
+
+@pytest.mark.parametrize("form", "ABC")
+@pytest.mark.parametrize("preactivation", [False, True])
+@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+def test_initialisation(stem, form, preactivation):
+    torch.manual_seed(11)
+    stages = (1, 1, 1) if stem == "cifar" else (1, 1, 1, 1)
+    model = ResNeXt(stages, 4, 16, 100, stem=stem, form=form, preactivation=preactivation)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            assert module.bias is None
+            values = module.weight.detach().double().flatten()
+            outputs, _, height, width = module.weight.shape
+            scaled = values / math.sqrt(2 / (height * width * outputs))
+            n = scaled.numel()  # 5 standard errors of mean, variance and fourth moment of N(0, 1)
+            assert abs(scaled.mean()) < 5 / math.sqrt(n), name
+            assert abs(scaled.square().mean() - 1) < 5 * math.sqrt(2 / n), name
+            assert abs(scaled.pow(4).mean() - 3) < 5 * math.sqrt(96 / n), name
+        elif isinstance(module, nn.BatchNorm2d):
+            assert (module.weight == 1).all() and (module.bias == 0).all(), name
+            assert (module.running_mean == 0).all() and (module.running_var == 1).all()
+            assert (module.eps, module.momentum) == (1e-5, 0.1)
+        elif isinstance(module, nn.Linear):
+            bound = 1 / math.sqrt(module.in_features)
+            values = module.weight.detach().double() / bound
+            assert (module.bias == 0).all()
+            assert 0.999 < values.abs().max() <= 1
+            assert abs(values.mean()) < 5 / math.sqrt(3 * values.numel())
+            assert abs(values.square().mean() - 1 / 3) < 5 * math.sqrt(4 / 45 / values.numel())
+
+
+def test_initialisation_follows_the_seed():
+    def weights(seed):
+        torch.manual_seed(seed)
+        return ResNeXt((1, 1, 1), 2, 4, 10, stem="cifar").conv1.weight
+
+    assert torch.equal(weights(1), weights(1)) and not torch.equal(weights(1), weights(2))
+
+
+@pytest.mark.parametrize("form", "ABC")
+def test_zero_gamma_starts_blocks_as_their_shortcut(form):
+    model = ResNeXt((2, 1, 1), 2, 4, 10, stem="cifar", form=form, zero_gamma=True)
+    norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    for name, norm in norms.items():
+        assert (norm.weight == (0 if name.endswith("bn3") else 1)).all(), name
+    x = torch.rand(2, 256, 6, 6)
+    assert torch.equal(model.layer1[1](x), x)
+
+
+# ---------------------------------------------------------------------------- how it runs
+
+
+@pytest.mark.parametrize("preactivation", [False, True])
+@pytest.mark.parametrize("size", [(1, 1), (8, 8), (15, 22), (32, 32), (40, 64)])
+def test_cifar_stem_takes_any_size(size, preactivation):
+    model = ResNeXt((1, 1, 1), 2, 4, 5, stem="cifar", preactivation=preactivation).eval()
+    x = torch.rand(2, 3, *size)
+    assert model(x).shape == (2, 5) and model(x).isfinite().all()
+    assert model.forward_features(x).shape == (2, 1024, *(-(-s // 4) for s in size))
+
+
+@pytest.mark.parametrize("preactivation", [False, True])
+@pytest.mark.parametrize("size", [(32, 32), (33, 70), (96, 64), (224, 224)])
+def test_imagenet_stem_takes_any_size(size, preactivation):
+    model = ResNeXt((1, 1, 1, 1), 2, 4, 5, preactivation=preactivation).eval()
+    x = torch.rand(1, 3, *size)
+    assert model(x).shape == (1, 5) and model(x).isfinite().all()
+    assert model.forward_features(x).shape == (1, 2048, *(-(-s // 32) for s in size))
+
+
+@pytest.mark.parametrize("preactivation", [False, True])
+@pytest.mark.parametrize("form", "ABC")
+def test_input_is_left_alone(form, preactivation):
+    """ReLU works in place inside; neither the input nor a shortcut's operand may change."""
+    x = torch.randn(2, 3, 10, 10)
+    before = x.clone()
+    model = ResNeXt((1, 1, 1), 2, 4, 5, stem="cifar", form=form, preactivation=preactivation)
+    model(x)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("form", "ABC")
+def test_activation_checkpointing_changes_no_bit(network, form, dtype):
+    stages, options = NETWORKS[network]
+    x = (pictures(2, 3, 12, 12) if "cifar" in network else pictures(2, 3, 36, 36)).to(dtype)
+    results = []
+    for checkpointing in (False, True):
+        model = random_model(stages, 2, 6, 7, form=form, **options).to(dtype)
+        model.activation_checkpointing = checkpointing
+        for _ in range(2):
+            logits, found = gradients(model, x)
+        results.append({"logits": logits, **found, **dict(model.named_buffers())})
+    plain, recomputed = results
+    assert plain.keys() == recomputed.keys()
+    assert all(torch.equal(plain[k], recomputed[k]) for k in plain)
+    assert plain["fc.weight"].abs().max() > 0
+    counts = [v for k, v in recomputed.items() if k.endswith("num_batches_tracked")]
+    assert counts and all(c == 2 for c in counts)
+
+
+def test_activation_checkpointing_keeps_fewer_activations():
+    """Between the passes, only the inputs of blocks are kept."""
+    kept = {}
+    for checkpointing in (False, True):
+        model = random_model((2, 2, 2), 2, 8, 7, stem="cifar")
+        model.activation_checkpointing = checkpointing
+        sizes = []
+
+        def pack(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            model(pictures(2, 3, 12, 12))
+        kept[checkpointing] = sum(sizes)
+    assert kept[True] < kept[False] / 3
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("form", "ABC")
+def test_channels_last_agrees(network, form):
+    stages, options = NETWORKS[network]
+    x = pictures(2, 3, 12, 12) if "cifar" in network else pictures(2, 3, 36, 36)
+    plain, expected = gradients(random_model(stages, 2, 6, 7, form=form, **options), x)
+    model = random_model(stages, 2, 6, 7, form=form, **options).to(memory_format=torch.channels_last)
+    logits, found = gradients(model, x.to(memory_format=torch.channels_last))
+    assert error(logits, plain) < 1e-12
+    assert all(error(found[k], expected[k]) < 1e-10 for k in expected)
+
+
+# ---------------------------------------------------------------------------- names and arguments
+
+NAMED = {  # parameters with the classes of ImageNet, or 10
+    "resnet50": 25_557_032,
+    "resnet101": 44_549_160,
+    "resnet152": 60_192_808,
+    "resnext50_32x4d": 25_028_904,
+    "resnext101_32x4d": 44_177_704,
+    "resnext101_32x8d": 88_791_336,
+    "resnext101_64x4d": 83_455_272,
+    "resnext152_32x4d": 59_951_400,
+    "resnext29_8x64d": 34_426_698,
+    "resnext29_16x64d": 68_155_210,
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_named_networks(name):
+    with META:
+        model = getattr(resnext, name)(classes=10 if "29" in name else 1000)
+    assert sum(p.numel() for p in model.parameters()) == NAMED[name]
+
+
+def test_every_exported_name_can_be_imported():
+    expected = {"ResNeXt", "build_model", "convert_form", "load_weights", "UserError", *NAMED}
+    assert set(resnext.__all__) == expected
+    for name in resnext.__all__:
+        namespace = {}
+        exec(f"from resnext import {name}", namespace)
+        assert callable(namespace[name])
+    with pytest.raises(ImportError):
+        exec("from resnext import resnext51")
+    with pytest.raises(AttributeError, match="resnext51"):
+        _ = importlib.import_module("resnext").resnext51
+
+
+def test_options_of_named_networks():
+    with META:
+        model = resnext.resnext50_32x4d(classes=7, form="B", shortcut="C", preactivation=True)
+    assert model.fc.out_features == 7 and len(model.layer1[0].paths) == 32
+    assert len(model.layer1[1].downsample) == 1 and model.final_bn is not None
+
+
+def test_build_model_follows_the_configuration():
+    config = Model(
+        stem="cifar", stages=(1, 2, 1), cardinality=3, base_width=5, block="A", shortcut="C", zero_gamma=True
+    )
+    model = build_model(config, 6)
+    same = ResNeXt((1, 2, 1), 3, 5, 6, stem="cifar", form="A", shortcut="C", zero_gamma=True)
+    assert str(model) == str(same) and (model.layer2[1].bn3.weight == 0).all()
+    config = Model(stages=(1, 1, 1, 2), cardinality=1, base_width=64, preactivation=True)
+    same = ResNeXt((1, 1, 1, 2), 1, 64, 5, preactivation=True)
+    assert str(build_model(config, 5)) == str(same)
+
+
+WRONG = {
+    "stem": {"stem": "mnist"},
+    "form": {"form": "D"},
+    "shortcut": {"shortcut": "identity"},
+    "number of stages": {"stages": (1, 1, 1)},
+    "number of stages, cifar": {"stem": "cifar"},
+    "no stages": {"stages": ()},
+    "blocks of a stage": {"stages": (1, 0, 1, 1)},
+    "cardinality": {"cardinality": 0},
+    "base_width": {"base_width": 0},
+    "classes": {"classes": -1},
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arguments(case):
+    name = {"no stages": "number of stages"}.get(case, case.split(",")[0])
+    with pytest.raises(UserError, match=name):
+        ResNeXt(**WRONG[case])
+
+
+@pytest.mark.parametrize("source, target", [("C", "D"), ("c", "A"), ("", "B"), ("C", "AB")])
+def test_wrong_forms(source, target):
+    with pytest.raises(UserError, match="forms are A, B and C"):
+        convert_form({}, 2, source, target)
+
+
+def test_wrong_cardinality():
+    state = ResNeXt((1, 1, 1), 4, 4, 3, stem="cifar").state_dict()
+    with pytest.raises(UserError, match="16 channels do not make 5 paths"):
+        convert_form(state, 5, "C", "B")

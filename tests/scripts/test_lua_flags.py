@@ -1,0 +1,259 @@
+"""lua_flags.py: published command lines give our configurations, every flag has its place, errors help."""
+
+import dataclasses
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+import lua_flags
+from commands import call, message, run_script
+
+from resnext.config import Config, Model, differences, find_config, parse_config, read_config
+
+IMAGENET = "th main.lua -dataset imagenet -bottleneckType resnext_C -depth 50 -baseWidth 4 -cardinality 32 "
+IMAGENET += "-batchSize 256 -nGPU 8 -nThreads 8 -shareGradInput true -data [imagenet-folder]"
+CIFAR = "th main.lua -dataset cifar10 -bottleneckType resnext_C -depth 29 -baseWidth 64 -cardinality 16 "
+CIFAR += "-weightDecay 5e-4 -batchSize 128 -nGPU 8 -nThreads 8 -shareGradInput true"
+RECOMPUTE = ("train.activation_checkpointing", False, True)
+
+
+def translated(command: str) -> tuple[str, Config]:
+    """(the YAML text, the configuration that train.py makes of it)."""
+    result = call(lua_flags.main, *shlex.split(command))
+    assert result.status == 0, result.error
+    assert max(map(len, result.output.splitlines()[3:])) <= 110
+    return result.output, parse_config(result.output, "my.yaml")
+
+
+def changes(command: str, config: str) -> list[tuple]:
+    """What a translated command line has otherwise than one of our configurations."""
+    return differences(read_config(find_config(config)), translated(command)[1])
+
+
+def values(flags: str, base: str = "-depth 50") -> dict:
+    """What flags change, against the same command line without them."""
+    before, now = translated(base)[1], translated(f"{base} {flags}")[1]
+    return {key: new for key, _, new in differences(before, now)}
+
+
+def test_published_imagenet_command():
+    assert changes(IMAGENET, "resnext50_32x4d") == [("data.workers", None, 1), RECOMPUTE]
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "others"),
+    [
+        ("", "cifar10_resnext29_16x64d", []),
+        ("-cardinality 8", "cifar10_resnext29_8x64d", []),
+        ("-dataset cifar100", "cifar100_resnext29_16x64d", []),
+        (
+            "-batchSize 64 -nGPU 4 -LR 0.05",
+            "cifar10_resnext29_16x64d",
+            [("train.batch_size", 128, 64), ("train.eval_batch_size", 128, 64), ("optimizer.lr", 0.1, 0.05)],
+        ),
+        (
+            "-batchSize 32 -nGPU 2 -LR 0.025",
+            "cifar10_resnext29_16x64d",
+            [("train.batch_size", 128, 32), ("train.eval_batch_size", 128, 32), ("optimizer.lr", 0.1, 0.025)],
+        ),
+    ],
+)
+def test_published_cifar_commands(change, config, others):
+    words = shlex.split(CIFAR)
+    for flag, value in zip(*[iter(change.split())] * 2, strict=True):
+        if flag in words:
+            words[words.index(flag) + 1] = value
+        else:
+            words += [flag, value]
+    assert sorted(changes(shlex.join(words), config)) == sorted([RECOMPUTE, *others])
+
+
+def test_a_plain_resnet_is_the_configuration_too():
+    command = IMAGENET.replace("resnext_C", "resnet").replace("-baseWidth 4 -cardinality 32", "")
+    assert changes(command, "resnet50") == [("data.workers", None, 1), RECOMPUTE]
+
+
+def test_command_lines_in_any_wrapping():
+    text = translated(CIFAR)[0]
+    assert translated(CIFAR.removeprefix("th main.lua "))[0] == text
+    assert translated(shlex.quote("CUDA_VISIBLE_DEVICES=0,1 " + CIFAR.replace(" -b", " \\\n-b")))[0] == text
+
+
+def test_defaults_of_the_lua_code_are_stated():
+    text, config = translated("-depth 50")
+    assert "workers: 2" in text and "batch_size: 32" in text and "epochs" not in text
+    assert (config.model.cardinality, config.model.base_width) == (1, 64)
+    assert (config.train.batch_size, config.train.bn_group, config.train.epochs) == (32, 32, 100)
+    assert translated("-depth 29 -dataset cifar10")[1].train.epochs == 300
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("-manualSeed 7", {"run.seed": 7}),
+        ("-nGPU 4", {"train.bn_group": 8, "data.workers": 1}),
+        ("-nGPU 3", {"train.bn_group": None, "data.workers": 1}),
+        ("-backend cunn", {}),
+        ("-cudnn fastest", {}),
+        ("-cudnn deterministic", {"run.deterministic": True}),
+        ("-gen elsewhere", {}),
+        ("-precision half", {"train.precision": "fp16"}),
+        ("-nThreads 7", {"data.workers": 7}),
+        ("-nThreads 7 -nGPU 2", {"data.workers": 4, "train.bn_group": 16}),
+        ("-nEpochs 90", {"train.epochs": 90}),
+        ("-nEpochs 0", {}),
+        ("-batchSize 64", {"train.batch_size": 64, "train.bn_group": 64, "train.eval_batch_size": 64}),
+        ("-LR 1e-2", {"optimizer.lr": 0.01}),
+        ("-momentum 0.5", {"optimizer.momentum": 0.5}),
+        ("-weightDecay 0", {"optimizer.weight_decay": 0.0}),
+        ("-netType resnet", {"model.architecture": "resnet"}),
+        ("-netType preresnet", {"model.architecture": "resnet", "model.preactivation": True}),
+        (
+            "-netType preresnet -cardinality 8",
+            {"model.preactivation": True, "model.cardinality": 8},
+        ),
+        ("-bottleneckType resnet", {"model.architecture": "resnet"}),
+        ("-bottleneckType resnext_B", {"model.block": "B"}),
+        ("-baseWidth 4", {"model.base_width": 4}),
+        ("-cardinality 32", {"model.cardinality": 32}),
+        ("-shortcutType A", {"model.shortcut": "A"}),
+        ("-shortcutType C", {"model.shortcut": "C"}),
+        ("-shareGradInput true", {"train.activation_checkpointing": True}),
+        ("-optnet true", {"train.activation_checkpointing": True}),
+        ("-shareGradInput false -optnet false -testOnly false -tenCrop false", {}),
+        ("-resetClassifier true -nClasses 37", {"model.classes": 37, "model.reset_classifier": True}),
+        ("-nClasses 0", {}),
+        ("-data DIR -save DIR -resume none -retrain none -optimState none", {}),
+    ],
+)
+def test_keys_of_each_flag(flags, expected):
+    assert values(flags) == expected
+
+
+@pytest.mark.skipif(
+    "pretrained" not in {f.name for f in dataclasses.fields(Model)}, reason="model.pretrained is not there"
+)
+def test_retrain():
+    assert values("-retrain old/model_9.t7") == {"model.pretrained": "old/model_9.t7"}
+    assert values("-retrain model.t7 -resume DIR") == {}
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ("", "# python train.py --config my.yaml --data DIR"),
+        ("-data '/a b'", "# python train.py --config my.yaml --data '/a b'"),
+        ("-save s -nGPU 2", "# torchrun --nproc-per-node=2 train.py --config my.yaml --data DIR --output s"),
+        ("-resume L", "# python train.py --config my.yaml --data DIR --resume L --output runs/my"),
+        ("-resume L -save ./L", "# python train.py --config my.yaml --data DIR --resume L --output runs/my"),
+        ("-resume L -save s", "# python train.py --config my.yaml --data DIR --resume L --output s"),
+        ("-tenCrop true", "# python evaluate.py runs/my --ten-crop"),
+        ("-testOnly true -retrain m.t7", "# python evaluate.py m.t7 --data DIR"),
+        ("-testOnly true -retrain m.t7 -resume L", "# python evaluate.py L --data DIR"),
+        (
+            "-testOnly true -tenCrop true -retrain m.t7 -precision half -data D",
+            "# python evaluate.py m.t7 --data D --ten-crop --precision fp16",
+        ),
+    ],
+)
+def test_commands(flags, line):
+    assert line in translated(f"-depth 50 {flags}")[0].splitlines()
+
+
+def test_testing_needs_no_network_flags():
+    assert translated("-retrain m.t7 -dataset cifar10 -testOnly true")[1] == parse_config("", "defaults")
+
+
+def test_notes_stand_at_their_keys():
+    text, _ = translated("-depth 50 -nGPU 4 -nThreads 8 -manualSeed 3 -backend cunn -resume L -epochNumber 9")
+    assert (
+        "# -nGPU 4: the batch is the global one"
+        in text.split("  batch_size: 32\n")[1].split("  bn_group: 8\n")[0]
+    )
+    assert "\n  # -nThreads 8: loader processes" in text
+    assert "\n  # -manualSeed 3: other random numbers than Torch7's\n  seed: 3\n" in text
+    heading = text.split("model:")[0]
+    for note in ("-backend cunn: ", "-resume L: ", "-epochNumber 9: comes with --resume", "antialiasing"):
+        assert note in heading
+    assert "-nThreads 2 (default): " in translated("-depth 50")[0]
+    assert "first GPUs got an image more" in translated("-depth 50 -nGPU 3")[0].replace("\n#   ", " ")
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("-deph 50", ["'-deph'", "-depth?"]),
+        ("-batchsize 50", ["-batchSize?"]),
+        ("--depth 50", ["-depth?"]),
+        ("-depth=50", ["-depth?"]),
+        ("-dep 50", ["'-dep'", "-depth?"]),
+        ("-qwxz 50", ["-qwxz", "-resetClassifier"]),
+        ("-depth 50 29", ["'29'", "-flag value"]),
+        ("-depth 50 -depth 29", ["-depth", "twice"]),
+        ("-depth", ["-depth", "no value"]),
+        ("-testOnly -depth 50", ["-testOnly true"]),
+        ("-depth fifty", ["-depth", "integer", "fifty"]),
+        ("-depth 5e1", ["-depth", "integer"]),
+        ("-LR fast", ["-LR", "number"]),
+        ("-LR 0", ["-LR", "above 0"]),
+        ("-LR nan", ["-LR"]),
+        ("-momentum 0 -depth 50", ["-momentum", "Nesterov"]),
+        ("-batchSize 0", ["-batchSize", "at least 1"]),
+        ("-nGPU 0", ["-nGPU", "at least 1"]),
+        ("-nEpochs -1", ["-nEpochs", "at least 0"]),
+        ("-manualSeed -1", ["-manualSeed", "at least 0"]),
+        ("-nThreads 999", ["-nThreads", "at most 256"]),
+        ("-testOnly yes", ["-testOnly", "true or false"]),
+        ("-dataset cifar", ["-dataset", "cifar10"]),
+        ("-shortcutType D", ["-shortcutType", "A, B, C"]),
+        ("-bottleneckType resnext_A", ["-bottleneckType", "did you mean resnext_"]),
+        ("-precision double -depth 50", ["-precision", "not offered"]),
+        ("-shareGradInput true -optnet true", ["-optnet", "-shareGradInput"]),
+        ("-resetClassifier true -depth 50", ["-resetClassifier", "-nClasses"]),
+        ("-dataset imagenet", ["-depth", "34", "50, 101 or 152"]),
+        ("-retrain m.t7", ["-depth", "describe.py m.t7"]),
+        ("-depth 34", ["-depth 34", "50, 101 or 152"]),
+        ("-depth 30 -dataset cifar10", ["-depth 30", "9n+2"]),
+        ("-depth 2 -dataset cifar10", ["-depth", "at least 5"]),
+        ("-depth 110 -dataset cifar10 -netType resnet", ["-netType resnet", "CIFAR"]),
+        ("-depth 29 -dataset cifar10 -tenCrop true", ["-tenCrop"]),
+        ("-testOnly true", ["-testOnly", "-retrain"]),
+        ("-depth 50 -epochNumber 31", ["-epochNumber", "-resume"]),
+        ("-depth 50 -optimState o.t7", ["-optimState", "-resume"]),
+        ("-depth 50 -nGPU 64", ["-nGPU 64", "-batchSize 32"]),
+        (["th main.lua -data 'a"], ["quot"]),
+        (["-data", "a\nmodel: {depth: 101}"], ["-data"]),
+    ],
+)
+def test_errors_name_the_flag(command, words):
+    arguments = command.split() if isinstance(command, str) else command
+    text = message(call(lua_flags.main, *arguments))
+    for word in words:
+        assert word in text
+
+
+def test_output_is_written_once(tmp_path):
+    target = tmp_path / "lua.yaml"
+    result = run_script("scripts/lua_flags.py", *shlex.split(CIFAR), "--output", target, cwd=tmp_path)
+    assert result.status == 0 and str(target) in result.output
+    text = target.read_text()
+    assert f"# python train.py --config {target} --data datasets\n" in text
+    assert differences(read_config(target), translated(CIFAR)[1]) == []
+    assert "exists" in message(call(lua_flags.main, "-depth", "101", f"--output={target}"))
+    assert target.read_text() == text
+    assert "cannot be written" in message(call(lua_flags.main, "-depth", "101", "--output", "none/such.yaml"))
+
+
+def test_help():
+    for word in ("--help", "-help"):
+        result = call(lua_flags.main, word)
+        assert result.status == 0 and "th main.lua" in result.output
+
+
+def test_the_page_names_every_flag():
+    page = (lua_flags.ROOT / "docs" / "torch7.md").read_text(encoding="utf-8")
+    assert [flag for flag in lua_flags.FLAGS if f"-{flag}" not in page.split("## Files")[0]] == []
+    assert len(lua_flags.FLAGS) == 31
