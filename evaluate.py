@@ -26,8 +26,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for python -P
 from resnext.config import Config, network_name
-from resnext.errors import UserError, command_parser, run_command
-from resnext.files import check_source, check_target, write_whole
+from resnext.errors import UserError, command_parser, run_main
+from resnext.files import check_source, check_target, write_file
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -122,23 +122,31 @@ def run(
 ) -> None:
     """Load the data, evaluate in each of the processes, and report in the first."""
     from data import subsets
-    from resnext.device import choose_device, choose_precision, memory_explained, set_numerics, slow_precision
-    from resnext.distributed import first_on_machine, rank
+    from resnext.device import (
+        choose_precision,
+        configure_backends,
+        explain_out_of_memory,
+        select_device,
+        slow_precision,
+    )
+    from resnext.distributed import local_rank0_first, rank
     from resnext.engine.report import class_rows, report, score_row, to_csv
-    from resnext.engine.train_state import place
+    from resnext.engine.train_state import to_device
     from resnext.weights.load import preprocessing
 
-    config, device = info.config, choose_device(arguments.device)
+    config, device = info.config, select_device(arguments.device)
     precision = choose_precision(config.train.precision, device)
     config = replace(config, train=replace(config.train, precision=precision))
-    set_numerics(precision, config.run.deterministic, training=False)
-    with first_on_machine():  # which downloads what is missing
+    configure_backends(precision, config.run.deterministic, training=False)
+    with local_rank0_first():  # which downloads what is missing
         val_set, names, columns, notes = subsets.load_scored(info, wanted, arguments.classes)
     for note in [*slow_precision(precision, device, "--precision "), *notes] if rank() == 0 else ():
         print(note, file=sys.stderr)
     members = subsets.find_members(splits, names, arguments.splits) if splits else {}
-    with memory_explained("--device: it has no memory for the network; close other programs, or use cpu"):
-        model = place(model, config, device)
+    with explain_out_of_memory(
+        "--device: it has no memory for the network; close other programs, or use cpu"
+    ):
+        model = to_device(model, config, device)
     score, predictions = measure(model, config, val_set, columns, device, arguments)
     if rank() != 0:
         return
@@ -173,9 +181,9 @@ def run(
     try:
         if arguments.csv:
             key = "path" if config.data.dataset == "folder" else "index"
-            write_whole("--csv", arguments.csv, to_csv(key, names, predictions, val_set.classes))
+            write_file("--csv", arguments.csv, to_csv(key, names, predictions, val_set.classes))
         if arguments.json:
-            write_whole("--json", arguments.json, json.dumps(result, indent=2) + "\n")
+            write_file("--json", arguments.json, json.dumps(result, indent=2) + "\n")
     finally:  # neither a full disk nor a closed pipe takes the other results along
         print(report(result, arguments.per_class), flush=True)
 
@@ -247,19 +255,21 @@ def measure(
     import torch
     from tqdm import tqdm
 
-    from data.loader import eval_batches
-    from resnext.device import memory_explained
+    from data.loader import make_eval_loader
+    from resnext.device import explain_out_of_memory
     from resnext.distributed import rank, world_size
-    from resnext.engine.evaluator import Recorder, evaluate
+    from resnext.engine.evaluator import PredictionCollector, evaluate
     from resnext.engine.train_state import autocast, memory_layout
 
     crops = 10 if arguments.ten_crop else 1
     batch_size = arguments.batch_size or max(1, config.train.eval_batch_size // crops)
-    batches = eval_batches(val_set, config.data, batch_size, device, arguments.ten_crop, rank(), world_size())
+    batches = make_eval_loader(
+        val_set, config.data, batch_size, device, arguments.ten_crop, rank(), world_size()
+    )
     bar = tqdm(batches, "evaluating", batches.steps, leave=False, disable=None if rank() == 0 else True)
-    recorder = Recorder()
+    recorder = PredictionCollector()
     text = f"--batch-size: the device has no memory for {batch_size} images, {crops} crops each; lower it"
-    with memory_explained(text):
+    with explain_out_of_memory(text):
         score = evaluate(
             model,
             bar,
@@ -273,4 +283,4 @@ def measure(
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main(main)

@@ -25,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for python -P
 from resnext.config import Config, to_yaml
 from resnext.engine.run_directory import configuration, output_folder, resume_source, write_config
-from resnext.errors import UserError, command_parser, launched_as, run_command
+from resnext.errors import UserError, command_parser, env_rank, run_main
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -55,15 +55,15 @@ def main() -> int | None:
     arguments = parse_arguments()
     config = configuration(arguments.config, arguments.resume, arguments.data, arguments.overrides)
     if arguments.print_config:
-        if launched_as("RANK") == 0:
+        if env_rank("RANK") == 0:
             print(to_yaml(config), end="")
         return None
     if arguments.config is None and not arguments.resume:
         raise UserError("--config is missing: name a file of configs/, for example --config demo.yaml")
     output, source = output_folder(arguments.config, arguments.output, arguments.resume), None
-    if not arguments.check and launched_as("RANK") == 0:  # ahead of torch, which takes seconds
+    if not arguments.check and env_rank("RANK") == 0:  # ahead of torch, which takes seconds
         source = resume_source(arguments.resume, output)
-    from resnext.distributed import from_first, process_group
+    from resnext.distributed import broadcast_from_rank0, process_group
 
     with process_group(config.run.timeout):
         if arguments.check:
@@ -71,28 +71,28 @@ def main() -> int | None:
             from resnext.preflight import check
 
             return check(config, output, arguments.resume, load_sets, make_batches)
-        run(config, output, from_first(lambda: source), arguments.resume is not None)
+        run(config, output, broadcast_from_rank0(lambda: source), arguments.resume is not None)
     return None
 
 
 def run(config: Config, output: Path, source: Path | None, resumed: bool) -> None:
     """Load the data, prepare or restore the state, train; in each of the processes."""
     from data.training import load_sets, make_batches
-    from resnext.device import choose_device, set_numerics, step_explained
+    from resnext.device import configure_backends, explain_step_errors, select_device
     from resnext.distributed import rank
     from resnext.engine.introduction import introduction
-    from resnext.engine.logger import Reporter, Silence, environment
+    from resnext.engine.logger import NullLogger, RunLogger, environment
     from resnext.engine.resume import make_training, read_start
     from resnext.engine.trainer import read_through, save, summary, train
-    from resnext.stop_signal import StopRequest
+    from resnext.stop_signal import StopSignal
 
-    device = choose_device(config.run.device)
+    device = select_device(config.run.device)
     config, start, warnings = read_start(config, source, device)
-    set_numerics(config.train.precision, config.run.deterministic)
+    configure_backends(config.train.precision, config.run.deterministic)
     train_set, val_set, fingerprint = load_sets(config, start)
     warnings += [*train_set.notes, *val_set.notes]
     versions = environment(device) | {"data": fingerprint}
-    with step_explained(config, device):
+    with explain_step_errors(config, device):
         training, changes = make_training(
             config, train_set.classes, len(train_set), device, versions, source, start
         )
@@ -102,11 +102,11 @@ def run(config: Config, output: Path, source: Path | None, resumed: bool) -> Non
     branched = source is not None and source.resolve().parent != (output / "checkpoints").resolve()
     if branched:  # another run: its rows and its best checkpoint start here
         progress.rows, progress.best = 0, None
-    with StopRequest() as stop:
-        reporter = Silence()
+    with StopSignal() as stop:
+        reporter = NullLogger()
         if rank() == 0:
             output.mkdir(parents=True, exist_ok=True)
-            reporter = Reporter(output, progress.rows, progress.global_step, config.run.tensorboard)
+            reporter = RunLogger(output, progress.rows, progress.global_step, config.run.tensorboard)
         try:
             if rank() == 0:
                 write_config(config, versions, output)
@@ -114,7 +114,7 @@ def run(config: Config, output: Path, source: Path | None, resumed: bool) -> Non
             for line in warnings:
                 reporter.say(line)
             training_batches, val_batches = make_batches(config, train_set, val_set, device, reporter.warn)
-            with step_explained(config, device):
+            with explain_step_errors(config, device):
                 reporter.say(introduction(training, len(train_set), len(val_set), output, source, resumed))
                 if branched:
                     save(training, output, reporter)
@@ -136,4 +136,4 @@ def run(config: Config, output: Path, source: Path | None, resumed: bool) -> Non
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main(main)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from resnext.config import Augment
+from resnext.config import AugmentConfig
 
-from .rng import Stream, hashes, uniforms
+from .rng import RngStream, random_uint64, random_uniform
 
 
 def on_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -30,7 +30,7 @@ def on_device(array: np.ndarray, device: torch.device) -> Tensor:
 # ---------------------------------------------------------------------------- normalisation, CIFAR
 
 
-def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """(N, H, W, 3) → float32 (N, 3, H, W) in channels_last: (x - mean) / std."""
     count, height, width, _ = images.shape
     # Rows of width·3 numbers: long enough for vector instructions, which rows of 3 are not.
@@ -39,11 +39,11 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return pixels.view(count, height, width, 3).permute(0, 3, 1, 2)
 
 
-def cifar_draws(
+def sample_cifar_crops(
     seed: int, epoch: int, images: np.ndarray, mirror: float, padding: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(mirrored bool, x int64, y int64) of each image; offsets are uniform in 0...2·padding."""
-    draws = uniforms(seed, epoch, images, 3, Stream.CIFAR_AUGMENT)
+    draws = random_uniform(seed, epoch, images, 3, RngStream.CIFAR_AUGMENT)
     offsets = (draws[:, 1:] * (2 * padding + 1)).astype(np.int64)
     return draws[:, 0] < mirror, offsets[:, 0], offsets[:, 1]
 
@@ -64,7 +64,7 @@ def cifar_crop(
     rows, columns = rows.clamp(0, size - 1), columns.clamp(0, size - 1)
     columns = torch.where(mirrored[:, None], size - 1 - columns, columns)
     image = torch.arange(len(images), device=images.device)[:, None, None]
-    crops = normalise(images[image, rows[:, :, None], columns[:, None]], mean, std)
+    crops = normalize(images[image, rows[:, :, None], columns[:, None]], mean, std)
     return crops * inside[:, None]
 
 
@@ -78,9 +78,9 @@ EIGENVALUES = (0.2175, 0.0188, 0.0045)
 EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 
 
-def colour_draws(seed: int, epoch: int, images: np.ndarray, augment: Augment) -> np.ndarray:
+def sample_color_params(seed: int, epoch: int, images: np.ndarray, augment: AugmentConfig) -> np.ndarray:
     """float64 (N, 9) of each image: the order of the three operations, their α, and lighting's α."""
-    draws = uniforms(seed, epoch, images, 8, Stream.COLOUR)
+    draws = random_uniform(seed, epoch, images, 8, RngStream.COLOUR)
     order = np.array(ORDERS)[(draws[:, 0] * len(ORDERS)).astype(np.int64)]
     alphas = 1 + (2 * draws[:, 1:4] - 1) * augment.jitter
     radius = np.sqrt(-2 * np.log1p(-draws[:, 4:6]))  # Box and Muller: two uniforms make two normals
@@ -89,9 +89,9 @@ def colour_draws(seed: int, epoch: int, images: np.ndarray, augment: Augment) ->
     return np.concatenate([order, alphas, normals[:, :3] * augment.lighting], axis=1)
 
 
-def mirror_draws(seed: int, epoch: int, images: np.ndarray, augment: Augment) -> np.ndarray:
+def sample_flips(seed: int, epoch: int, images: np.ndarray, augment: AugmentConfig) -> np.ndarray:
     """int64: which of the images, counted from 0, are mirrored."""
-    return np.flatnonzero(uniforms(seed, epoch, images, 9, Stream.COLOUR)[:, 8] < augment.mirror)
+    return np.flatnonzero(random_uniform(seed, epoch, images, 9, RngStream.COLOUR)[:, 8] < augment.mirror)
 
 
 def mirror(images: Tensor, which: Tensor) -> None:
@@ -110,8 +110,8 @@ def jitter(images: Tensor, draws: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """
     planes = images.permute(0, 3, 1, 2).flatten(2)
     size = len(planes) if planes.is_cuda else 1  # a picture at a time stays in a CPU's cache
-    colours = torch.cat([part.float().mean(2) for part in planes.split(size)])
-    matrices, offsets = colour_map(colours, draws, mean, std)
+    colors = torch.cat([part.float().mean(2) for part in planes.split(size)])
+    matrices, offsets = color_map(colors, draws, mean, std)
     out = torch.empty(planes.shape, device=planes.device)
     parts = (tensor.split(size) for tensor in (planes, matrices, offsets[:, :, None], out))
     for part, matrix, offset, result in zip(*parts, strict=True):
@@ -120,28 +120,28 @@ def jitter(images: Tensor, draws: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 @functools.cache
-def colour_constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def color_constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Gray (3,), scaled axes of lighting (3, 3) and identity, float64; copied to a device only once."""
     axes = np.array(EIGENVECTORS) * np.array(EIGENVALUES)
     gray, axes, identity = (on_device(array, device) for array in (np.array(GRAY), axes, np.eye(3)))
     return gray, axes, identity
 
 
-def colour_map(colours: Tensor, draws: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+def color_map(colors: Tensor, draws: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
     """(matrix (N, 3, 3), offset (N, 3)) that take a pixel to its normalised, jittered self.
 
     `colours` (N, 3) are the images' mean colours, the one thing that contrast depends on.
     """
-    draws, colours = draws.double(), colours.double()
+    draws, colors = draws.double(), colors.double()
     order, alphas, lights = draws[:, :3].long(), draws[:, 3:6], draws[:, 6:9]
-    gray, axes, identity = colour_constants(draws.device)
-    matrix, offset = identity.expand(len(draws), 3, 3), torch.zeros_like(colours)
+    gray, axes, identity = color_constants(draws.device)
+    matrix, offset = identity.expand(len(draws), 3, 3), torch.zeros_like(colors)
     for operation in order.unbind(1):
         alpha = alphas.gather(1, operation[:, None])
         blend = alpha[:, :, None] * identity
         to_gray = (1 - alpha[:, :, None]) * gray.expand(3, 3)
         blend = torch.where((operation == 2)[:, None, None], blend + to_gray, blend)
-        average = ((matrix @ colours[:, :, None])[:, :, 0] + offset) @ gray
+        average = ((matrix @ colors[:, :, None])[:, :, 0] + offset) @ gray
         constant = torch.where((operation == 1)[:, None], (1 - alpha) * average[:, None], 0.0)
         matrix = blend @ matrix
         offset = (blend @ offset[:, :, None])[:, :, 0] + constant
@@ -172,8 +172,8 @@ def erase(images: Tensor, seed: int, epoch: int, ids: np.ndarray, probability: f
 
 def erased_boxes(images: Tensor, seed: int, epoch: int, ids: np.ndarray, probability: float) -> np.ndarray:
     """int64 (N, 4): top, bottom, left and right of what RandomErasing erases; zeros: nothing."""
-    chosen = uniforms(seed, epoch, ids, 1, Stream.ERASING)[:, 0] < probability
-    seeds = hashes(seed, epoch, ids, 2, Stream.ERASING)[:, 1]
+    chosen = random_uniform(seed, epoch, ids, 1, RngStream.ERASING)[:, 0] < probability
+    seeds = random_uint64(seed, epoch, ids, 2, RngStream.ERASING)[:, 1]
     boxes = np.zeros((len(ids), 4), np.int64)
     erasing = v2.RandomErasing(p=1.0)
     with torch.random.fork_rng(devices=[]):
@@ -195,7 +195,7 @@ def box_mask(boxes: Tensor, height: int, width: int) -> Tensor:
 
 
 def mix(
-    images: Tensor, labels: Tensor, augment: Augment, classes: int, seed: int, epoch: int, step: int
+    images: Tensor, labels: Tensor, augment: AugmentConfig, classes: int, seed: int, epoch: int, step: int
 ) -> tuple[Tensor, Tensor]:
     """torchvision's MixUp or CutMix of a batch, one of the two where both are on.
 
@@ -206,6 +206,6 @@ def mix(
         for kind, alpha in ((v2.MixUp, augment.mixup), (v2.CutMix, augment.cutmix))
         if alpha
     ]
-    draws = hashes(seed, epoch, np.array([step]), 2, Stream.MIXING)[0]
+    draws = random_uint64(seed, epoch, np.array([step]), 2, RngStream.MIXING)[0]
     with seeded(int(draws[1])):
         return kinds[int(draws[0] % np.uint64(len(kinds)))](images, labels)

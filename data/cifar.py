@@ -10,12 +10,12 @@ import numpy as np
 
 from resnext.errors import UserError
 
-from .in_memory import ImageSet
+from .in_memory import ArrayDataset
 
 TIMEOUT = 60.0  # seconds without a byte from the server
 
 
-def read_set(name: str, root: str, split: str, download: bool) -> ImageSet:
+def read_set(name: str, root: str, split: str, download: bool) -> ArrayDataset:
     """The 50,000 training or 10,000 test pictures ("val") of `name`, cifar10 or cifar100."""
     from torchvision import datasets
 
@@ -37,7 +37,7 @@ def read_set(name: str, root: str, split: str, download: bool) -> ImageSet:
         ) from None
     except (OSError, EOFError) as error:  # urllib's errors are OSErrors
         raise UserError(f"data.dir {folder}: {name} cannot be fetched ({error}); {remedy}") from None
-    return ImageSet(pictures.data, np.array(pictures.targets), tuple(pictures.classes))
+    return ArrayDataset(pictures.data, np.array(pictures.targets), tuple(pictures.classes))
 
 
 @contextlib.contextmanager

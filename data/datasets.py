@@ -2,22 +2,24 @@
 
 from collections.abc import Sequence
 
-from resnext.config import Data
+from resnext.config import DataConfig
 from resnext.errors import UserError
 
 from . import cifar, glyphs, image_folder
-from .image_folder import FileSet
-from .in_memory import ImageSet, take_evenly
+from .image_folder import ImageFolderDataset
+from .in_memory import ArrayDataset, subsample
 
 
-def load_set(config: Data, split: str, classes: tuple[str, ...] | None = None) -> ImageSet | FileSet:
+def load_set(
+    config: DataConfig, split: str, classes: tuple[str, ...] | None = None
+) -> ArrayDataset | ImageFolderDataset:
     """The "train" or "val" part of the configured data set.
 
     A folder's classes are those of train/, or the given ones.
     """
     limit = config.train_images if split == "train" else config.val_images
     if config.dataset == "glyphs":
-        return glyphs.draw_set(split, limit, config.image_size, config.characters or glyphs.DIGITS)
+        return glyphs.render_glyphs(split, limit, config.image_size, config.characters or glyphs.DIGITS)
     if config.dir is None:
         raise UserError(f"data.dir: {config.dataset} needs a folder; give --data DIR")
     if config.dataset == "folder":
@@ -25,10 +27,10 @@ def load_set(config: Data, split: str, classes: tuple[str, ...] | None = None) -
         if config.pipeline == "memory":
             return image_folder.read_set(files, config.image_size, config.max_pixels)
         return files
-    return take_evenly(cifar.read_set(config.dataset, config.dir, split, config.download), limit)
+    return subsample(cifar.read_set(config.dataset, config.dir, split, config.download), limit)
 
 
-def training_classes(config: Data, before: Sequence[str] | None) -> tuple[str, ...] | None:
+def training_classes(config: DataConfig, before: Sequence[str] | None) -> tuple[str, ...] | None:
     """The class folders of train/; those of a run that goes on in its order. None for other sets."""
     if config.dataset != "folder" or config.dir is None:
         return None
@@ -36,7 +38,7 @@ def training_classes(config: Data, before: Sequence[str] | None) -> tuple[str, .
     return tuple(before) if before and set(before) == set(names) else names
 
 
-def check_classes(model_classes: int | None, image_set: ImageSet | FileSet) -> int:
+def check_classes(model_classes: int | None, image_set: ArrayDataset | ImageFolderDataset) -> int:
     """The number of classes; a UserError where model.classes says another."""
     found = len(image_set.classes)
     if model_classes not in (None, found):

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from resnext.config import Data
+from resnext.config import DataConfig
 from resnext.errors import UserError
 
 try:
@@ -26,7 +26,7 @@ except ImportError:  # Pillow alone is enough; see `check_decoder`
 # Remarks on large pictures and damaged EXIF data; what cannot be decoded is an error all the same.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-MAX_PIXELS = Data.max_pixels  # twice Pillow's MAX_IMAGE_PIXELS: where it makes an error
+MAX_PIXELS = DataConfig.max_pixels  # twice Pillow's MAX_IMAGE_PIXELS: where it makes an error
 
 Box = tuple[int, int, int, int]  # left, top, width, height
 Region = Callable[[int, int], Box]
@@ -112,8 +112,8 @@ def _simplejpeg(
 ) -> np.ndarray | None:
     """The same of a plain JPEG file; None for others and where anything is wrong with it."""
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
-        if colours not in ("YCbCr", "Gray") or width * height > max_pixels:
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(content)
+        if colors not in ("YCbCr", "Gray") or width * height > max_pixels:
             return None
         left, top, w, h = region(width, height) if region else (0, 0, width, height)
         factor = _reduction(w, h, size)

@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from resnext.classes import some, sort_classes
+from resnext.classes import abbreviate, sort_classes
 from resnext.errors import UserError
 
 from .decode import MAX_PIXELS, decode
 from .file_list_cache import cached, remember
-from .in_memory import ImageSet, check_memory, even_indices
-from .walk import FORMATS, Found, is_hidden, is_picture, leads_to_folder, left_out, to_bytes, to_text, walk
+from .in_memory import ArrayDataset, check_memory, even_indices
+from .walk import FORMATS, Found, is_hidden, is_image, leads_to_folder, left_out, to_bytes, to_text, walk
 
 OTHER_NAMES = {  # under which people have a split
     "train": ("training",),
@@ -31,7 +31,7 @@ OTHER_NAMES = {  # under which people have a split
 
 
 @dataclass(frozen=True)
-class FileSet:
+class ImageFolderDataset:
     """Picture files below `folder`: their paths as one array of bytes, labels int64 (N,), class names."""
 
     folder: Path
@@ -88,7 +88,7 @@ def split_folder(root: str, split: str) -> Path:
     elif nested:
         hint = f"did you mean --data {shlex.quote(str(base / nested[0]))}?"
     elif classes:
-        hint += f"; if {some(classes)} are classes, divide their pictures between the two"
+        hint += f"; if {abbreviate(classes)} are classes, divide their pictures between the two"
     raise UserError(f"{where}: has no {split}/; {hint}")
 
 
@@ -121,9 +121,9 @@ def one_folder_too_many(folder: Path, names: Collection[str]) -> str:
     (name,) = names
     inner = folder / os.fsdecode(to_bytes(name))
     below = class_folders(inner)
-    if not below or any(is_picture(entry) for entry in os.listdir(os.fsencode(inner))):
+    if not below or any(is_image(entry) for entry in os.listdir(os.fsencode(inner))):
         return ""
-    return f"did you mean {some(tuple(below))} inside it? Move them up into {folder}/"
+    return f"did you mean {abbreviate(tuple(below))} inside it? Move them up into {folder}/"
 
 
 # ---------------------------------------------------------------------------- files
@@ -175,7 +175,7 @@ def absent_classes(
     if not absent:
         return []
     return [
-        f"warning: {folder}: has no pictures of {len(absent):,} of {len(wanted):,} classes ({some(absent)}); "
+        f"warning: {folder}: has no pictures of {len(absent):,} of {len(wanted):,} classes ({abbreviate(absent)}); "
         "errors are over the others"
     ]
 
@@ -184,7 +184,7 @@ def _judge(listing: Listing, folder: Path, strangers: set[str], roots: set[bytes
     """Errors and notes of everything that is not a picture in its class folder."""
     found = listing.found
     with os.scandir(os.fsencode(folder)) as entries:
-        pictures = [entry for entry in entries if is_picture(entry.name) and not is_hidden(entry.name)]
+        pictures = [entry for entry in entries if is_image(entry.name) and not is_hidden(entry.name)]
         loose = sorted(to_text(entry.name) for entry in pictures if not leads_to_folder(entry))
     if loose and folder.name == "val":
         listing.errors.append(
@@ -195,7 +195,7 @@ def _judge(listing: Listing, folder: Path, strangers: set[str], roots: set[bytes
     elif loose:
         listing.notes.append(
             f"warning: {folder}: left out are pictures outside class folders: {len(loose):,} "
-            f"({some(tuple(loose))})"
+            f"({abbreviate(tuple(loose))})"
         )
     if strangers:
         hint = one_folder_too_many(folder, strangers) or "the classes of train/ and val/ must be the same"
@@ -233,7 +233,7 @@ def list_set(
     classes: tuple[str, ...] | None = None,
     order: str | None = None,
     wanted: Collection[int] | None = None,
-) -> FileSet:
+) -> ImageFolderDataset:
     """The pictures below root/split. Given `classes` need no train/; of val/ only the `wanted` matter."""
     classes = classes or class_names(root, order)
     folder = split_folder(root, split)
@@ -244,24 +244,24 @@ def list_set(
     if split == "val" and train.exists() and train.samefile(folder):
         notes += (f"warning: {folder}: is the same folder as train/; the error is that of training pictures",)
     keep = even_indices(len(paths), limit)
-    return FileSet(folder, paths[keep], labels[keep], classes, notes)
+    return ImageFolderDataset(folder, paths[keep], labels[keep], classes, notes)
 
 
-def read_set(files: FileSet, size: int, max_pixels: int = MAX_PIXELS) -> ImageSet:
+def read_set(files: ImageFolderDataset, size: int, max_pixels: int = MAX_PIXELS) -> ArrayDataset:
     """The pictures of a small set, read into memory as uint8 (N, size, size, 3)."""
     check_memory(len(files), size, str(files.folder))
     images = np.empty((len(files), size, size, 3), np.uint8)
 
     def read(i: int) -> None:
-        images[i] = fit(decode(files.read(i), files.path(i), max_pixels=max_pixels), size)
+        images[i] = resize_and_center_crop(decode(files.read(i), files.path(i), max_pixels=max_pixels), size)
 
     with ThreadPoolExecutor() as pool:  # reading and Pillow's decoders release the GIL
         for _ in pool.map(read, range(len(files))):
             pass
-    return ImageSet(images, files.labels, files.classes, files.notes)
+    return ArrayDataset(images, files.labels, files.classes, files.notes)
 
 
-def fit(image: np.ndarray, size: int) -> np.ndarray:
+def resize_and_center_crop(image: np.ndarray, size: int) -> np.ndarray:
     """Scale the shorter side to `size` and crop the centre; untouched where the size is right."""
     height, width = image.shape[:2]
     if (height, width) == (size, size):

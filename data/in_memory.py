@@ -11,7 +11,7 @@ from .walk import to_bytes
 
 
 @dataclass(frozen=True)
-class ImageSet:
+class ArrayDataset:
     """Pictures uint8 (N, S, S, 3), labels int64 (N,) and the names of the classes."""
 
     images: np.ndarray
@@ -30,7 +30,7 @@ class ImageSet:
         return digest.hexdigest()[:16]
 
 
-def take_evenly(image_set: ImageSet, limit: int | None) -> ImageSet:
+def subsample(image_set: ArrayDataset, limit: int | None) -> ArrayDataset:
     """At most `limit` images, evenly spaced, so that sets sorted by class keep every class."""
     keep = even_indices(len(image_set), limit)
     return replace(image_set, images=image_set.images[keep], labels=image_set.labels[keep])

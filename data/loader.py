@@ -23,25 +23,25 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from resnext.config import Augment, Config, Data
+from resnext.config import AugmentConfig, Config, DataConfig
 from resnext.errors import UserError
 
 from .augment import (
     cifar_crop,
-    cifar_draws,
-    colour_draws,
     erase,
     jitter,
     mirror,
-    mirror_draws,
     mix,
-    normalise,
+    normalize,
     on_device,
+    sample_cifar_crops,
+    sample_color_params,
+    sample_flips,
 )
 from .decode import check_decoder
-from .image_folder import FileSet
-from .in_memory import ImageSet
-from .rng import Stream, epoch_order, hashes, uniforms
+from .image_folder import ImageFolderDataset
+from .in_memory import ArrayDataset
+from .rng import RngStream, epoch_order, random_uint64, random_uniform
 from .transforms import CROP_DRAWS, apply_policy, eval_images, train_image
 
 TIMEOUT = 300  # seconds without a batch from the workers
@@ -53,28 +53,28 @@ STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP}
 Share = Callable[[int], np.ndarray]  # where in a global batch of so many images are this process's
 
 
-def train_batches(
-    image_set: ImageSet | FileSet,
+def make_train_loader(
+    image_set: ArrayDataset | ImageFolderDataset,
     config: Config,
     device: torch.device,
     warn: Callable[[str], None] = print,
     share: Share = np.arange,
-) -> "TrainBatches | TrainStream":
+) -> "InMemoryTrainLoader | FileTrainLoader":
     """Training batches of a set in memory or of files; `warn` hears of files left out."""
-    if isinstance(image_set, FileSet):
-        return TrainStream(image_set, config, device, warn, share)
-    return TrainBatches(image_set, config, device, share)
+    if isinstance(image_set, ImageFolderDataset):
+        return FileTrainLoader(image_set, config, device, warn, share)
+    return InMemoryTrainLoader(image_set, config, device, share)
 
 
-def eval_batches(
-    image_set: ImageSet | FileSet,
-    data: Data,
+def make_eval_loader(
+    image_set: ArrayDataset | ImageFolderDataset,
+    data: DataConfig,
     batch_size: int,
     device: torch.device,
     ten_crop: bool = False,
     rank: int = 0,
     ranks: int = 1,
-) -> "EvalBatches | EvalStream":
+) -> "InMemoryEvalLoader | FileEvalLoader":
     """Every image once, in the set's order; with `ten_crop` the ten crops of an image are adjacent.
 
     Of several processes each has the images rank, rank + ranks, …, and as many batches as the others: the
@@ -83,29 +83,31 @@ def eval_batches(
     own = np.arange(rank, len(image_set), ranks)
     steps = -(-len(image_set) // (ranks * batch_size))
     parts = [own[step * batch_size : (step + 1) * batch_size] for step in range(steps)]
-    if isinstance(image_set, FileSet):
-        return EvalStream(image_set, data, parts, device, ten_crop)
+    if isinstance(image_set, ImageFolderDataset):
+        return FileEvalLoader(image_set, data, parts, device, ten_crop)
     if ten_crop:
         raise UserError("--ten-crop: a set in memory has no more than the crop; leave the option out")
-    return EvalBatches(image_set, data, parts, device)
+    return InMemoryEvalLoader(image_set, data, parts, device)
 
 
-class Normalisation:
+class Normalization:
     """Mean and standard deviation in pixel values 0...255, float32 (3,) on the device."""
 
-    def __init__(self, data: Data, device: torch.device):
+    def __init__(self, data: DataConfig, device: torch.device):
         self.mean = torch.tensor(data.mean, dtype=torch.float32, device=device)
         self.std = torch.tensor(data.std, dtype=torch.float32, device=device)
 
 
-class Part(NamedTuple):
+class StepIndices(NamedTuple):
     """What a process makes of a global batch."""
 
     ids: np.ndarray  # int64: the pictures
     kept: np.ndarray | None  # int64: those of its share; None: all
 
 
-def epoch_parts(order: np.ndarray, batch_size: int, share: Share, augment: Augment) -> list[Part]:
+def split_epoch(
+    order: np.ndarray, batch_size: int, share: Share, augment: AugmentConfig
+) -> list[StepIndices]:
     """This process's part of each step of an epoch's order.
 
     Mixing pairs a picture with the one ahead of it in the global batch, which another process may have:
@@ -120,15 +122,15 @@ def epoch_parts(order: np.ndarray, batch_size: int, share: Share, augment: Augme
             starts = np.flatnonzero(np.diff(own, prepend=-2) != 1)
             kept = np.flatnonzero(np.insert(np.ones(len(own), bool), starts, False))
             own = np.insert(own, starts, (own[starts] - 1) % len(ids))
-        found.append(Part(ids[own], kept))
+        found.append(StepIndices(ids[own], kept))
     return found
 
 
-def finish(
+def erase_and_mix(
     images: Tensor,
     labels: Tensor,
-    part: Part,
-    augment: Augment,
+    part: StepIndices,
+    augment: AugmentConfig,
     classes: int,
     seed: int,
     epoch: int,
@@ -148,13 +150,15 @@ def finish(
 # ---------------------------------------------------------------------------- sets in memory
 
 
-class TrainBatches:
+class InMemoryTrainLoader:
     """Training batches: a fresh permutation each epoch, CIFAR augmentation, the last one smaller."""
 
-    def __init__(self, image_set: ImageSet, config: Config, device: torch.device, share: Share = np.arange):
+    def __init__(
+        self, image_set: ArrayDataset, config: Config, device: torch.device, share: Share = np.arange
+    ):
         self.pixels = torch.from_numpy(image_set.images).to(device)
         self.labels = torch.from_numpy(image_set.labels).to(device)
-        self.normalisation = Normalisation(config.data, device)
+        self.normalisation = Normalization(config.data, device)
         self.augment, self.seed, self.share = config.augment, config.run.seed, share
         self.batch_size, self.classes = config.train.batch_size, len(image_set.classes)
         self.images = len(image_set)
@@ -164,9 +168,9 @@ class TrainBatches:
         """The steps from `first_step`, on the device: float32 (N, 3, S, S), labels (N,) or (N, classes)."""
         augment, device = self.augment, self.pixels.device
         order = epoch_order(self.seed, epoch, self.images)
-        steps = epoch_parts(order, self.batch_size, self.share, augment)
+        steps = split_epoch(order, self.batch_size, self.share, augment)
         ids = np.concatenate([part.ids for part in steps])
-        draws = cifar_draws(self.seed, epoch, ids, augment.mirror, augment.padding)
+        draws = sample_cifar_crops(self.seed, epoch, ids, augment.mirror, augment.padding)
         # One copy an epoch: the steps then touch the host for nothing.
         order, mirrored, x, y = (on_device(np.ascontiguousarray(a), device) for a in (ids, *draws))
         ends = np.cumsum([len(part.ids) for part in steps])
@@ -183,46 +187,48 @@ class TrainBatches:
                 self.normalisation.std,
             )
             labels = self.labels[picked]
-            yield finish(images, labels, steps[step], augment, self.classes, self.seed, epoch, step)
+            yield erase_and_mix(images, labels, steps[step], augment, self.classes, self.seed, epoch, step)
 
 
-class EvalBatches:
+class InMemoryEvalLoader:
     """The images of each part, normalised only."""
 
     crops = 1
 
-    def __init__(self, image_set: ImageSet, data: Data, parts: list[np.ndarray], device: torch.device):
+    def __init__(
+        self, image_set: ArrayDataset, data: DataConfig, parts: list[np.ndarray], device: torch.device
+    ):
         own = np.concatenate(parts) if parts else np.empty(0, np.int64)
         self.pixels = torch.from_numpy(image_set.images[own]).to(device)
         self.labels = torch.from_numpy(image_set.labels[own]).to(device)
-        self.normalisation = Normalisation(data, device)
+        self.normalisation = Normalization(data, device)
         self.sizes, self.images, self.steps = [len(part) for part in parts], len(image_set), len(parts)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for pixels, labels in zip(self.pixels.split(self.sizes), self.labels.split(self.sizes), strict=True):
-            yield normalise(pixels, self.normalisation.mean, self.normalisation.std), labels
+            yield normalize(pixels, self.normalisation.mean, self.normalisation.std), labels
 
 
 # ---------------------------------------------------------------------------- files, through workers
 
 
-class HostBatch(NamedTuple):
+class WorkerBatch(NamedTuple):
     """What a worker makes of a batch. Arrays come through the pipe: only the images need shared memory."""
 
     images: Tensor  # (N, S, S, 3), uint8 or float32
     labels: np.ndarray  # int64 (N,)
     mirrored: np.ndarray  # int64: which images to flip
-    colours: np.ndarray  # float64 (N, 9), see augment.colour_draws
+    colors: np.ndarray  # float64 (N, 9), see augment.colour_draws
     skipped: tuple[str, ...]  # why files were left out
     error: str | None  # of a UserError; an exception would lose its form on the way
 
 
-class TrainStream:
+class FileTrainLoader:
     """Training batches of files, with the original's ImageNet augmentation and what is added to it."""
 
     def __init__(
         self,
-        files: FileSet,
+        files: ImageFolderDataset,
         config: Config,
         device: torch.device,
         warn: Callable[[str], None],
@@ -233,11 +239,11 @@ class TrainStream:
         self.device, self.warn, self.share = device, warn, share
         self.augment, self.seed = config.augment, config.run.seed
         self.batch_size, self.classes = train.batch_size, len(files.classes)
-        self.normalisation = Normalisation(data, device)
+        self.normalisation = Normalization(data, device)
         self.images = len(files)
         self.steps = -(-self.images // self.batch_size)
         self.skipped: set[str] = set()
-        self.tasks = Tasks()
+        self.tasks = EpochSampler()
         load = partial(load_train, files, data, config.augment, self.seed)
         images = len(share(self.batch_size))
         self.loader = make_loader(load, self.tasks, data, images, data.train_size, device, True)
@@ -245,21 +251,21 @@ class TrainStream:
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """As TrainBatches.epoch."""
         order = epoch_order(self.seed, epoch, self.images, self.augment.repeats)
-        steps = epoch_parts(order, self.batch_size, self.share, self.augment)
+        steps = split_epoch(order, self.batch_size, self.share, self.augment)
         self.tasks.tasks = [(epoch, part.ids) for part in steps[first_step:]]
         mean, std = self.normalisation.mean, self.normalisation.std
-        for step, batch in enumerate(fetch(self.loader, self.device), first_step):
+        for step, batch in enumerate(prefetch_to_device(self.loader, self.device), first_step):
             self.report(batch)
             mirror(batch.images, batch.mirrored)
             if self.augment.jitter or self.augment.lighting:
-                images = jitter(batch.images, batch.colours, mean, std)
+                images = jitter(batch.images, batch.colors, mean, std)
             else:
-                images = normalise(batch.images, mean, std)
-            yield finish(
+                images = normalize(batch.images, mean, std)
+            yield erase_and_mix(
                 images, batch.labels, steps[step], self.augment, self.classes, self.seed, epoch, step
             )
 
-    def report(self, batch: HostBatch) -> None:
+    def report(self, batch: WorkerBatch) -> None:
         """Log each broken file once; they are skipped again in every epoch."""
         for line in batch.skipped:
             if line not in self.skipped:
@@ -267,55 +273,70 @@ class TrainStream:
                 self.warn(f"warning: {len(self.skipped)} broken files skipped so far: {line}")
 
 
-class EvalStream:
+class FileEvalLoader:
     """The files of each part, cropped and normalised only."""
 
     def __init__(
-        self, files: FileSet, data: Data, parts: list[np.ndarray], device: torch.device, ten_crop: bool
+        self,
+        files: ImageFolderDataset,
+        data: DataConfig,
+        parts: list[np.ndarray],
+        device: torch.device,
+        ten_crop: bool,
     ):
         check_decoder(data.decoder)
         self.device, self.images, self.steps = device, len(files), len(parts)
         self.crops = 10 if ten_crop else 1
-        self.normalisation = Normalisation(data, device)
-        tasks = Tasks()
+        self.normalisation = Normalization(data, device)
+        tasks = EpochSampler()
         tasks.tasks = [(part,) for part in parts]
         load = partial(load_eval, files, data, ten_crop)
         images = max(map(len, parts), default=0) * self.crops
         self.loader = make_loader(load, tasks, data, images, data.image_size, device, False)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in fetch(self.loader, self.device):
-            yield normalise(batch.images, self.normalisation.mean, self.normalisation.std), batch.labels
+        for batch in prefetch_to_device(self.loader, self.device):
+            yield normalize(batch.images, self.normalisation.mean, self.normalisation.std), batch.labels
 
 
 def load_train(
-    files: FileSet, data: Data, augment: Augment, seed: int, epoch: int, ids: np.ndarray
-) -> HostBatch:
+    files: ImageFolderDataset,
+    data: DataConfig,
+    augment: AugmentConfig,
+    seed: int,
+    epoch: int,
+    ids: np.ndarray,
+) -> WorkerBatch:
     """A training batch, in a worker."""
-    draws = uniforms(seed, epoch, ids, CROP_DRAWS, Stream.CROP)
-    seeds = hashes(seed, epoch, ids, 1, Stream.POLICY)[:, 0]
+    draws = random_uniform(seed, epoch, ids, CROP_DRAWS, RngStream.CROP)
+    seeds = random_uint64(seed, epoch, ids, 1, RngStream.POLICY)[:, 0]
     images, shown, skipped = [], [], []
     try:
         for id, draw, policy_seed in zip(ids.tolist(), draws.tolist(), seeds.tolist(), strict=True):
-            image, index = readable_image(files, id % len(files), draw, data, augment, skipped)
+            image, index = read_or_skip(files, id % len(files), draw, data, augment, skipped)
             if augment.policy:
                 image = apply_policy(image, augment.policy, policy_seed)
             images.append(image)
             shown.append(index)
     except UserError as error:
         return failed(error)
-    return HostBatch(
-        stack(images, data.train_size),
+    return WorkerBatch(
+        collate_images(images, data.train_size),
         files.labels[shown],
-        mirror_draws(seed, epoch, ids, augment),
-        colour_draws(seed, epoch, ids, augment),
+        sample_flips(seed, epoch, ids, augment),
+        sample_color_params(seed, epoch, ids, augment),
         tuple(skipped),
         None,
     )
 
 
-def readable_image(
-    files: FileSet, index: int, draw: list[float], data: Data, augment: Augment, skipped: list[str]
+def read_or_skip(
+    files: ImageFolderDataset,
+    index: int,
+    draw: list[float],
+    data: DataConfig,
+    augment: AugmentConfig,
+    skipped: list[str],
 ) -> tuple[np.ndarray, int]:
     """(crop, number) of a picture; with data.skip_broken of the next one in the list that can be decoded."""
     for _ in range(MAX_SKIPPED):
@@ -331,7 +352,9 @@ def readable_image(
     )
 
 
-def load_eval(files: FileSet, data: Data, ten_crop: bool, indices: np.ndarray) -> HostBatch:
+def load_eval(
+    files: ImageFolderDataset, data: DataConfig, ten_crop: bool, indices: np.ndarray
+) -> WorkerBatch:
     """An evaluation batch, in a worker; ten crops of an image follow each other."""
     images = []
     try:
@@ -340,22 +363,24 @@ def load_eval(files: FileSet, data: Data, ten_crop: bool, indices: np.ndarray) -
     except UserError as error:
         return failed(error)
     nothing = np.empty(0)
-    return HostBatch(stack(images, data.image_size), files.labels[indices], nothing, nothing, (), None)
+    return WorkerBatch(
+        collate_images(images, data.image_size), files.labels[indices], nothing, nothing, (), None
+    )
 
 
-def stack(images: list[np.ndarray], size: int) -> Tensor:
+def collate_images(images: list[np.ndarray], size: int) -> Tensor:
     """(N, S, S, 3) of N pictures; in a worker right in shared memory, which default_collate takes care of."""
     if not images:
         return torch.empty(0, size, size, 3)
     return default_collate([torch.from_numpy(np.ascontiguousarray(image)) for image in images])
 
 
-def failed(error: UserError) -> HostBatch:
+def failed(error: UserError) -> WorkerBatch:
     nothing = np.empty(0)
-    return HostBatch(torch.empty(0), nothing, nothing, nothing, (), str(error))
+    return WorkerBatch(torch.empty(0), nothing, nothing, nothing, (), str(error))
 
 
-class Tasks(Sampler):
+class EpochSampler(Sampler):
     """The arguments of each batch's `load`, exchanged for every epoch."""
 
     def __init__(self):
@@ -368,20 +393,20 @@ class Tasks(Sampler):
         return len(self.tasks)
 
 
-class Batches(Dataset):
+class BatchDataset(Dataset):
     """DataLoader's view of `load`: an item is a whole batch."""
 
-    def __init__(self, load: Callable[..., HostBatch]):
+    def __init__(self, load: Callable[..., WorkerBatch]):
         self.load = load
 
-    def __getitem__(self, task: tuple) -> HostBatch:
+    def __getitem__(self, task: tuple) -> WorkerBatch:
         return self.load(*task)
 
 
 def make_loader(
-    load: Callable[..., HostBatch],
-    tasks: Tasks,
-    data: Data,
+    load: Callable[..., WorkerBatch],
+    tasks: EpochSampler,
+    data: DataConfig,
     images: int,
     size: int,
     device: torch.device,
@@ -397,14 +422,14 @@ def make_loader(
             workers * processes, images * size * size * 3 * (1 if data.pipeline == "fast" else 4)
         )
     else:
-        keep_memory()
+        disable_malloc_trim()
     leaving = mmap.mmap(-1, 1)  # shared with the workers; set ahead of multiprocessing's own exit handler
     atexit.register(leaving.write_byte, 1)
     return DataLoader(
-        Batches(load),
+        BatchDataset(load),
         batch_size=None,
         sampler=tasks,
-        collate_fn=same,
+        collate_fn=identity,
         num_workers=workers,
         pin_memory=device.type == "cuda",
         # Forked, they share the index; they touch neither CUDA nor torch's thread pools.
@@ -412,27 +437,27 @@ def make_loader(
         prefetch_factor=PREFETCH if workers else None,
         persistent_workers=persistent and workers > 0,
         timeout=TIMEOUT if workers else 0,
-        worker_init_fn=partial(begin_worker, leaving),
+        worker_init_fn=partial(init_worker, leaving),
     )
 
 
-def keep_memory() -> None:
+def disable_malloc_trim() -> None:
     """glibc shall keep what is freed: taken anew for each picture, pages cost up to a tenth of the time."""
     with contextlib.suppress(AttributeError, OSError):  # other C libraries
         for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             ctypes.CDLL(None).mallopt(parameter, 1 << 30)
 
 
-def same(batch: HostBatch) -> HostBatch:
+def identity(batch: WorkerBatch) -> WorkerBatch:
     return batch
 
 
-def begin_worker(leaving: mmap.mmap, _: int) -> None:
+def init_worker(leaving: mmap.mmap, _: int) -> None:
     """Signals go to the whole group of processes, and whoever stops the run decides about its workers.
 
     SIGTERM is also how they are ended when the run exits, which then says so.
     """
-    keep_memory()
+    disable_malloc_trim()
     for number in STOP_SIGNALS - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving[0] else None)
@@ -440,7 +465,7 @@ def begin_worker(leaving: mmap.mmap, _: int) -> None:
 
 
 @contextlib.contextmanager
-def signals_held() -> Iterator[None]:
+def block_stop_signals() -> Iterator[None]:
     """Stop signals come later: a worker that is started here has none before it can handle them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
@@ -463,15 +488,15 @@ def check_shared_memory(workers: int, batch_bytes: int) -> None:
         )
 
 
-def fetch(loader: DataLoader, device: torch.device) -> Iterator[HostBatch]:
+def prefetch_to_device(loader: DataLoader, device: torch.device) -> Iterator[WorkerBatch]:
     """Batches on the device. A copy is begun while the device still works on the step before."""
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     batches = None
     while True:
         try:
-            with deaths_noticed():
+            with raise_if_worker_died():
                 if batches is None:
-                    with signals_held():
+                    with block_stop_signals():
                         batches = iter(loader)
                 batch = next(batches, None)
         except RuntimeError as error:  # DataLoader: a worker was killed, or gave nothing in time
@@ -487,7 +512,7 @@ def fetch(loader: DataLoader, device: torch.device) -> Iterator[HostBatch]:
 
 
 @contextlib.contextmanager
-def deaths_noticed() -> Iterator[None]:
+def raise_if_worker_died() -> Iterator[None]:
     """Where a worker's death is an error: torch's signal handler would raise it anywhere, in the middle
     of a step or of writing a checkpoint too."""
 
@@ -506,7 +531,7 @@ def deaths_noticed() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-def to_device(batch: HostBatch, device: torch.device, stream: Any) -> HostBatch:
+def to_device(batch: WorkerBatch, device: torch.device, stream: Any) -> WorkerBatch:
     """The same as tensors on the device, ready for its current stream."""
     with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
         tensors = {

@@ -12,7 +12,7 @@ import numpy as np
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-class Stream(IntEnum):
+class RngStream(IntEnum):
     """What draws are for; different streams are independent."""
 
     ORDER = 0
@@ -32,7 +32,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def hashes(seed: int, epoch: int, images: np.ndarray, count: int, stream: Stream) -> np.ndarray:
+def random_uint64(seed: int, epoch: int, images: np.ndarray, count: int, stream: RngStream) -> np.ndarray:
     """uint64 (len(images), count): `count` independent 64-bit draws of each image."""
     with np.errstate(over="ignore"):  # arithmetic is meant modulo 2**64
         state = np.zeros(1, np.uint64)
@@ -43,9 +43,9 @@ def hashes(seed: int, epoch: int, images: np.ndarray, count: int, stream: Stream
         return _mix(per_image[:, None] + number * _GOLDEN)
 
 
-def uniforms(seed: int, epoch: int, images: np.ndarray, count: int, stream: Stream) -> np.ndarray:
+def random_uniform(seed: int, epoch: int, images: np.ndarray, count: int, stream: RngStream) -> np.ndarray:
     """float64 (len(images), count), uniform in [0, 1)."""
-    return (hashes(seed, epoch, images, count, stream) >> np.uint64(11)) * 2.0**-53
+    return (random_uint64(seed, epoch, images, count, stream) >> np.uint64(11)) * 2.0**-53
 
 
 def epoch_order(seed: int, epoch: int, images: int, repeats: int = 1) -> np.ndarray:
@@ -54,7 +54,7 @@ def epoch_order(seed: int, epoch: int, images: int, repeats: int = 1) -> np.ndar
     With `repeats` its first pictures alone, each so many times in a row (repeated augmentation: Hoffer et
     al. 2020). Version v of picture i is i + v * images: the number that its draws are made for.
     """
-    keys = hashes(seed, epoch, np.arange(images), 1, Stream.ORDER)[:, 0]
+    keys = random_uint64(seed, epoch, np.arange(images), 1, RngStream.ORDER)[:, 0]
     order = np.argsort(keys, kind="stable")
     versions = np.arange(images) % repeats
     return order[np.arange(images) // repeats] + versions * images

@@ -12,13 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from resnext.classes import name_outputs, output_numbers, some
-from resnext.config import Data
+from resnext.classes import abbreviate, name_outputs, output_numbers
+from resnext.config import DataConfig
 from resnext.errors import UserError
 
 from .datasets import load_set
-from .image_folder import FileSet, class_folders, list_set, one_folder_too_many, read_set, split_folder
-from .in_memory import ImageSet
+from .image_folder import (
+    ImageFolderDataset,
+    class_folders,
+    list_set,
+    one_folder_too_many,
+    read_set,
+    split_folder,
+)
+from .in_memory import ArrayDataset
 from .walk import to_text
 
 MAX_SPLITS = 50
@@ -90,7 +97,7 @@ def imagenet_classes() -> tuple[str, ...]:
     return tuple(IMAGENET_WNIDS.read_text().split())
 
 
-def known_classes(data: Data, outputs: int, origin: str) -> tuple[tuple[str, ...], list[str]]:
+def known_classes(data: DataConfig, outputs: int, origin: str) -> tuple[tuple[str, ...], list[str]]:
     """(classes of a network whose file does not name them, warnings): ImageNet's, or those of the data."""
     if data.dir is None:
         raise UserError("--data: is missing; give --data DIR with val/CLASS/*.jpg")
@@ -126,8 +133,8 @@ def find_columns(wanted: dict[str, int], classes: Sequence[str], name: str) -> l
 
 
 def load_val(
-    data: Data, classes: tuple[str, ...], wanted: Collection[int] | None = None
-) -> tuple[ImageSet | FileSet, Sequence[str]]:
+    data: DataConfig, classes: tuple[str, ...], wanted: Collection[int] | None = None
+) -> tuple[ArrayDataset | ImageFolderDataset, Sequence[str]]:
     """(the validation set with the network's classes, names of its pictures).
 
     Classes, or the `wanted` among them, without pictures are a warning. Folders called 0…N-1, as
@@ -150,7 +157,7 @@ def load_val(
         if classes != imagenet_classes():
             notes.append(
                 f"warning: class folders 0…{len(classes) - 1} are taken for the numbers of the network's "
-                f"outputs, {some(classes)}"
+                f"outputs, {abbreviate(classes)}"
             )
         names = tuple(numbers.get(output, str(output)) for output in range(len(classes)))
     files = list_set(data.dir, "val", data.val_images, names, wanted=wanted)
@@ -170,8 +177,8 @@ def other_classes(
 
 
 def restrict(
-    val_set: ImageSet | FileSet, names: Sequence[str], columns: list[int], classes_file: str
-) -> tuple[ImageSet | FileSet, Sequence[str]]:
+    val_set: ArrayDataset | ImageFolderDataset, names: Sequence[str], columns: list[int], classes_file: str
+) -> tuple[ArrayDataset | ImageFolderDataset, Sequence[str]]:
     """The pictures of some classes, labelled among these, and their names."""
     position = np.full(len(val_set.classes), -1)
     position[columns] = np.arange(len(columns))
@@ -223,7 +230,7 @@ def find_members(
 
 def load_scored(
     info: Any, wanted: dict[str, int] | None, classes_file: str | None
-) -> tuple[ImageSet | FileSet, list[str], list[int] | None, list[str]]:
+) -> tuple[ArrayDataset | ImageFolderDataset, list[str], list[int] | None, list[str]]:
     """(the pictures to score, their names, the outputs that compete or None for all, warnings)."""
     data, classes, notes, columns = info.config.data, info.classes, [], None
     if classes is None:

@@ -7,18 +7,20 @@ from typing import Any
 
 import torch
 
-from resnext.batch_plan import share_positions
+from resnext.batch_plan import local_indices
 from resnext.config import Config
-from resnext.distributed import first_on_machine, gather, rank, world_size
+from resnext.distributed import all_gather_objects, local_rank0_first, rank, world_size
 from resnext.errors import UserError
 
 from .datasets import check_classes, load_set, training_classes
-from .image_folder import FileSet
-from .in_memory import ImageSet
-from .loader import eval_batches, train_batches
+from .image_folder import ImageFolderDataset
+from .in_memory import ArrayDataset
+from .loader import make_eval_loader, make_train_loader
 
 
-def load_sets(config: Config, start: Any) -> tuple[ImageSet | FileSet, ImageSet | FileSet, str]:
+def load_sets(
+    config: Config, start: Any
+) -> tuple[ArrayDataset | ImageFolderDataset, ArrayDataset | ImageFolderDataset, str]:
     """(training set, validation set, fingerprint of both), the same in all processes, as is an error.
 
     A run that goes on, from the `start` of resnext.engine.resume.read_start, keeps the order of its classes.
@@ -27,13 +29,13 @@ def load_sets(config: Config, start: Any) -> tuple[ImageSet | FileSet, ImageSet 
     data = config.data
     if start is not None and not isinstance(start, dict | tuple) and data.class_order is None:  # a LuaState
         data = replace(data, class_order="string")
-    with first_on_machine():  # which downloads what is missing
+    with local_rank0_first():  # which downloads what is missing
         classes = training_classes(data, before)
         train_set = load_set(data, "train", classes)
         check_classes(config.model.classes, train_set)
         val_set = load_set(data, "val", classes)
     fingerprint = f"{train_set.fingerprint()} {val_set.fingerprint()}"
-    for number, other in enumerate(gather(fingerprint)):
+    for number, other in enumerate(all_gather_objects(fingerprint)):
         if other != fingerprint:
             raise UserError(
                 f"data.dir: process {number} has other files in {config.data.dir} than this one; give all "
@@ -44,14 +46,16 @@ def load_sets(config: Config, start: Any) -> tuple[ImageSet | FileSet, ImageSet 
 
 def make_batches(
     config: Config,
-    train_set: ImageSet | FileSet,
-    val_set: ImageSet | FileSet,
+    train_set: ArrayDataset | ImageFolderDataset,
+    val_set: ArrayDataset | ImageFolderDataset,
     device: torch.device,
     warn: Callable[[str], None],
 ) -> tuple[Any, Any]:
     """(training batches, validation batches) of this process."""
     train = config.train
     return (
-        train_batches(train_set, config, device, warn, partial(share_positions, train=train)),
-        eval_batches(val_set, config.data, train.eval_batch_size, device, rank=rank(), ranks=world_size()),
+        make_train_loader(train_set, config, device, warn, partial(local_indices, train=train)),
+        make_eval_loader(
+            val_set, config.data, train.eval_batch_size, device, rank=rank(), ranks=world_size()
+        ),
     )

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms import v2
 
-from resnext.config import Data
+from resnext.config import DataConfig
 from resnext.errors import UserError
 
 from .augment import seeded
@@ -70,7 +70,7 @@ def crop_places(width: int, height: int, size: int, ten: bool) -> list[tuple[int
 
 
 def train_image(
-    content: bytes, path: Path | str, draws: Sequence[float], data: Data, min_area: float
+    content: bytes, path: Path | str, draws: Sequence[float], data: DataConfig, min_area: float
 ) -> np.ndarray:
     """One training crop of an image file: (S, S, 3), uint8 (fast) or float32 (torch7), in 0...255."""
     size, fallback = data.train_size, False
@@ -94,7 +94,7 @@ def train_image(
     return torch7_resize(crop, size, size)
 
 
-def eval_images(content: bytes, path: Path | str, data: Data, ten: bool) -> list[np.ndarray]:
+def eval_images(content: bytes, path: Path | str, data: DataConfig, ten: bool) -> list[np.ndarray]:
     """The evaluation crop of an image file, or its ten; each (S, S, 3) as in `train_image`."""
     image = decode(content, path, data.decoder, max_pixels=data.max_pixels)
     check_shape(image, data.resize, path)

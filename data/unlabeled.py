@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from resnext.config import Data
+from resnext.config import DataConfig
 from resnext.errors import UserError
 
 from .decode import check_decoder, decode
-from .image_folder import fit
+from .image_folder import resize_and_center_crop
 from .walk import FORMATS, is_hidden, left_out, walk
 
 LARGEST_FILE = 1 << 30  # bytes; what is larger is not read
@@ -25,7 +25,7 @@ LARGEST_FILE = 1 << 30  # bytes; what is larger is not read
 # ---------------------------------------------------------------------------- which files
 
 
-def find_pictures(names: Iterable[str], lines: Iterable[bytes]) -> tuple[list[str], list[str], list[str]]:
+def find_images(names: Iterable[str], lines: Iterable[bytes]) -> tuple[list[str], list[str], list[str]]:
     """(paths of files, what could not be found, warnings), each picture once, in the order of `names`.
 
     A name is a file, a folder (all pictures below it, sorted by path), a pattern such as "DIR/*.jpg"
@@ -88,47 +88,49 @@ class Batch(NamedTuple):
     problems: list[str]
 
 
-def picture_batches(paths: list[str], data: Data, batch_size: int, device: Any) -> Iterator[Batch]:
+def unlabeled_batches(paths: list[str], data: DataConfig, batch_size: int, device: Any) -> Iterator[Batch]:
     """All pictures in their order, `batch_size` at a time; no more than a few batches are held.
 
     `data` says how they are prepared (pipeline, image_size, resize, mean, std) and by how many workers.
     """
-    from .augment import normalise
-    from .loader import Normalisation, Tasks, fetch, make_loader
+    from .augment import normalize
+    from .loader import EpochSampler, Normalization, make_loader, prefetch_to_device
 
     if data.pipeline != "memory":
         check_decoder(data.decoder)
-    tasks = Tasks()
+    tasks = EpochSampler()
     tasks.tasks = [(paths[start : start + batch_size],) for start in range(0, len(paths), batch_size)]
     workers = data.workers
     if workers is None:  # without a GPU, the network has a use for the cores
         workers = len(os.sched_getaffinity(0)) // (1 if device.type == "cuda" else 4)
     workers = min(workers, len(tasks)) if len(tasks) > 1 else 0  # a single batch is sooner done here
-    load = partial(load_pictures, data)
+    load = partial(load_images, data)
     size = min(batch_size, len(paths))
     loader = make_loader(load, tasks, replace(data, workers=workers), size, data.image_size, device, False)
-    scale = Normalisation(data, device)
-    for (names,), batch in zip(tasks, fetch(loader, device), strict=True):
+    scale = Normalization(data, device)
+    for (names,), batch in zip(tasks, prefetch_to_device(loader, device), strict=True):
         read = [name for name, problem in zip(names, batch.skipped, strict=True) if not problem]
-        yield Batch(read, normalise(batch.images, scale.mean, scale.std), list(filter(None, batch.skipped)))
+        yield Batch(read, normalize(batch.images, scale.mean, scale.std), list(filter(None, batch.skipped)))
 
 
-def load_pictures(data: Data, paths: list[str]) -> Any:
+def load_images(data: DataConfig, paths: list[str]) -> Any:
     """A loader.HostBatch, in a worker; `skipped` has an entry for each path, empty where it was read."""
-    from .loader import HostBatch, stack
+    from .loader import WorkerBatch, collate_images
 
     images, problems = [], []
     for path in paths:
         try:
-            images.append(load_picture(path, data))
+            images.append(load_image(path, data))
             problems.append("")
         except UserError as error:
             problems.append(str(error))
     nothing = np.empty(0)
-    return HostBatch(stack(images, data.image_size), nothing, nothing, nothing, tuple(problems), None)
+    return WorkerBatch(
+        collate_images(images, data.image_size), nothing, nothing, nothing, tuple(problems), None
+    )
 
 
-def load_picture(path: str, data: Data) -> np.ndarray:
+def load_image(path: str, data: DataConfig) -> np.ndarray:
     """What evaluation makes of a file: (S, S, 3), uint8 or (torch7) float32, in 0...255."""
     from .transforms import eval_images
 
@@ -140,5 +142,7 @@ def load_picture(path: str, data: Data) -> np.ndarray:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if data.pipeline == "memory":
-        return np.array(fit(decode(content, path, max_pixels=data.max_pixels), data.image_size))
+        return np.array(
+            resize_and_center_crop(decode(content, path, max_pixels=data.max_pixels), data.image_size)
+        )
     return eval_images(content, path, data, ten=False)[0]

@@ -34,11 +34,11 @@ def is_hidden(name: bytes) -> bool:
     return name.startswith(b".") or name.lower() in SYSTEM_NAMES
 
 
-def is_picture(name: bytes) -> bool:
+def is_image(name: bytes) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
-def may_be_picture(name: bytes) -> bool:
+def may_be_image(name: bytes) -> bool:
     """Whether a file that is not taken could be meant as a picture: .heic, or a name that says nothing."""
     kind, _ = KNOWN_TYPES.guess_type(to_text(name), strict=False)
     return kind is None or kind.startswith("image/")
@@ -95,10 +95,10 @@ def walk(roots: Sequence[bytes]) -> Found:
                 pending.appendleft((root, entry.path))
             elif leads_to_folder(entry):
                 pending.append((root, entry.path))  # after all real ones
-            elif is_picture(entry.name) and not (entry.is_symlink() or entry.is_file(follow_symlinks=False)):
+            elif is_image(entry.name) and not (entry.is_symlink() or entry.is_file(follow_symlinks=False)):
                 found.left_out.append(entry.path)  # a pipe would be waited for
-            elif not is_picture(entry.name):
-                (found.left_out if may_be_picture(entry.name) else found.others).append(entry.path)
+            elif not is_image(entry.name):
+                (found.left_out if may_be_image(entry.name) else found.others).append(entry.path)
             elif entry.is_symlink():
                 links.append((root, entry.path))
             else:

@@ -4,18 +4,18 @@ from dataclasses import replace
 
 import numpy as np
 
-from .config import Config, Train
+from .config import Config, TrainConfig
 from .distributed import rank, world_size
 from .errors import UserError
 
 
-def slice_sizes(images: int, slices: int) -> list[int]:
+def split_evenly(images: int, slices: int) -> list[int]:
     """Sizes of near-equal contiguous slices, the larger first: (83, 8) → 11 three times, 10 five."""
     small, larger = divmod(images, slices)
     return [small + 1] * larger + [small] * (slices - larger)
 
 
-def shares(images: int, train: Train, ranks: int) -> list[list[int]]:
+def split_batch(images: int, train: TrainConfig, ranks: int) -> list[list[int]]:
     """How many images of a global batch each process has: [accumulation part][rank].
 
     Contiguous near-equal slices of the batch, a part after the other, in the order of the ranks; they end
@@ -23,22 +23,22 @@ def shares(images: int, train: Train, ranks: int) -> list[list[int]]:
     """
     parts = train.accumulation_steps
     groups = _groups(train, ranks)
-    sizes = slice_sizes(images, parts * groups)
+    sizes = split_evenly(images, parts * groups)
     each = groups // ranks
     starts = range(0, parts * groups, each)
     flat = [sum(sizes[start : start + each]) for start in starts]
     return [flat[part * ranks : (part + 1) * ranks] for part in range(parts)]
 
 
-def share_positions(images: int, train: Train) -> np.ndarray:
+def local_indices(images: int, train: TrainConfig) -> np.ndarray:
     """int64: where in a global batch the images of this process are."""
-    sizes = np.array(shares(images, train, world_size()))
+    sizes = np.array(split_batch(images, train, world_size()))
     ends = np.cumsum(sizes).reshape(sizes.shape)[:, rank()]
     own = sizes[:, rank()]
     return np.concatenate([np.arange(end - size, end) for end, size in zip(ends, own, strict=True)])
 
 
-def check_ranks(train: Train, ranks: int) -> None:
+def check_world_size(train: TrainConfig, ranks: int) -> None:
     """A UserError where a global batch cannot be shared by so many processes."""
     part = train.batch_size // train.accumulation_steps
     groups = part if train.bn_group is None else part // train.bn_group
@@ -62,7 +62,7 @@ def check_last_batch(config: Config, images: int, ranks: int) -> None:
     """
     train = config.train
     last = (images - 1) % train.batch_size + 1
-    if train.sync_bn and any(0 in part for part in shares(last, train, ranks) if any(part)):
+    if train.sync_bn and any(0 in part for part in split_batch(last, train, ranks) if any(part)):
         raise UserError(
             f"train.sync_bn: the last batch of an epoch has {last} images, too few for {ranks} processes; "
             "choose another train.batch_size"
@@ -95,18 +95,18 @@ def _batchnorm_works(config: Config, images: int, ranks: int) -> bool:
     return all(max(1, batch // slices) > 1 for batch in {last, min(images, train.batch_size)})
 
 
-def _can_be_shared(train: Train, ranks: int) -> bool:
+def _can_be_shared(train: TrainConfig, ranks: int) -> bool:
     part, rest = divmod(train.batch_size, train.accumulation_steps)
     if rest or (train.bn_group and (part < train.bn_group or part % train.bn_group)):
         return False
     try:
-        check_ranks(train, ranks)
+        check_world_size(train, ranks)
     except UserError:
         return False
     return True
 
 
-def _groups(train: Train, ranks: int) -> int:
+def _groups(train: TrainConfig, ranks: int) -> int:
     """Into how many slices with statistics of their own BatchNorm cuts an accumulation part."""
     if train.bn_group is None:
         return ranks

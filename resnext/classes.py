@@ -60,13 +60,13 @@ def name_outputs(
         if known == "string" and len(names) == outputs and not sure:
             raise UserError(
                 f"the class folders 0…{outputs - 1} may be the outputs' numbers, or classes in the order "
-                f"of {origin}, {some(string)}; give {option}natural (numbers) or {option}string"
+                f"of {origin}, {abbreviate(string)}; give {option}natural (numbers) or {option}string"
             )
         if known == "natural" or sure:
             return numbered, []
         return numbered, [
-            f"warning: the class folders ({some(natural)}) are taken for the numbers of the network's "
-            f"outputs; if it was trained on folders in the order {some(string)}, as by torchvision, give "
+            f"warning: the class folders ({abbreviate(natural)}) are taken for the numbers of the network's "
+            f"outputs; if it was trained on folders in the order {abbreviate(string)}, as by torchvision, give "
             f"{option}string"
         ]
     if len(names) != outputs:
@@ -77,14 +77,14 @@ def name_outputs(
     order = order or known
     if order is None and string != natural:
         raise UserError(
-            f"the class folders are {some(natural)} in timm's order, {some(string)} in torchvision's, and "
+            f"the class folders are {abbreviate(natural)} in timm's order, {abbreviate(string)} in torchvision's, and "
             f"the weights do not say who trained them; give {option}natural (timm) or {option}string "
             "(torchvision, mmpretrain, this program)"
         )
     return (natural if order == "natural" else string), []
 
 
-def some(names: tuple[str, ...]) -> str:
+def abbreviate(names: tuple[str, ...]) -> str:
     """The first names, for a message."""
     return ", ".join(name[:40] for name in names[:4]) + (", …" if len(names) > 4 else "")
 

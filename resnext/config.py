@@ -35,7 +35,7 @@ def _key(default: Any, comment: str, **limits: float) -> Any:
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelConfig:
     architecture: Literal["resnext", "resnet"] = _key(
         "resnext", "resnext, or resnet: plain bottlenecks (one group)"
     )
@@ -71,7 +71,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Data:
+class DataConfig:
     dataset: Literal["folder", "cifar10", "cifar100", "glyphs"] = _key(
         "folder", "folder: class folders below train/ and val/; glyphs: digits drawn in memory"
     )
@@ -126,7 +126,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Augment:
+class AugmentConfig:
     mirror: float = _key(0.5, "probability of a horizontal flip", at_least=0, at_most=1)
     padding: int = _key(
         0,
@@ -157,7 +157,7 @@ class Augment:
 
 
 @dataclass(frozen=True)
-class Train:
+class TrainConfig:
     epochs: int = _key(100, "passes over the training set", at_least=1)
     batch_size: int = _key(256, "the global batch: images per optimiser step", at_least=1)
     eval_batch_size: int | None = _key(
@@ -199,7 +199,7 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Optimizer:
+class OptimizerConfig:
     lr: float = _key(0.1, "learning rate for the global batch", above=0, at_most=1e30)
     head_lr: float | None = _key(
         None, "another rate for the last layer, under the same schedule; null: lr", above=0, at_most=1e30
@@ -213,7 +213,7 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class ScheduleConfig:
     name: Literal["imagenet_step", "cifar_step", "multistep", "cosine"] = _key(
         "imagenet_step",
         "imagenet_step: /10 every 30 epochs; cifar_step: /10 after 49 and 74 % of all",
@@ -227,7 +227,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunConfig:
     seed: int = _key(0, "of weights, order and augmentation", at_least=0, at_most=2**63 - 1)
     device: Literal["auto", "cpu", "cuda"] = _key("auto", "auto: a GPU where there is one")
     deterministic: bool = _key(False, "repeatable bits on a GPU too, at some cost (a CPU always is)")
@@ -244,13 +244,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Config:
-    model: Model = field(default_factory=Model)
-    data: Data = field(default_factory=Data)
-    augment: Augment = field(default_factory=Augment)
-    train: Train = field(default_factory=Train)
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    schedule: Schedule = field(default_factory=Schedule)
-    run: Run = field(default_factory=Run)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    run: RunConfig = field(default_factory=RunConfig)
 
 
 SECTIONS = {f.name: f.default_factory for f in fields(Config)}
@@ -449,7 +449,7 @@ def complete(config: Config) -> Config:
     return replace(config, model=model, data=data, augment=augment, train=train)
 
 
-def _complete_model(model: Model) -> Model:
+def _complete_model(model: ModelConfig) -> ModelConfig:
     imagenet = model.stem == "imagenet"
     stages, depth = model.stages, model.depth
     if stages is None:
@@ -494,7 +494,7 @@ def _complete_model(model: Model) -> Model:
     )
 
 
-def _complete_data(data: Data, stem: str) -> Data:
+def _complete_data(data: DataConfig, stem: str) -> DataConfig:
     size = data.image_size or IMAGE_SIZES.get(data.dataset) or (224 if stem == "imagenet" else 32)
     if data.dataset.startswith("cifar") and size != 32:
         raise UserError(f"data.image_size: {data.dataset} has 32 pixels, not {size}; remove the key")
@@ -541,7 +541,7 @@ def _check_characters(characters: str, dataset: str) -> None:
         )
 
 
-def _complete_augment(augment: Augment, data: Data) -> Augment:
+def _complete_augment(augment: AugmentConfig, data: DataConfig) -> AugmentConfig:
     if data.pipeline == "memory":
         for name, none in (("min_area", 1), ("jitter", 0), ("lighting", 0), ("policy", None), ("repeats", 1)):
             if getattr(augment, name) not in (None, none):
@@ -616,7 +616,7 @@ def _check_schedule(config: Config) -> None:
 # ---------------------------------------------------------------------------- printing
 
 
-def network_name(model: Model) -> str:
+def network_name(model: ModelConfig) -> str:
     """A complete architecture in a word, such as resnext-50 (32x4d)."""
     return f"{model.architecture}-{model.depth} ({model.cardinality}x{model.base_width}d)"
 

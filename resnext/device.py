@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 
 from .config import Config
-from .distributed import gather, local_rank
+from .distributed import all_gather_objects, local_rank
 from .errors import UserError
 
 
-def choose_device(name: str) -> torch.device:
+def select_device(name: str) -> torch.device:
     """The device of run.device; of several processes on a machine each has its own GPU."""
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
@@ -56,7 +56,7 @@ def choose_precision(precision: str, device: torch.device) -> str:
     """What `auto` stands for: bf16 where the devices of all processes have it, else fp32."""
     if precision != "auto":
         return precision
-    return "bf16" if all(gather(has_instructions(device, "bf16"))) else "fp32"
+    return "bf16" if all(all_gather_objects(has_instructions(device, "bf16"))) else "fp32"
 
 
 def slow_precision(precision: str, device: torch.device, option: str) -> list[str]:
@@ -70,7 +70,7 @@ def slow_precision(precision: str, device: torch.device, option: str) -> list[st
     ]
 
 
-def memory_short(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device or the machine has run out of memory; CUDA's libraries each have their own words."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
@@ -79,17 +79,17 @@ def memory_short(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def memory_explained(text: str, kind: type[UserError] = UserError) -> Iterator[None]:
+def explain_out_of_memory(text: str, kind: type[UserError] = UserError) -> Iterator[None]:
     """Inside, running out of memory is a UserError with this text."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not memory_short(error):
+        if not is_out_of_memory(error):
             raise
         raise kind(text) from None
 
 
-def set_numerics(precision: str, deterministic: bool, training: bool = True) -> None:
+def configure_backends(precision: str, deterministic: bool, training: bool = True) -> None:
     """Process-wide switches: TF32 only where asked for, deterministic algorithms, autotuning in training.
 
     Autotuning chooses by time: two evaluations could round otherwise, and count another error.
@@ -103,14 +103,14 @@ def set_numerics(precision: str, deterministic: bool, training: bool = True) -> 
         torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over each new tensor
 
 
-def step_explained(
+def explain_step_errors(
     config: Config, device: torch.device, kind: type[UserError] = UserError
 ) -> contextlib.AbstractContextManager:
     """Inside, running out of memory is an error that names the keys which save some."""
     train = config.train
     recomputing = train.activation_checkpointing or train.compile  # which exclude each other
     saving = "" if recomputing else ", set train.activation_checkpointing=true"
-    return memory_explained(
+    return explain_out_of_memory(
         f"train.batch_size: a step on {train.batch_size // train.accumulation_steps} images at once does "
         f"not fit into the memory of {device_name(device)}; raise train.accumulation_steps (now "
         f"{train.accumulation_steps}){saving}, or lower train.batch_size",

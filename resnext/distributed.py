@@ -131,7 +131,7 @@ def gradient_group(device: torch.device, timeout: int) -> Any:
 # ---------------------------------------------------------------------------- telling each other
 
 
-def from_first(function: Callable[[], Any]) -> Any:
+def broadcast_from_rank0(function: Callable[[], Any]) -> Any:
     """What `function` returns, or the UserError that it raises, in the first process: in all of them."""
     if world_size() == 1:
         return function()
@@ -147,7 +147,7 @@ def from_first(function: Callable[[], Any]) -> Any:
     return box[0]
 
 
-def gather(value: Any) -> list[Any]:
+def all_gather_objects(value: Any) -> list[Any]:
     """The values of all processes, in order, in each of them; on the host."""
     if world_size() == 1:
         return [value]
@@ -169,7 +169,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def first_on_machine() -> Iterator[None]:
+def local_rank0_first() -> Iterator[None]:
     """The first process of each machine does what is inside before the others: they find it done.
 
     A UserError of one process is raised in all of them.
@@ -183,6 +183,6 @@ def first_on_machine() -> Iterator[None]:
         problem = str(error)
     if dist.is_initialized() and local_rank() == 0:
         dist.barrier()
-    for other in gather(problem):
+    for other in all_gather_objects(problem):
         if other is not None:
             raise UserError(other)

@@ -12,7 +12,7 @@ class UserError(Exception):
     """Something the user can mend; the message names the key or file and the remedy."""
 
 
-class Unreadable(ValueError):
+class InvalidFileError(ValueError):
     """Why a file cannot be read; whoever knows its name makes it a UserError."""
 
 
@@ -30,7 +30,7 @@ def expand_home(word: str) -> str:
     return f"{name}{equals}{os.path.expanduser(path)}"
 
 
-def launched_as(name: str) -> int:
+def env_rank(name: str) -> int:
     """RANK or LOCAL_RANK of a process that torchrun started, else 0; costs no import of torch."""
     return int(os.environ[name]) if all(variable in os.environ for variable in TORCHRUN) else 0
 
@@ -40,7 +40,7 @@ def report_error(error: UserError) -> None:
     print(f"error: {error}", file=sys.stderr, flush=True)
 
 
-def run_command(main: Callable[[], int | None]) -> None:
+def run_main(main: Callable[[], int | None]) -> None:
     """Run a command line: a UserError or a file's OSError becomes one `error:` message, status 2."""
     sys.argv[1:] = map(expand_home, sys.argv[1:])
     if hasattr(sys.stdout, "reconfigure"):  # names may have what the console cannot show
@@ -48,7 +48,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     try:
         sys.exit(main() or 0)
     except UserError as error:
-        if launched_as("LOCAL_RANK") == 0:  # the others on this machine would say the same
+        if env_rank("LOCAL_RANK") == 0:  # the others on this machine would say the same
             report_error(error)
         sys.exit(2)
     except BrokenPipeError:  # the reader of our output has gone

@@ -28,7 +28,7 @@ def check_target(option: str, path: Path) -> None:
         raise UserError(f"{option} {path}: cannot be written; name a file in a folder that exists")
 
 
-def write_whole(option: str, name: str, text: str) -> None:
+def write_file(option: str, name: str, text: str) -> None:
     """Write a file under another name first: what stood there stays until the new one is whole."""
     path, content = Path(name), text.encode("utf-8", "surrogateescape")
     try:

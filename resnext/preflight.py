@@ -23,28 +23,28 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .batch_plan import check_last_batch, check_ranks, shares
+from .batch_plan import check_last_batch, check_world_size, split_batch
 from .config import Config
 from .device import (
-    choose_device,
     choose_precision,
+    configure_backends,
     device_name,
-    memory_explained,
-    set_numerics,
-    step_explained,
+    explain_out_of_memory,
+    explain_step_errors,
+    select_device,
 )
-from .distributed import from_first, gather, rank, world_size
-from .engine.evaluator import at_least_float32
+from .distributed import all_gather_objects, broadcast_from_rank0, rank, world_size
+from .engine.evaluator import promote_to_float32
 from .engine.logger import environment
 from .engine.resume import make_training, read_start
 from .engine.run_directory import existing_part, resume_source
-from .engine.train_state import Progress, Training
+from .engine.train_state import TrainProgress, TrainState
 from .engine.trainer import train_step
 from .errors import UserError
 from .models.ghost_batchnorm import frozen_running_statistics
 from .models.resnext import build_model
 from .schedule import learning_rate
-from .weights.load import LuaState
+from .weights.load import LuaCheckpoint
 
 LONG_STEP = 20.0  # seconds: on a CPU a longer step is estimated from a part of the batch
 MEASURING = 10.0  # seconds that repetitions of a measurement may take
@@ -55,7 +55,7 @@ USUAL_CLASSES = {"cifar10": 10, "cifar100": 100, "glyphs": 10, "folder": 1000}
 # ---------------------------------------------------------------------------- findings
 
 
-class Finding(NamedTuple):
+class CheckResult(NamedTuple):
     """One line: `kind` is ok, warning or error; of the last two the text names the remedy."""
 
     kind: str
@@ -63,31 +63,31 @@ class Finding(NamedTuple):
     block: tuple[str, ...] = ()  # lines drawn below
 
 
-class LeftAlone(UserError):
+class CollectiveError(UserError):
     """Of one process, while others wait for it in an exchange: all must end."""
 
 
 def error_of_one() -> type[UserError]:
     """What a process raises for which the others, if there are any, wait."""
-    return LeftAlone if world_size() > 1 else UserError
+    return CollectiveError if world_size() > 1 else UserError
 
 
-class Report:
+class CheckReport:
     """Prints findings as they come, and counts them; the same count in all processes."""
 
     def __init__(self):
-        self.found: list[Finding] = []
+        self.found: list[CheckResult] = []
 
-    def add(self, *own: Finding) -> None:
+    def add(self, *own: CheckResult) -> None:
         """Findings of this process; of the others only what is wrong is told, and nothing twice."""
-        for number, findings in enumerate(gather(own)):
+        for number, findings in enumerate(all_gather_objects(own)):
             for finding in findings:
                 if (number and finding.kind == "ok") or finding in self.found:
                     continue
                 self.found.append(finding)
-                say(f"{finding.kind:<8} {f'process {number}: ' if number else ''}{finding.text}")
+                print_safe(f"{finding.kind:<8} {f'process {number}: ' if number else ''}{finding.text}")
                 for line in finding.block:
-                    say(f"{'':<8} {line}")
+                    print_safe(f"{'':<8} {line}")
 
     def attempt(self, function: Callable[[], Any]) -> Any:
         """What `function` returns; None where it raises a UserError, which becomes a finding.
@@ -97,10 +97,10 @@ class Report:
         value, problems = None, []
         try:
             value = function()
-        except LeftAlone:
+        except CollectiveError:
             raise
         except UserError as error:
-            problems = [Finding("error", str(error))]
+            problems = [CheckResult("error", str(error))]
         self.add(*problems)
         return value
 
@@ -110,24 +110,24 @@ class Report:
         errors, warnings = kinds.count("error"), kinds.count("warning")
         counts = f"{_count(errors, 'error')}, {_count(warnings, 'warning')}"
         advice = "mend the errors, then check again" if errors else f"start with: {command}"
-        say(f"{'not ready' if errors else 'ready'}: {counts}; {advice}")
+        print_safe(f"{'not ready' if errors else 'ready'}: {counts}; {advice}")
         return 2 if errors else 0
 
 
-def say(text: str) -> None:
+def print_safe(text: str) -> None:
     """A line on the first process's console."""
     if rank() == 0:
         print(" ".join(text.splitlines()), flush=True)
 
 
-def everywhere(function: Callable[[], Any]) -> list[Any]:
+def run_on_all_ranks(function: Callable[[], Any]) -> list[Any]:
     """The results of a `function` that waits for no other process; a UserError of any is raised in all."""
     value, problem = None, None
     try:
         value = function()
     except UserError as error:
         problem = str(error)
-    results = gather((value, problem))
+    results = all_gather_objects((value, problem))
     for number, (_, problem) in enumerate(results):
         if problem is not None:
             raise UserError(f"process {number}: {problem}" if number else problem)
@@ -148,7 +148,7 @@ def start_command(arguments: Sequence[str]) -> str:
 # ---------------------------------------------------------------------------- data
 
 
-class Reading(NamedTuple):
+class LoaderTiming(NamedTuple):
     """What came out of a loader; times in seconds."""
 
     images: Tensor
@@ -163,13 +163,13 @@ class Data(NamedTuple):
     """What is known of the data; `readings` are None where a loader failed."""
 
     images: int | None  # of the training set
-    training: Reading | None
-    validation: Reading | None
+    training: LoaderTiming | None
+    validation: LoaderTiming | None
     resident: Any  # loaders of sets in memory, which keep these on the device
     shortage: str | None  # why workers cannot be started
 
 
-def load_present(report: Report, config: Config, load: Callable[[Config], Any]) -> Any:
+def load_present(report: CheckReport, config: Config, load: Callable[[Config], Any]) -> Any:
     """`load` of a configuration that downloads nothing; a missing download is a warning, and None."""
     data = config.data
     try:
@@ -178,12 +178,12 @@ def load_present(report: Report, config: Config, load: Callable[[Config], Any]) 
         if not (data.download and data.dir and data.dataset.startswith("cifar")):
             raise
     text = f"data.dir {data.dir}: {data.dataset} is missing or not whole, the training will download it; "
-    report.add(Finding("warning", f"{text}give --data DIR where it is to have its pictures checked now"))
+    report.add(CheckResult("warning", f"{text}give --data DIR where it is to have its pictures checked now"))
     return None
 
 
 def check_data(
-    report: Report, config: Config, sets: tuple | None, make: Callable[..., tuple], device: torch.device
+    report: CheckReport, config: Config, sets: tuple | None, make: Callable[..., tuple], device: torch.device
 ) -> Data:
     """Report on the sets, as load_sets of train.py found them, and on the first batches of their loaders."""
     if sets is None:
@@ -193,7 +193,7 @@ def check_data(
     report_notes(report, [*train_set.notes, *val_set.notes])
     shareable = config
     try:
-        check_ranks(config.train, world_size())
+        check_world_size(config.train, world_size())
     except UserError:  # told when the network is made
         shareable = replace(config, train=replace(config.train, bn_group=None))
     broken: list[str] = []
@@ -209,24 +209,26 @@ def check_data(
         readings.append(reading)
     if config.data.pipeline != "memory":
         decoded = report.attempt(lambda: made[1] and decode_all(made[1]))
-        if all(gather(decoded)):  # each process has its share of the files
-            report.add(Finding("ok", f"validation files: all {len(val_set):,} can be decoded"))
+        if all(all_gather_objects(decoded)):  # each process has its share of the files
+            report.add(CheckResult("ok", f"validation files: all {len(val_set):,} can be decoded"))
     report_notes(report, broken[-1:])  # the last counts them
     resident = made if config.data.pipeline == "memory" else None  # of others the workers end here
     return Data(len(train_set), *readings, resident, shortage)
 
 
-def report_notes(report: Report, lines: list[str]) -> None:
+def report_notes(report: CheckReport, lines: list[str]) -> None:
     """Warnings among the lines that a training would write into its log."""
     prefix = "warning: "
-    report.add(*(Finding("warning", line.removeprefix(prefix)) for line in lines if line.startswith(prefix)))
+    report.add(
+        *(CheckResult("warning", line.removeprefix(prefix)) for line in lines if line.startswith(prefix))
+    )
 
 
 def likely_classes(config: Config, start: Any) -> tuple[str, ...]:
     """Names of as many classes as there probably are, where there is no data."""
     if isinstance(start, dict):
         return tuple(start["classes"])
-    if isinstance(start, LuaState):
+    if isinstance(start, LuaCheckpoint):
         return tuple(map(str, range(start.model.fc.out_features)))
     usual = len(config.data.characters or "") or USUAL_CLASSES[config.data.dataset]
     return tuple(map(str, range(config.model.classes or usual)))
@@ -242,7 +244,7 @@ def make_anyhow(make: Callable[[Config], Any], config: Config) -> tuple[Any, str
         return make(replace(config, data=replace(config.data, workers=0))), str(error)
 
 
-def read_batches(batches: Any, device: torch.device) -> Reading:
+def read_batches(batches: Any, device: torch.device) -> LoaderTiming:
     """The first training or validation batch, and the pace of those that follow.
 
     Each worker makes a batch by itself: the pace is known once each has made another one.
@@ -259,7 +261,7 @@ def read_batches(batches: Any, device: torch.device) -> Reading:
         now = time.perf_counter() - start
         count += 1
     each = (now - first) / (count - 1) if count > max(1, workers) else now / count
-    return Reading(images, labels, first, each, workers, batches.steps)
+    return LoaderTiming(images, labels, first, each, workers, batches.steps)
 
 
 def decode_all(batches: Any) -> bool:
@@ -269,7 +271,7 @@ def decode_all(batches: Any) -> bool:
     return True
 
 
-def sets_findings(config: Config, train_set: Any, val_set: Any) -> list[Finding]:
+def sets_findings(config: Config, train_set: Any, val_set: Any) -> list[CheckResult]:
     """How many images and classes there are, and whether some class is left without."""
     counts = [np.bincount(part.labels, minlength=len(train_set.classes)) for part in (train_set, val_set)]
     fewest, most = counts[0].min(), counts[0].max()
@@ -278,17 +280,17 @@ def sets_findings(config: Config, train_set: Any, val_set: Any) -> list[Finding]
         f"data: {config.data.dataset}, {len(train_set):,} training and {len(val_set):,} validation images, "
         f"{_count(len(train_set.classes), 'class', 'es')} of {each} for training"
     )
-    findings = [Finding("ok", text)]
+    findings = [CheckResult("ok", text)]
     for count, key in zip(counts, ("train_images", "val_images"), strict=True):
         empty = np.flatnonzero(count == 0)
         if len(empty) and getattr(config.data, key) is not None:  # else the data set itself has said so
             text = f"{_count(len(empty), 'class', 'es')} without any ({train_set.classes[empty[0]]})"
             limit = getattr(config.data, key)
-            findings.append(Finding("warning", f"data.{key}: {limit} images leave {text}; raise it"))
+            findings.append(CheckResult("warning", f"data.{key}: {limit} images leave {text}; raise it"))
     return findings
 
 
-def batch_findings(name: str, reading: Reading, config: Config) -> list[Finding]:
+def batch_findings(name: str, reading: LoaderTiming, config: Config) -> list[CheckResult]:
     """Shape, time and values of the first batch; `name` is training or validation."""
     images = reading.images
     if not len(images):  # of several processes one may have none
@@ -300,36 +302,36 @@ def batch_findings(name: str, reading: Reading, config: Config) -> list[Finding]
     text = f"first {name} batch: {shape} in {_seconds(reading.first)}, {workers}"
     if not math.isfinite(mean) or not math.isfinite(deviation):
         return [
-            Finding("error", f"{text}; it has values that are not finite: correct data.mean and data.std")
+            CheckResult("error", f"{text}; it has values that are not finite: correct data.mean and data.std")
         ]
     text += f"; mean {mean:.2f}, deviation {deviation:.2f}"
     if abs(mean) > 3:
         return [
-            Finding(
+            CheckResult(
                 "warning", f"{text}: far from 0 and 1; data.mean and data.std are in pixel values 0...255"
             )
         ]
     if images.min() == images.max():
         folder = config.data.dir
         look = shlex.join(["python", "scripts/check_data.py", folder]) if folder else "data.mean, data.std"
-        return [Finding("warning", f"{text}: all pixels are the same; look at the pictures ({look})")]
-    return [Finding("ok", text)]
+        return [CheckResult("warning", f"{text}: all pixels are the same; look at the pictures ({look})")]
+    return [CheckResult("ok", text)]
 
 
-def shared_memory_finding(config: Config, data: Data) -> Finding:
+def shared_memory_finding(config: Config, data: Data) -> CheckResult:
     """Whether the workers have found room for their batches."""
     if data.shortage:
-        return Finding("error", data.shortage)
+        return CheckResult("error", data.shortage)
     if data.images is None and config.data.pipeline != "memory" and config.data.workers != 0:
-        return Finding("warning", "shared memory: not checked without data; mend data.dir first")
+        return CheckResult("warning", "shared memory: not checked without data; mend data.dir first")
     workers = max((reading.workers for reading in (data.training, data.validation) if reading), default=0)
     if not workers:
-        return Finding("ok", "shared memory: not needed, there are no workers")
+        return CheckResult("ok", "shared memory: not needed, there are no workers")
     try:
         free = f", {_size(shutil.disk_usage('/dev/shm').free)} free in /dev/shm"
     except OSError:
         free = ""
-    return Finding("ok", f"shared memory: enough for {_count(workers, 'worker')} of each process{free}")
+    return CheckResult("ok", f"shared memory: enough for {_count(workers, 'worker')} of each process{free}")
 
 
 # ---------------------------------------------------------------------------- disk
@@ -345,12 +347,14 @@ def checkpoint_bytes(config: Config, classes: int) -> int:
     return weights * (1 + (config.optimizer.momentum > 0) + average) + buffers * (1 + average)
 
 
-def output_finding(output: Path, source: Path | None) -> Finding:
+def output_finding(output: Path, source: Path | None) -> CheckResult:
     """Where the run goes, once that was found possible."""
-    return Finding("ok", f"output: {output}, " + (f"going on from {source}" if source else "starting anew"))
+    return CheckResult(
+        "ok", f"output: {output}, " + (f"going on from {source}" if source else "starting anew")
+    )
 
 
-def space(config: Config, classes: int, output: Path, existing: Path) -> Finding:
+def space(config: Config, classes: int, output: Path, existing: Path) -> CheckResult:
     """Room for all checkpoints that a run in `output` will have at once.
 
     `existing` is the folder, itself or above it, that is there. Checkpoints of a run that goes on count.
@@ -371,22 +375,22 @@ def space(config: Config, classes: int, output: Path, existing: Path) -> Finding
         files += f", of which {_size(sum(stored.values()))} are there"
     if free < needed:
         raising = f", raise run.keep_every ({every})" if kept else ""
-        return Finding(
+        return CheckResult(
             "error",
             f"disk: {files}: {_size(needed)} needed, {_size(free)} free in {existing}; make room{raising}, "
             "or choose another disk with --output",
         )
-    return Finding("ok", f"disk: {files}: {_size(needed)} needed, {_size(free)} free")
+    return CheckResult("ok", f"disk: {files}: {_size(needed)} needed, {_size(free)} free")
 
 
 # ---------------------------------------------------------------------------- a step
 
 
 def check_training(
-    report: Report, config: Config, training: Training | None, data: Data, device: torch.device
+    report: CheckReport, config: Config, training: TrainState | None, data: Data, device: torch.device
 ) -> None:
     """Report on steps of a training made for that, on the exchange between processes, on rates and time."""
-    progress = training.progress if training else Progress()
+    progress = training.progress if training else TrainProgress()
     steps = -(-data.images // config.train.batch_size) if data.images else 100
     step, seconds = None, None
     if training and data.images:
@@ -417,16 +421,16 @@ class Step(NamedTuple):
     available: int  # bytes of it that are not another program's
 
 
-def noise(training: Training, images: int) -> tuple[Tensor, Tensor]:
+def noise(training: TrainState, images: int) -> tuple[Tensor, Tensor]:
     """A stand-in for this process's share of a batch: (images, labels)."""
     config, device = training.config, training.device
-    own = sum(part[rank()] for part in shares(images, config.train, world_size()))
+    own = sum(part[rank()] for part in split_batch(images, config.train, world_size()))
     size = config.data.train_size
     labels = torch.arange(own, device=device) % len(training.classes)
     return torch.randn(own, 3, size, size, device=device), labels
 
 
-def measure_step(training: Training, images: Tensor, labels: Tensor, total: int, rate: float) -> Step:
+def measure_step(training: TrainState, images: Tensor, labels: Tensor, total: int, rate: float) -> Step:
     """The time of an optimiser step on this process's share of a batch of `total` images, and its memory.
 
     The weights of `training` are changed. What does not fit is a UserError.
@@ -438,7 +442,7 @@ def measure_step(training: Training, images: Tensor, labels: Tensor, total: int,
         torch.cuda.reset_peak_memory_stats(device)
     training.model.train()
     # Alone first: a process that runs out of memory inside an exchange would keep the others waiting.
-    tried = everywhere(lambda: try_part(training, images, labels, total))
+    tried = run_on_all_ranks(lambda: try_part(training, images, labels, total))
     loss = next((loss for loss, _, _ in tried if loss is not None), math.nan)
     if not math.isfinite(loss):
         raise UserError(
@@ -449,20 +453,20 @@ def measure_step(training: Training, images: Tensor, labels: Tensor, total: int,
     if not cuda and seconds > LONG_STEP:
         return Step(seconds, loss, part, 0, 0)
     repetitions = 5 if cuda else max(1, min(5, int(MEASURING / max(seconds, 1e-3))))
-    with step_explained(training.config, device, error_of_one()):
+    with explain_step_errors(training.config, device, error_of_one()):
         times = repeated(lambda: train_step(training, images, labels, rate, total), repetitions, device)
     peak, available = 0, 0
     if cuda:
         free, _ = torch.cuda.mem_get_info(device)
         peak = torch.cuda.max_memory_reserved(device)
         available = free + torch.cuda.memory_reserved(device)
-    figures = gather((statistics.median(times), peak, available))
+    figures = all_gather_objects((statistics.median(times), peak, available))
     _, peak, available = max(figures, key=lambda figure: figure[1] / max(1, figure[2]))
     return Step(max(seconds for seconds, _, _ in figures), loss, None, peak, available)
 
 
 def try_part(
-    training: Training, images: Tensor, labels: Tensor, total: int
+    training: TrainState, images: Tensor, labels: Tensor, total: int
 ) -> tuple[float | None, int, float]:
     """(loss, number of images, seconds for all of this process's images) of a forward and backward pass.
 
@@ -471,7 +475,7 @@ def try_part(
     """
     train, ranks = training.config.train, world_size()
     images = images.to(memory_format=training.layout)
-    most = shares(total, train, ranks)[0][rank()]
+    most = split_batch(total, train, ranks)[0][rank()]
     if not most:
         return None, 0, 0.0
     losses = []
@@ -480,7 +484,7 @@ def try_part(
         with training.exchange(last=False), frozen_running_statistics(training.model):
             with training.autocast():
                 output = training.forward(images[:number])
-            loss = F.cross_entropy(at_least_float32(output), labels[:number])
+            loss = F.cross_entropy(promote_to_float32(output), labels[:number])
             loss.backward()
         training.optimizer.zero_grad(set_to_none=True)
         losses.append(loss.detach())
@@ -488,12 +492,12 @@ def try_part(
     # Each BatchNorm group needs two images; a compiled network is compiled for each number of them.
     groups = train.batch_size // train.accumulation_steps // train.bn_group // ranks if train.bn_group else 1
     few = most if train.compile else min(most, max(4, 2 * groups))
-    with step_explained(training.config, training.device):
+    with explain_step_errors(training.config, training.device):
         number, seconds = grow(work, few, most, training.device)
     return losses[0].item(), number, seconds / number * len(images)
 
 
-def measure_validation(training: Training, images: Tensor) -> float:
+def measure_validation(training: TrainState, images: Tensor) -> float:
     """Seconds of the network's forward pass over a validation batch; on a CPU perhaps estimated."""
     if not len(images):
         return 0.0
@@ -505,7 +509,7 @@ def measure_validation(training: Training, images: Tensor) -> float:
         with torch.inference_mode(), training.autocast():
             model(images[:number])
 
-    with memory_explained(
+    with explain_out_of_memory(
         f"train.eval_batch_size: {len(images)} validation images at once do not fit into the memory of "
         f"{device_name(device)}; lower it"
     ):
@@ -529,7 +533,7 @@ def grow(work: Callable[[int], object], few: int, most: int, device: torch.devic
     return number, seconds or first
 
 
-def step_finding(step: Step, total: int, real: bool) -> Finding:
+def step_finding(step: Step, total: int, real: bool) -> CheckResult:
     """Time and memory of a step; `real` says whether it was on pictures."""
     what = f"step: {_count(total, 'image')}{'' if real else ' of noise'}, loss {step.loss:.3f} at the start, "
     if step.part is not None:
@@ -537,13 +541,13 @@ def step_finding(step: Step, total: int, real: bool) -> Finding:
     else:
         what += _seconds(step.seconds)
     if not step.available:
-        return Finding("ok", what)
+        return CheckResult("ok", what)
     what += f"; {_size(step.peak)} of {_size(step.available)} GPU memory at most"
     if step.peak > 0.95 * step.available:
-        return Finding(
+        return CheckResult(
             "warning", f"{what}, little is left: raise train.accumulation_steps or close other programs"
         )
-    return Finding("ok", what)
+    return CheckResult("ok", what)
 
 
 def repeated(work: Callable[[], object], times: int, device: torch.device) -> list[float]:
@@ -568,7 +572,7 @@ def synchronise(device: torch.device) -> None:
 # ---------------------------------------------------------------------------- processes
 
 
-def exchange_finding(training: Training | None, device: torch.device, same_data: bool) -> Finding:
+def exchange_finding(training: TrainState | None, device: torch.device, same_data: bool) -> CheckResult:
     """That all processes answer, and how long an exchange of as many numbers as there are weights takes."""
     group, numbers = None, 1
     if training is not None and training.exchanges:
@@ -577,13 +581,13 @@ def exchange_finding(training: Training | None, device: torch.device, same_data:
     values = torch.zeros(numbers, device=device if group is not None else "cpu")
     seconds = statistics.median(repeated(lambda: dist.all_reduce(values, group=group), 3, device))
     text = f"processes: all {world_size()} answer; a sum of {_size(values.nbytes)} takes {_seconds(seconds)}"
-    return Finding("ok", f"{text}, each has the same data" if same_data else text)
+    return CheckResult("ok", f"{text}, each has the same data" if same_data else text)
 
 
 # ---------------------------------------------------------------------------- learning rate
 
 
-def curve_finding(config: Config, steps: int) -> Finding:
+def curve_finding(config: Config, steps: int) -> CheckResult:
     """The learning rate over the whole training of `steps` an epoch, drawn in plain characters."""
     schedule, base, epochs = config.schedule, config.optimizer.lr, config.train.epochs
 
@@ -604,7 +608,7 @@ def curve_finding(config: Config, steps: int) -> Finding:
     block.append(f"{'':>{margin}}  {first}{last:>{width - len(first)}}")
     warmup = f", {_count(schedule.warmup_epochs, 'epoch')} of warm-up" if schedule.warmup_epochs else ""
     text = f"learning rate: {schedule.name}{warmup}; {ends[0]:.3g} at the start, {highest:.3g} at most, "
-    return Finding("ok", f"{text}{ends[-1]:.3g} at the end", tuple(block))
+    return CheckResult("ok", f"{text}{ends[-1]:.3g} at the end", tuple(block))
 
 
 def draw(values: Sequence[float], lowest: float, highest: float) -> list[str]:
@@ -627,7 +631,7 @@ def draw(values: Sequence[float], lowest: float, highest: float) -> list[str]:
 
 def time_finding(
     config: Config, step: Step | None, validation: float | None, data: Data, done: int
-) -> Finding:
+) -> CheckResult:
     """The time of the epochs that are not `done` yet, in h:mm:ss, from what was measured in all processes.
 
     A GPU works while workers make the next batch: the slower of the two counts. On a CPU both want the
@@ -644,14 +648,14 @@ def time_finding(
             + work
             for work, reading, side_by_side in pairs
         ]
-    everyones = gather(own)
+    everyones = all_gather_objects(own)
     if None in everyones:
-        return Finding(
+        return CheckResult(
             "warning", "time: not estimated, as not all of it could be measured; mend what is said above"
         )
     training, validating = (max(times) for times in zip(*everyones, strict=True))
     seconds = epochs * (training + validating)
-    return Finding(
+    return CheckResult(
         "ok",
         f"time: about {hours(seconds)} for {_count(epochs, 'epoch')} of {_seconds(training)} training "
         f"({readings[0].steps:,} x step {_seconds(step.seconds)}, data {_seconds(readings[0].each)}) and "
@@ -691,30 +695,32 @@ def check(
 
     `resume` is --resume; the other two are data.training's functions.
     """
-    device = choose_device(config.run.device)
-    report = Report()
+    device = select_device(config.run.device)
+    report = CheckReport()
 
     def beginning() -> tuple[Path | None, Config, Any, list[str]]:
-        source = from_first(lambda: resume_source(resume, output))
+        source = broadcast_from_rank0(lambda: resume_source(resume, output))
         return source, *read_start(config, source, device)
 
     found = report.attempt(beginning)
     source, config, start, notes = found or (None, config, None, [])
     precision = choose_precision(config.train.precision, device)
     config = replace(config, train=replace(config.train, precision=precision))
-    set_numerics(precision, config.run.deterministic)
+    configure_backends(precision, config.run.deterministic)
     sets = report.attempt(lambda: load_present(report, config, lambda config: load_sets(config, start)))
     data = check_data(report, config, sets, make_batches, device)
     classes = sets[0].classes if sets else likely_classes(config, start)
     if found:
         report.add(output_finding(output, source))
     place = existing_part(output)
-    report.attempt(lambda: report.add(from_first(lambda: space(config, len(classes), output, place))))
+    report.attempt(
+        lambda: report.add(broadcast_from_rank0(lambda: space(config, len(classes), output, place)))
+    )
     report.add(shared_memory_finding(config, data))
     versions = environment(device) | {"data": sets[2] if sets else "unknown"}
 
     def made() -> tuple[Any, list[str]]:
-        with step_explained(config, device, error_of_one()):
+        with explain_step_errors(config, device, error_of_one()):
             return make_training(config, classes, data.images, device, versions, source, start)
 
     training, changes = report.attempt(made) or (None, [])

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import Unreadable
+from .errors import InvalidFileError
 
 MAX_PICKLE = 64 << 20  # bytes
 MAX_OPERATIONS = 4_000_000  # of a pickle; each may make an object of a hundred bytes
@@ -47,19 +47,19 @@ NUMBERS = {
 def view(storage: Tensor, offset: int, sizes: list[int], strides: list[int]) -> Tensor:
     """A tensor inside a 1-D storage; `offset` counts from 0. Raises Unreadable where it would leave it."""
     if len(sizes) != len(strides) or len(sizes) > 32:
-        raise Unreadable(f"a tensor of {len(sizes)} dimensions")
+        raise InvalidFileError(f"a tensor of {len(sizes)} dimensions")
     numbers = [offset, *sizes, *strides]
     if min(numbers) < 0 or max(numbers) >= 1 << 40 or math.prod(max(1, size) for size in sizes) >= 1 << 62:
-        raise Unreadable(f"a tensor of impossible shape {sizes}")
+        raise InvalidFileError(f"a tensor of impossible shape {sizes}")
     last = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
     if math.prod(sizes) and last >= len(storage):
-        raise Unreadable(f"a tensor of shape {sizes} does not fit into {len(storage)} elements")
+        raise InvalidFileError(f"a tensor of shape {sizes} does not fit into {len(storage)} elements")
     if not math.prod(sizes):
         return storage.new_empty(sizes)
     return storage.as_strided(sizes, strides, offset)
 
 
-class Stored:
+class TensorRef:
     """A tensor. Wrapped, because a pickle may call a torch.Tensor's own __setstate__."""
 
     __slots__ = ("tensor",)
@@ -71,28 +71,28 @@ class Stored:
         pass
 
 
-class Plain(dict):
+class SafeDict(dict):
     """A dict whose keys are simple, and to which a pickle can do nothing else."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
         if type(key) not in KEYS:
-            raise Unreadable("a dict has a key that is neither text nor number")
+            raise InvalidFileError("a dict has a key that is neither text nor number")
         super().__setitem__(key, value)
 
     def __setstate__(self, state: Any) -> None:
         pass
 
 
-class Inert:
+class Placeholder:
     """Stands in place of an object of a class that is not read; takes anything, does nothing."""
 
-    def __new__(cls, *arguments: Any, **keywords: Any) -> "Inert":
+    def __new__(cls, *arguments: Any, **keywords: Any) -> "Placeholder":
         return super().__new__(cls)
 
     def __init__(self, *arguments: Any, **keywords: Any):
         pass
 
-    def __call__(self, *arguments: Any, **keywords: Any) -> "Inert":
+    def __call__(self, *arguments: Any, **keywords: Any) -> "Placeholder":
         return self
 
     def ignore(self, *arguments: Any) -> None:
@@ -107,17 +107,17 @@ def read_archive(path: Path) -> Any:
         names = set(archive.namelist())
         roots = [name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl")]
         if len(roots) != 1:
-            raise Unreadable("an archive without the one data.pkl of torch.save")
+            raise InvalidFileError("an archive without the one data.pkl of torch.save")
         root = roots[0]
         if f"{root}byteorder" in names and archive.read(f"{root}byteorder").strip() != b"little":
-            raise Unreadable("its numbers are big-endian")
+            raise InvalidFileError("its numbers are big-endian")
         if f"{root}constants.pkl" in names:
-            raise Unreadable("a TorchScript program; save its state_dict() with torch.save")
+            raise InvalidFileError("a TorchScript program; save its state_dict() with torch.save")
 
         def storage(key: str, kind: torch.dtype) -> Tensor:
             name = f"{root}data/{key}"
             if name not in names:
-                raise Unreadable(f"the numbers of a tensor are missing ({name[:80]})")
+                raise InvalidFileError(f"the numbers of a tensor are missing ({name[:80]})")
             return _numbers(archive.read(name), kind)
 
         return _Unpickler(archive.read(f"{root}data.pkl"), storage).read()
@@ -144,10 +144,10 @@ def read_legacy(content: bytes) -> Any:
         return value
 
     if read() != LEGACY_MAGIC or read() != 1001:
-        raise Unreadable("not a file of torch.save")
+        raise InvalidFileError("not a file of torch.save")
     system = read()
     if not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise Unreadable("its numbers are big-endian")
+        raise InvalidFileError("its numbers are big-endian")
     start = stream.tell()
     read(checked=False)  # tells which storages there are, and where they begin
     storages: dict[str, Tensor] = {}
@@ -156,23 +156,23 @@ def read_legacy(content: bytes) -> Any:
         count = int.from_bytes(head, "little", signed=True)
         kind = kinds.get(key)
         if len(head) < 8 or kind is None or not 0 <= count <= len(content):
-            raise Unreadable("cut off, or its tensors are damaged")
+            raise InvalidFileError("cut off, or its tensors are damaged")
         storages[key] = _numbers(stream.read(count * kind.itemsize), kind)
         if len(storages[key]) != count:
-            raise Unreadable("cut off within its tensors")
+            raise InvalidFileError("cut off within its tensors")
     return _Unpickler(content[start : start + MAX_PICKLE], lambda key, kind: storages[key].view(kind)).read()
 
 
 def _keys(value: Any) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(key, str) for key in value):
-        raise Unreadable("its list of tensors is damaged")
+        raise InvalidFileError("its list of tensors is damaged")
     return value
 
 
 def _numbers(content: bytes, kind: torch.dtype) -> Tensor:
     """1-D, of little-endian bytes."""
     if len(content) % kind.itemsize:
-        raise Unreadable("the numbers of a tensor are cut off")
+        raise InvalidFileError("the numbers of a tensor are cut off")
     if not content:
         return torch.empty(0, dtype=kind)
     return torch.from_numpy(np.frombuffer(content, np.uint8).copy()).view(kind)
@@ -186,7 +186,7 @@ class _Operations(io.BytesIO):
     def read(self, size: int | None = -1) -> bytes:
         self.count += 1
         if self.count > MAX_OPERATIONS:
-            raise Unreadable(f"its pickle has over {MAX_OPERATIONS:,} parts")
+            raise InvalidFileError(f"its pickle has over {MAX_OPERATIONS:,} parts")
         return super().read(size)
 
 
@@ -221,17 +221,17 @@ class _Unpickler(pickle._Unpickler):
         """The value; whatever a damaged pickle raises is Unreadable."""
         try:
             return self.load()
-        except Unreadable:
+        except InvalidFileError:
             raise
         except Exception as error:
-            raise Unreadable(f"its pickle is damaged ({type(error).__name__})") from None
+            raise InvalidFileError(f"its pickle is damaged ({type(error).__name__})") from None
 
     def load_empty_dictionary(self) -> None:
-        self.append(Plain())
+        self.append(SafeDict())
 
     def load_dict(self) -> None:
         items = self.pop_mark()
-        self.append(Plain())
+        self.append(SafeDict())
         for key, value in zip(items[::2], items[1::2], strict=True):
             self.stack[-1][key] = value
 
@@ -250,40 +250,40 @@ class _Unpickler(pickle._Unpickler):
         if (module, name) == ("torch._utils", "_rebuild_tensor_v3"):  # of an untyped storage: float8
             return lambda *arguments: self.tensor(*arguments[:4], arguments[6])
         if (module, name) == ("collections", "OrderedDict"):
-            return lambda *_: Plain()
+            return lambda *_: SafeDict()
         if self.strict:
-            raise Unreadable(f"it holds more than tensors and plain values ({module} {name})")
+            raise InvalidFileError(f"it holds more than tensors and plain values ({module} {name})")
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return lambda tensor, *_: tensor
-        return type("Inert", (Inert,), {"name": f"{module}.{name}"})
+        return type("Placeholder", (Placeholder,), {"name": f"{module}.{name}"})
 
     def persistent_load(self, identity: Any) -> Any:
         if isinstance(identity, tuple) and len(identity) == 4 and identity[0] == "module":
             return identity[1]  # a class, beside its source
         if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] != "storage":
-            raise Unreadable("it names something outside of itself that is no storage")
+            raise InvalidFileError("it names something outside of itself that is no storage")
         _, kind, key, _, count, *window = identity
         if not isinstance(kind, _Kind) or not isinstance(key, str):
-            raise Unreadable("a tensor of unknown numbers")
+            raise InvalidFileError("a tensor of unknown numbers")
         if key not in self.storages:
             self.storages[key] = self.storage(key, kind.dtype)
         storage = self.storages[key]
         if storage.dtype != kind.dtype:
-            raise Unreadable("two types of numbers share a storage")
+            raise InvalidFileError("two types of numbers share a storage")
         if window and window[0] is not None and self.checked:  # (its key, first element, elements)
             _, offset, count = window[0]
             storage = view(storage, offset, [count], [1])
-        return Stored(storage)
+        return TensorRef(storage)
 
     def tensor(self, storage: Any, offset: Any, sizes: Any, strides: Any, kind: Any = None) -> Any:
-        if not isinstance(storage, Stored) or storage.tensor.ndim != 1:
-            raise Unreadable("a tensor without its numbers")
+        if not isinstance(storage, TensorRef) or storage.tensor.ndim != 1:
+            raise InvalidFileError("a tensor without its numbers")
         if not self.checked:
             return None
         if not all(type(number) is int for number in (offset, *sizes, *strides)):
-            raise Unreadable("a tensor whose shape is no numbers")
+            raise InvalidFileError("a tensor whose shape is no numbers")
         numbers = storage.tensor if kind is None else storage.tensor.view(kind.dtype)
-        return Stored(view(numbers, offset, list(sizes), list(strides)))
+        return TensorRef(view(numbers, offset, list(sizes), list(strides)))
 
 
 class _Kind:

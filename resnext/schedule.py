@@ -2,11 +2,11 @@
 
 import math
 
-from .config import Schedule
+from .config import ScheduleConfig
 
 
 def learning_rate(
-    schedule: Schedule, base: float, epochs: int, epoch: int, step: int = 0, steps: int = 1
+    schedule: ScheduleConfig, base: float, epochs: int, epoch: int, step: int = 0, steps: int = 1
 ) -> float:
     """Rate of one step.
 

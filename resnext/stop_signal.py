@@ -13,7 +13,7 @@ from .distributed import world_size
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
-class StopRequest:
+class StopSignal:
     """Context manager that notes a stop signal; signals only set a flag.
 
     The trainer asks between steps, so that a checkpoint is never torn and no step is half done. A second
@@ -27,7 +27,7 @@ class StopRequest:
         self._vote: tuple[Tensor, Any] | None = None
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> "StopRequest":
+    def __enter__(self) -> "StopSignal":
         for number in STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 self._before[number] = signal.signal(number, self._handle)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # its own folder too, for python -P
-from resnext.errors import UserError, command_parser, run_command
+from resnext.errors import UserError, command_parser, run_main
 
 
 def main() -> None:
@@ -117,10 +117,10 @@ def table(title: str, variants: list, seconds: dict[str, list[float]]) -> dict:
 
 
 def write_json(path: Path, what: str, results: list[dict]) -> None:
-    from resnext.device import choose_device
+    from resnext.device import select_device
     from resnext.engine.logger import environment
 
-    content = {"benchmark": what, "environment": environment(choose_device("auto")), "tables": results}
+    content = {"benchmark": what, "environment": environment(select_device("auto")), "tables": results}
     try:
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
@@ -157,4 +157,4 @@ def draw(results: list[dict], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main(main)

@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from data.image_folder import FileSet, list_set
-from data.in_memory import ImageSet
-from data.loader import TrainBatches, TrainStream, train_batches
+from data.image_folder import ImageFolderDataset, list_set
+from data.in_memory import ArrayDataset
+from data.loader import FileTrainLoader, InMemoryTrainLoader, make_train_loader
 from resnext.config import Config, parse_config
-from resnext.device import choose_device, choose_precision, set_numerics
-from resnext.engine.train_state import prepare
+from resnext.device import choose_precision, configure_backends, select_device
+from resnext.engine.train_state import build_train_state
 from resnext.engine.trainer import train_step
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -66,7 +66,7 @@ def pipelines(folder: str, overrides: list[str]) -> Iterator[Table]:
 
 def in_process(folder: str, small: str, base: list[str]) -> list[Variant]:
     reference = Reference(folder)
-    colours = Reference(folder, photometric=True)
+    colors = Reference(folder, photometric=True)
     variants = [
         reference.variant("torchvision's way: PIL, ImageFolder"),
         ours("fast", folder, [*base, *PLAIN]),
@@ -75,7 +75,7 @@ def in_process(folder: str, small: str, base: list[str]) -> list[Variant]:
         ours("torch7", folder, [*base, *PLAIN, "data.pipeline=torch7"]),
         Reference(small).variant("torchvision's way, files of 500 px, q90"),
         ours("fast, files of 500 px, q90", small, [*base, *PLAIN]),
-        colours.variant("torchvision's way, colours and lighting"),
+        colors.variant("torchvision's way, colours and lighting"),
         ours("fast, colours and lighting", folder, base),
     ]
     return variants + timm_variants(folder)
@@ -96,7 +96,7 @@ def in_worker(folder: str, small: str, base: list[str]) -> list[Variant]:
 def ours(name: str, folder: str, overrides: list[str]) -> Variant:
     config = parse_config("", "benchmark", [f"data.dir={folder}", *overrides])
     files = list_set(folder, "train")
-    stream = TrainStream(files, config, torch.device("cpu"), print)
+    stream = FileTrainLoader(files, config, torch.device("cpu"), print)
     return Variant(name, len(files), lambda: [None for _ in stream.epoch(1)])
 
 
@@ -104,12 +104,12 @@ class Reference:
     """torchvision's reference training input (references/classification/presets.py), and with colours."""
 
     def __init__(self, folder: str, photometric: bool = False, workers: int = 0):
-        colours = [transforms.ColorJitter(0.4, 0.4, 0.4)] if photometric else []
+        colors = [transforms.ColorJitter(0.4, 0.4, 0.4)] if photometric else []
         lighting = [Lighting()] if photometric else []
         steps = [
             transforms.RandomResizedCrop(224),
             transforms.RandomHorizontalFlip(),
-            *colours,
+            *colors,
             transforms.PILToTensor(),
             transforms.ConvertImageDtype(torch.float),
             *lighting,
@@ -204,14 +204,14 @@ def end_to_end(folder: str, overrides: list[str]) -> Iterator[Table]:
     """Training on files; the same on one batch that lies on the device; with torchvision's input."""
     base = [f"data.dir={folder}", "train.precision=auto", "train.batch_size=32", *overrides]
     config = parse_config("", "benchmark", base)
-    device = choose_device(config.run.device)
+    device = select_device(config.run.device)
     precision = choose_precision(config.train.precision, device)
     config = replace(config, train=replace(config.train, precision=precision))
-    set_numerics(precision, config.run.deterministic)
+    configure_backends(precision, config.run.deterministic)
     files = list_set(folder, "train")
-    training = prepare(config, files.classes, device, {})
+    training = build_train_state(config, files.classes, device, {})
     training.model.train()
-    stream = train_batches(files, config, device, print)
+    stream = make_train_loader(files, config, device, print)
     workers = stream.loader.num_workers
     reference = Reference(folder)
     loader = DataLoader(
@@ -265,7 +265,7 @@ def steps_over(name: str, source: Callable[[], Iterator], training, images: int)
 class PerPicture(Dataset):
     """The usual way: one PIL picture at a time through torchvision's transforms."""
 
-    def __init__(self, images: ImageSet, config: Config):
+    def __init__(self, images: ArrayDataset, config: Config):
         self.images = images
         mean, std = (tuple(v / 255 for v in values) for values in (config.data.mean, config.data.std))
         self.transform = transforms.Compose(
@@ -299,12 +299,12 @@ CIFAR = (
 def cifar(overrides: list[str]) -> Iterator[Table]:
     """An epoch of 25,600 random 32x32 pictures, delivered to the device."""
     config = parse_config("", "benchmark", [*CIFAR, *overrides])
-    device = choose_device(config.run.device)
+    device = select_device(config.run.device)
     count = 25_600
     generator = np.random.default_rng(0)
     pictures = generator.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-    images = ImageSet(pictures, generator.integers(0, 10, count), tuple("0123456789"))
-    batches = TrainBatches(images, config, device)
+    images = ArrayDataset(pictures, generator.integers(0, 10, count), tuple("0123456789"))
+    batches = InMemoryTrainLoader(images, config, device)
 
     def loader(workers: int) -> Callable:
         per_picture = DataLoader(
@@ -342,7 +342,7 @@ def memory(images: int = 1_281_167, workers: int = 2) -> None:
     labels = np.arange(images) * len(classes) // images
     names = [f"{classes[label]}/{classes[label]}_{i}.JPEG" for i, label in enumerate(labels.tolist())]
     array = np.array([name.encode() for name in names])
-    files = FileSet(Path("datasets/imagenet/train"), array, labels, classes)
+    files = ImageFolderDataset(Path("datasets/imagenet/train"), array, labels, classes)
     samples = [
         (f"datasets/imagenet/train/{name}", int(label)) for name, label in zip(names, labels, strict=True)
     ]

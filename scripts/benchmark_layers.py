@@ -9,8 +9,8 @@ from benchmark_data import Table, Variant
 from torch import Tensor, nn
 
 from resnext.config import Config, parse_config
-from resnext.device import choose_device, choose_precision, set_numerics
-from resnext.models.ghost_batchnorm import GroupBatchNorm2d, kernels_work, norm_relu
+from resnext.device import choose_precision, configure_backends, select_device
+from resnext.models.ghost_batchnorm import GhostBatchNorm2d, kernels_work, norm_relu
 from resnext.models.resnext import build_model
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -18,9 +18,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def prepared(overrides: list[str]) -> tuple[Config, torch.device, torch.dtype]:
     config = parse_config("", "benchmark", ["data.dir=unused", "train.precision=auto", *overrides])
-    device = choose_device(config.run.device)
+    device = select_device(config.run.device)
     precision = choose_precision(config.train.precision, device)
-    set_numerics(precision, config.run.deterministic)
+    configure_backends(precision, config.run.deterministic)
     return config, device, DTYPES.get(precision, torch.float32)
 
 
@@ -116,7 +116,7 @@ def norms(overrides: list[str]) -> Iterator[Table]:
             "torch: BatchNorm, addition, ReLU": partial(plain, nn.BatchNorm2d(channels).to(device))
         }
         for groups in (1, 8):
-            norm = GroupBatchNorm2d(channels, groups, kernels_work(device)).to(device)
+            norm = GhostBatchNorm2d(channels, groups, kernels_work(device)).to(device)
             layers[f"ours, {groups} group{'s' * (groups > 1)}"] = partial(fused, norm)
         what = "BatchNorm, shortcut, ReLU" if with_shortcut else "BatchNorm, ReLU"
         yield (

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from traffic import Traffic
 
 from resnext.config import Config, parse_config, to_yaml
-from resnext.device import choose_device, choose_precision, has_instructions, set_numerics
-from resnext.engine.train_state import autocast, prepare
+from resnext.device import choose_precision, configure_backends, has_instructions, select_device
+from resnext.engine.train_state import autocast, build_train_state
 from resnext.engine.trainer import train_step
 from resnext.errors import UserError
 
@@ -27,11 +27,11 @@ def networks(overrides: list[str], training: bool) -> Iterator[Table]:
     """torchvision's network in its reference loop, timm's, ours: each as its users run it."""
     base = ["data.dir=unused", "train.precision=auto", "train.batch_size=32", *overrides]
     config = parse_config("", "benchmark", base)
-    device = choose_device(config.run.device)
+    device = select_device(config.run.device)
     config = replace(
         config, train=replace(config.train, precision=choose_precision(config.train.precision, device))
     )
-    set_numerics(config.train.precision, config.run.deterministic, training)
+    configure_backends(config.train.precision, config.run.deterministic, training)
     size, pixels = config.train.batch_size, config.data.image_size
     images = torch.randn(size, 3, pixels, pixels, device=device)
     labels = torch.arange(size, device=device) % CLASSES
@@ -53,7 +53,7 @@ def networks(overrides: list[str], training: bool) -> Iterator[Table]:
     if device.type == "cuda":
         own["ours, train.compile=true"] = ["train.compile=true"]
     for name, changes in own.items():
-        run = prepare(
+        run = build_train_state(
             parse_config(to_yaml(config), "benchmark", changes), tuple(map(str, range(CLASSES))), device, {}
         )
         run.model.train(training)
@@ -181,8 +181,8 @@ def memory_bandwidth(device: torch.device) -> float:
 def batchnorm(overrides: list[str]) -> Iterator[Table]:
     """A training step on CIFAR-size noise, with and without groups of 16."""
     config = parse_config("", "benchmark", [*CIFAR, *overrides])
-    device = choose_device(config.run.device)
-    set_numerics(config.train.precision, config.run.deterministic)
+    device = select_device(config.run.device)
+    configure_backends(config.train.precision, config.run.deterministic)
     size, pixels = config.train.batch_size, config.data.image_size
     images = torch.randn(size, 3, pixels, pixels, device=device)
     labels = torch.arange(size, device=device) % 10
@@ -190,7 +190,7 @@ def batchnorm(overrides: list[str]) -> Iterator[Table]:
         variants = []
         for name, groups in (("plain BatchNorm", []), ("groups of 16", ["train.bn_group=16"])):
             varied = parse_config(to_yaml(config), "benchmark", [f"train.precision={precision}", *groups])
-            training = prepare(varied, tuple("0123456789"), device, {})
+            training = build_train_state(varied, tuple("0123456789"), device, {})
             training.model.train()
             variants.append(
                 Variant(name, size, lambda training=training: train_step(training, images, labels, 0.01))

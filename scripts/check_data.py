@@ -28,8 +28,8 @@ from tqdm import tqdm
 from data.decode import MAX_PIXELS, decode
 from data.image_folder import Listing, absent_classes, class_folders, class_names, list_split, split_folder
 from data.walk import FORMATS, to_text
-from resnext.errors import UserError, command_parser, run_command
-from resnext.files import check_target, write_whole
+from resnext.errors import UserError, command_parser, run_main
+from resnext.files import check_target, write_file
 
 SPLITS = ("train", "val")
 ALIASES = {"MPO": "JPEG", "DIB": "BMP"}  # Pillow's names of kinds of other formats
@@ -82,7 +82,7 @@ def main() -> int:
     report["problems"]["refused"][:0] = refused
     print_report(report, arguments.json)
     if arguments.json:
-        write_whole("--json", arguments.json, json.dumps(report, indent=1) + "\n")
+        write_file("--json", arguments.json, json.dumps(report, indent=1) + "\n")
         print(f"wrote {arguments.json}")
     return int(any(report["problems"].values()))
 
@@ -297,4 +297,4 @@ def plain(name: str) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main(main)

@@ -29,9 +29,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from traffic import Traffic
 
 from resnext.config import Config, network_name, parse_config, to_yaml
-from resnext.engine.train_state import parameter_groups, prepare
+from resnext.engine.train_state import build_train_state, parameter_groups
 from resnext.engine.trainer import train_step
-from resnext.errors import UserError, command_parser, run_command
+from resnext.errors import UserError, command_parser, run_main
 
 CPU = torch.device("cpu")
 MEMORY = 80e9  # bytes
@@ -78,7 +78,7 @@ def counts(config: Config) -> Iterator[tuple[str, dict[str, int]]]:
     for name, overrides in variants.items():
         varied = parse_config(to_yaml(config), "count_step", overrides)
         with mock.patch("resnext.engine.train_state.kernels_work", lambda _: True):
-            training = prepare(varied, tuple(map(str, range(CLASSES))), CPU, {})
+            training = build_train_state(varied, tuple(map(str, range(CLASSES))), CPU, {})
         training.model.train()
         with pretended_gpu():
             make_fake(training.model)
@@ -155,4 +155,4 @@ def batch(config: Config) -> tuple[Tensor, Tensor]:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main(main)

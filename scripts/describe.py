@@ -17,8 +17,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from resnext.config import CONFIG_FOLDER, Config, find_config, network_name, read_config
-from resnext.errors import UserError, command_parser, run_command
-from resnext.files import check_source, check_target, write_whole
+from resnext.errors import UserError, command_parser, run_main
+from resnext.files import check_source, check_target, write_file
 
 CLASSES = {"folder": 1000, "cifar10": 10, "cifar100": 100, "glyphs": 10}
 MIB = 2**20
@@ -37,7 +37,7 @@ def main() -> None:
     text = table_of_networks(result) if source is None else table_of_layers(result)
     try:
         if arguments.json:
-            write_whole("--json", arguments.json, json.dumps(result, indent=2) + "\n")
+            write_file("--json", arguments.json, json.dumps(result, indent=2) + "\n")
     finally:
         print(text, flush=True)
 
@@ -255,4 +255,4 @@ def align(header: list[str], rows: list[list[str]], left: int = 1) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main(main)

@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from resnext.config import Config, network_name, to_yaml
-from resnext.errors import UserError, command_parser, run_command
+from resnext.errors import UserError, command_parser, run_main
 from resnext.files import check_source
 
 NEEDED = {".pth": [], ".safetensors": ["safetensors"], ".pt2": [], ".onnx": ["onnx", "onnxscript"]}
@@ -321,4 +321,4 @@ def rebuild(state: dict[str, Any], config: Config) -> tuple[str, Any]:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main(main)

@@ -33,7 +33,7 @@ from predict import (
     whole_file,
 )
 
-from resnext.errors import UserError, run_command
+from resnext.errors import UserError, run_main
 
 INPUT = "fc_input"  # what enters the last layer, fc
 
@@ -145,4 +145,4 @@ WRITERS: dict[str, Callable[[Path, np.ndarray, list[str], str], None]] = {
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main(main)

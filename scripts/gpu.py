@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # its own folder too, for python -P
-from resnext.errors import UserError, command_parser, run_command
+from resnext.errors import UserError, command_parser, run_main
 
 BENCHMARKS = {  # the most important first
     "train": ["train", "train.batch_size=256"],
@@ -55,10 +55,10 @@ def main() -> None:
     seconds = 60 * arguments.minutes
     end = time.monotonic() + seconds
 
-    from resnext.device import choose_device
+    from resnext.device import select_device
     from resnext.engine.logger import environment
 
-    device = choose_device("auto")
+    device = select_device("auto")
     now = environment(device)
     name = re.sub(r"\W+", "-", now["device"]).strip("-").lower()
     target = arguments.output / f"{'gpu' if device.type == 'cuda' else 'tiny'}-{name}.json"
@@ -203,4 +203,4 @@ def report(results: dict) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main(main)

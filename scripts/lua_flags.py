@@ -27,7 +27,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from resnext.config import SECTIONS, STAGES_BY_DEPTH, to_text
-from resnext.errors import UserError, command_parser, run_command
+from resnext.errors import UserError, command_parser, run_main
 from resnext.strict_yaml import check_limits, convert
 
 RECOMPUTE = "train.activation_checkpointing"
@@ -340,4 +340,4 @@ def write_new(path: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main(main)

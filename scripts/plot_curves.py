@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from resnext.errors import UserError, command_parser, run_command
+from resnext.errors import UserError, command_parser, run_main
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -83,4 +83,4 @@ def draw(curves: dict[str, list[list[dict]]], target: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main(main)

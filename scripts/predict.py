@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data.subsets import imagenet_classes, read_classes
-from data.unlabeled import find_pictures, picture_batches
+from data.unlabeled import find_images, unlabeled_batches
 from resnext.classes import name_classes
-from resnext.errors import UserError, command_parser, run_command
+from resnext.errors import UserError, command_parser, run_main
 from resnext.files import check_source, check_target
 
 
@@ -103,7 +103,7 @@ def find_inputs(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
     check_source(arguments.weights)
     if arguments.output:
         check_target("--output", Path(arguments.output))
-    paths, broken, notes = find_pictures(
+    paths, broken, notes = find_images(
         arguments.pictures, sys.stdin.buffer if "-" in arguments.pictures else ()
     )
     if arguments.output:
@@ -134,8 +134,14 @@ def load_network(arguments: argparse.Namespace, classifier: bool) -> Network:
 
     With `classifier`, a UserError where they have no last layer.
     """
-    from resnext.device import choose_device, choose_precision, memory_explained, set_numerics, slow_precision
-    from resnext.engine.train_state import place
+    from resnext.device import (
+        choose_precision,
+        configure_backends,
+        explain_out_of_memory,
+        select_device,
+        slow_precision,
+    )
+    from resnext.engine.train_state import to_device
     from resnext.weights.load import check_classifier, load_weights, preprocessing
 
     model, info = load_weights(arguments.weights)
@@ -143,7 +149,7 @@ def load_network(arguments: argparse.Namespace, classifier: bool) -> Network:
         check_classifier(info)
     if info.origin != "this program":
         print(preprocessing(info), file=sys.stderr)
-    config, device = info.config, choose_device(arguments.device)
+    config, device = info.config, select_device(arguments.device)
     precision = choose_precision(arguments.precision or config.train.precision, device)
     for note in slow_precision(precision, device, "--precision "):
         warn(note.removeprefix("warning: "))
@@ -153,9 +159,11 @@ def load_network(arguments: argparse.Namespace, classifier: bool) -> Network:
         train=replace(config.train, precision=precision),
         data=replace(config.data, workers=arguments.workers, max_pixels=max_pixels),
     )
-    set_numerics(precision, config.run.deterministic, training=False)
-    with memory_explained("--device: it has no memory for the network; close other programs, or use cpu"):
-        return Network(place(model, config, device), info, config, device)
+    configure_backends(precision, config.run.deterministic, training=False)
+    with explain_out_of_memory(
+        "--device: it has no memory for the network; close other programs, or use cpu"
+    ):
+        return Network(to_device(model, config, device), info, config, device)
 
 
 def scores(
@@ -165,23 +173,27 @@ def scores(
     import torch
     from tqdm import tqdm
 
-    from resnext.device import memory_explained
-    from resnext.engine.evaluator import at_least_float32
+    from resnext.device import explain_out_of_memory
+    from resnext.engine.evaluator import promote_to_float32
     from resnext.engine.train_state import autocast, memory_layout
 
     model, _, config, device = network
     text = f"--batch-size: the device has no memory for {arguments.batch_size} pictures; lower it"
     hidden = not arguments.output and sys.stdout.isatty()  # the rows themselves show how far it is
     with tqdm(total=len(paths), unit=" pictures", leave=False, disable=hidden or None) as bar:
-        for batch in picture_batches(paths, config.data, arguments.batch_size, device):
+        for batch in unlabeled_batches(paths, config.data, arguments.batch_size, device):
             for problem in batch.problems:
                 warn(problem)
             broken += batch.problems
             if batch.paths:
                 images = batch.images.to(memory_format=memory_layout(config, device))
-                with memory_explained(text), torch.inference_mode(), autocast(device, config.train.precision):
+                with (
+                    explain_out_of_memory(text),
+                    torch.inference_mode(),
+                    autocast(device, config.train.precision),
+                ):
                     output = model(images)
-                yield batch.paths, at_least_float32(output)
+                yield batch.paths, promote_to_float32(output)
             bar.update(len(batch.paths) + len(batch.problems))
 
 
@@ -246,8 +258,8 @@ def predictions(
                 f"{batch[0]}: it or one after it gets scores that are no numbers; use --precision fp32, or "
                 "other weights"
             )
-        for path, numbers, shares in zip(batch, top.tolist(), probabilities.tolist(), strict=True):
-            yield Prediction(path, [(i, names[i], p) for i, p in zip(numbers, shares, strict=True)])
+        for path, numbers, split_batch in zip(batch, top.tolist(), probabilities.tolist(), strict=True):
+            yield Prediction(path, [(i, names[i], p) for i, p in zip(numbers, split_batch, strict=True)])
 
 
 def class_names(info: Any, outputs: int) -> list[str]:
@@ -306,4 +318,4 @@ FORMATS = {"table": to_table, "csv": to_csv, "json": to_json}
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main(main)

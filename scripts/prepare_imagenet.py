@@ -38,7 +38,7 @@ from check_data import process_pool, progress
 from PIL import Image
 
 from data.decode import decode
-from resnext.errors import UserError, command_parser, run_command
+from resnext.errors import UserError, command_parser, run_main
 
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
@@ -544,4 +544,4 @@ def sort_flat(source: Path, devkit: Path, work: Work) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main(main)

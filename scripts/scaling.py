@@ -26,10 +26,10 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from resnext.config import find_config, read_config
-from resnext.distributed import gather, process_group, rank, world_size
+from resnext.distributed import all_gather_objects, process_group, rank, world_size
 from resnext.engine.logger import environment
 from resnext.engine.train_state import distribute
-from resnext.errors import TORCHRUN, UserError, command_parser, run_command
+from resnext.errors import TORCHRUN, UserError, command_parser, run_main
 from resnext.models.resnext import ResNeXt, build_model
 
 Times = list[float]  # seconds
@@ -231,7 +231,7 @@ def time_steps(model: ResNeXt, images: torch.Tensor, repeats: int) -> tuple[Timi
 
 def slowest(seconds: Times) -> Times:
     """Of each timing, the longest among the processes: the others wait for it."""
-    return [max(values) for values in zip(*gather(seconds), strict=True)]
+    return [max(values) for values in zip(*all_gather_objects(seconds), strict=True)]
 
 
 def markdown(head: list[str], rows: list[list]) -> str:
@@ -247,4 +247,4 @@ def spread(seconds: Times) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main(main)

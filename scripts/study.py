@@ -19,7 +19,7 @@ from plot_curves import draw, epoch_rows
 
 from resnext.config import Config, differences, find_config, read_config, to_text
 from resnext.engine.run_directory import absolute_paths
-from resnext.errors import UserError, command_parser, run_command
+from resnext.errors import UserError, command_parser, run_main
 
 
 def main() -> int:
@@ -166,4 +166,4 @@ def mean_and_deviation(values: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main(main)

@@ -22,7 +22,7 @@ from PIL import Image
 
 import evaluate
 import train
-from resnext.engine.logger import Reporter
+from resnext.engine.logger import RunLogger
 
 # ---------------------------------------------------------------------------- configuration files
 
@@ -1032,7 +1032,7 @@ def test_used_directory_stays_as_it_is(place):
 def test_disk_full_while_logging(name, place, monkeypatch):
     """Not bad input, but the user's to mend: what was saved is whole and the run can go on."""
     arguments = place.train(train__epochs="5")
-    real, calls = getattr(Reporter, name), []
+    real, calls = getattr(RunLogger, name), []
 
     def fill(self, *values, **options):
         calls.append(values)
@@ -1041,7 +1041,7 @@ def test_disk_full_while_logging(name, place, monkeypatch):
         return real(self, *values, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Reporter, name, fill)
+        patch.setattr(RunLogger, name, fill)
         text = message(call(train.main, *arguments))
     expect(text, ("out", "No space left on device", "--resume"))
     result = call(train.main, "--resume", "out")

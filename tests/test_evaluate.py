@@ -97,12 +97,12 @@ def trained(tmp_path_factory) -> Trained:
     folder = tmp_path_factory.mktemp("trained")
     generator = np.random.default_rng(0)
     for split, count in (("train", 3), ("val", 4)):
-        for name, colour in zip(CLASSES, np.random.default_rng(1).integers(60, 196, (12, 3)), strict=True):
+        for name, color in zip(CLASSES, np.random.default_rng(1).integers(60, 196, (12, 3)), strict=True):
             place = folder / "pictures" / split / name
             place.mkdir(parents=True)
             for number in range(count):
                 height, width = generator.integers(40, 80, 2)
-                blots = generator.normal(colour, 50, (height // 8 + 1, width // 8 + 1, 3))
+                blots = generator.normal(color, 50, (height // 8 + 1, width // 8 + 1, 3))
                 pixels = blots.repeat(8, 0).repeat(8, 1)[:height, :width].clip(0, 255).astype(np.uint8)
                 # The number alone is the name of several pictures, the rest is not.
                 Image.fromarray(pixels).save(place / (f"{name}_{number}.jpg" if number else "0.jpg"))
@@ -224,8 +224,8 @@ def test_the_ratio_of_imagenet():
 
 def check_rows(rows, outputs, labels, names, classes, key="path"):
     """The CSV file, against scores whose softmax is the confidence."""
-    shares = np.exp(outputs - outputs.max(1, keepdims=True))
-    shares /= shares.sum(1, keepdims=True)
+    split_batch = np.exp(outputs - outputs.max(1, keepdims=True))
+    split_batch /= split_batch.sum(1, keepdims=True)
     assert [row[key] for row in rows] == names
     places = min(5, len(classes))
     assert list(rows[0]) == [
@@ -235,7 +235,7 @@ def check_rows(rows, outputs, labels, names, classes, key="path"):
         "confidence",
         "correct",
     ]
-    for row, output, share, label in zip(rows, outputs, shares, labels, strict=True):
+    for row, output, share, label in zip(rows, outputs, split_batch, labels, strict=True):
         order = np.argsort(-output, kind="stable")[:places]
         assert [row[f"top{i + 1}"] for i in range(places)] == [classes[c] for c in order]
         assert row["label"] == classes[label]

@@ -15,11 +15,11 @@ from kernel_cases import LARGE, check, results
 from kernel_cases import SMALL as CASES
 
 from data.datasets import load_set
-from data.loader import eval_batches, train_batches
+from data.loader import make_eval_loader, make_train_loader
 from resnext.config import parse_config
-from resnext.device import set_numerics
+from resnext.device import configure_backends
 from resnext.engine.evaluator import evaluate
-from resnext.engine.train_state import autocast, prepare
+from resnext.engine.train_state import autocast, build_train_state
 from resnext.engine.trainer import train_step
 
 pytestmark = [
@@ -41,8 +41,8 @@ SMALL = [
 
 def training_on(device: str, *overrides: str):
     config = parse_config("", "test", [*SMALL, *overrides])
-    set_numerics(config.train.precision, config.run.deterministic)
-    training = prepare(config, tuple("0123456789"), torch.device(device), {})
+    configure_backends(config.train.precision, config.run.deterministic)
+    training = build_train_state(config, tuple("0123456789"), torch.device(device), {})
     training.model.train()
     return training
 
@@ -51,8 +51,8 @@ def batches_for(training, split: str = "train"):
     config = training.config
     images = load_set(config.data, split)
     if split == "val":
-        return eval_batches(images, config.data, config.train.eval_batch_size, training.device)
-    return train_batches(images, config, training.device)
+        return make_eval_loader(images, config.data, config.train.eval_batch_size, training.device)
+    return make_train_loader(images, config, training.device)
 
 
 @pytest.mark.parametrize("compiled", ["false", "true"])
@@ -149,12 +149,14 @@ def test_files_make_the_same_batches_as_on_a_cpu(tmp_path):
     config = parse_config("", "test", [*keys, *more])
     files = load_set(config.data, "train")
     host, device = (
-        list(train_batches(files, config, torch.device(kind), print).epoch(1)) for kind in ("cpu", "cuda")
+        list(make_train_loader(files, config, torch.device(kind), print).epoch(1)) for kind in ("cpu", "cuda")
     )
     for (images, labels), (images_there, labels_there) in zip(host, device, strict=True):
         torch.testing.assert_close(images_there.cpu(), images, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(labels_there.cpu(), labels)
-    host, device = (list(eval_batches(files, config.data, 8, torch.device(kind))) for kind in ("cpu", "cuda"))
+    host, device = (
+        list(make_eval_loader(files, config.data, 8, torch.device(kind))) for kind in ("cpu", "cuda")
+    )
     for (images, labels), (images_there, labels_there) in zip(host, device, strict=True):
         assert torch.equal(images_there.cpu(), images) and torch.equal(labels_there.cpu(), labels)
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 import evaluate
 import train
-from resnext.errors import command_parser, run_command
+from resnext.errors import command_parser, run_main
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import plot_curves
@@ -165,7 +165,7 @@ def test_names_of_any_bytes(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
         monkeypatch.setattr(sys, "stdout", console)
         with pytest.raises(SystemExit) as end:
-            run_command(main)
+            run_main(main)
         assert end.value.code == 0
         console.flush()
         return console.buffer.getvalue().decode("ascii")

@@ -27,10 +27,10 @@ from oracle import (
     summary,
 )
 
-from data.augment import cifar_crop, normalise
-from resnext.config import STATISTICS, Schedule, parse_config
-from resnext.engine.evaluator import evaluate, hits, sum_crops
-from resnext.engine.train_state import Sums, autocast, lay_out_momentum, prepare
+from data.augment import cifar_crop, normalize
+from resnext.config import STATISTICS, ScheduleConfig, parse_config
+from resnext.engine.evaluator import count_correct, evaluate, sum_crops
+from resnext.engine.train_state import MetricSums, autocast, build_train_state, init_momentum
 from resnext.engine.trainer import train_step
 from resnext.models.resnext import build_model
 from resnext.schedule import learning_rate
@@ -164,9 +164,9 @@ def run():
         schedule: {{name: cifar_step}}
         """,
     )
-    training = prepare(config, tuple("0123456789"), CPU, {})
+    training = build_train_state(config, tuple("0123456789"), CPU, {})
     training.model.double()
-    lay_out_momentum(training.optimizer)
+    init_momentum(training.optimizer)
     fill_parameters(training.model)
     logits = []
     training.model.register_forward_hook(lambda module, inputs, output: logits.append(output.detach()))
@@ -178,7 +178,7 @@ def run():
     for epoch in range(1, config.train.epochs + 1):
         training.model.train()
         rate = learning_rate(config.schedule, config.optimizer.lr, config.train.epochs, epoch)
-        sums, losses = Sums(), []
+        sums, losses = MetricSums(), []
         for images, labels in batches[:-1]:
             loss, top1, top5 = train_step(training, images, labels, rate).tolist()
             sums.add(loss, top1, top5, len(labels))
@@ -245,7 +245,7 @@ def test_trajectory_end(run, group):
 def test_learning_rates_are_the_same_doubles(case):
     name = "imagenet_step" if case["dataset"] == "imagenet" else "cifar_step"
     ours = [
-        learning_rate(Schedule(name=name), case["LR"], case["nEpochs"], epoch)
+        learning_rate(ScheduleConfig(name=name), case["LR"], case["nEpochs"], epoch)
         for epoch in range(1, len(case["lr"]) + 1)
     ]
     assert ours == case["lr"]
@@ -265,7 +265,7 @@ def test_error_counts(case):
     output = torch.tensor(case["output"], dtype=torch.float64)
     labels = torch.tensor(case["target"]) - 1
     expected = [round(len(labels) * (1 - case[key] / 100)) for key in ("top1", "top5")]
-    assert hits(sum_crops(output, case["nCrops"]), labels).tolist() == expected
+    assert count_correct(sum_crops(output, case["nCrops"]), labels).tolist() == expected
     model = SumCrops(case["nCrops"])
     score = evaluate(model, [(output, labels)], lambda: autocast(CPU, "fp32"))
     assert score.top1_error == pytest.approx(case["top1"], rel=1e-14)
@@ -298,7 +298,7 @@ def test_cifar_training_transform(pictures):
 def test_cifar_validation_transform(pictures):
     name, images, mean, std = pictures
     theirs = golden("cifar_transforms.npz")[f"{name}_val"]
-    assert np.abs(normalise(images, mean, std).numpy() - theirs).max() < 1e-6
+    assert np.abs(normalize(images, mean, std).numpy() - theirs).max() < 1e-6
 
 
 # ---------------------------------------------------------------------------- the copies

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from ..config import Config, differences, to_text
-from ..errors import Unreadable, UserError
+from ..errors import InvalidFileError, UserError
 from ..safe_pickle import verify_pickle
 
 FORMAT = "resnext checkpoint"
@@ -222,7 +222,7 @@ def _verify_pickle(path: Path) -> None:
     try:
         for content in pickles:
             verify_pickle(content)
-    except Unreadable as error:
+    except InvalidFileError as error:
         raise UserError(f"{path}: not a checkpoint of this program, or damaged: {error}") from None
 
 

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..distributed import gather, sum_over_ranks
+from ..distributed import all_gather_objects, sum_over_ranks
 
 
 @dataclass(frozen=True)
-class Score:
+class EvalResult:
     """Counts over a set of images; errors in percent, loss in nats per image."""
 
     images: int
@@ -50,15 +50,15 @@ class Predictions:
         """Whether the first is the label, bool (N,)."""
         return self.top[:, 0] == self.labels
 
-    def score(self, chosen: np.ndarray) -> Score:
+    def score(self, chosen: np.ndarray) -> EvalResult:
         """Score of some of the images, by their numbers."""
         images, labels = len(chosen), self.labels[chosen, None]
         top5 = int((self.top[chosen] == labels).sum())
         loss = float(self.losses[chosen].sum()) / images
-        return Score(images, images - int(self.right[chosen].sum()), images - top5, loss)
+        return EvalResult(images, images - int(self.right[chosen].sum()), images - top5, loss)
 
 
-class Recorder:
+class PredictionCollector:
     """Collects what becomes of each image; the small tensors stay on the device until the end."""
 
     def __init__(self):
@@ -73,9 +73,9 @@ class Recorder:
     def predictions(self) -> Predictions:
         """Those of all processes, on the host, in the order of the images: see `evaluate`."""
         own = [torch.cat(part).cpu().numpy() for part in zip(*self.parts, strict=True)]
-        shares = [arrays for arrays in gather(own) if arrays]
+        split_batch = [arrays for arrays in all_gather_objects(own) if arrays]
         together = []
-        for parts in zip(*shares, strict=True):
+        for parts in zip(*split_batch, strict=True):
             array = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
             for number, part in enumerate(parts):
                 array[number :: len(parts)] = part
@@ -88,18 +88,18 @@ def top_classes(output: Tensor) -> Tensor:
     return output.topk(min(5, output.shape[1]), dim=1).indices
 
 
-def count_hits(top: Tensor, labels: Tensor) -> Tensor:
+def count_correct_at(top: Tensor, labels: Tensor) -> Tensor:
     """How many rows of `top` have their label first, and anywhere: int64 (2,)."""
     right = top == labels[:, None]
     return torch.stack([right[:, 0].sum(), right.sum()])
 
 
-def hits(output: Tensor, labels: Tensor) -> Tensor:
+def count_correct(output: Tensor, labels: Tensor) -> Tensor:
     """How many rows have their label first, and among the first min(5, classes): int64 (2,).
 
     `output` is (N, classes) raw scores, `labels` (N,) int64. Nothing is copied to the host.
     """
-    return count_hits(top_classes(output), labels)
+    return count_correct_at(top_classes(output), labels)
 
 
 def sum_crops(output: Tensor, crops: int) -> Tensor:
@@ -116,8 +116,8 @@ def evaluate(
     layout: torch.memory_format = torch.preserve_format,
     crops: int = 1,
     columns: Tensor | None = None,
-    recorder: Recorder | None = None,
-) -> Score | None:
+    recorder: PredictionCollector | None = None,
+) -> EvalResult | None:
     """Score of a model over batches of (images, labels); None when `should_stop` turned true.
 
     Of several processes each has every so-many-th image, and as many batches as the others, though the
@@ -138,22 +138,22 @@ def evaluate(
                 continue
             with autocast():
                 output = model(inputs.to(memory_format=layout))
-            output = at_least_float32(output)
+            output = promote_to_float32(output)
             if columns is not None:
                 output = output.index_select(1, columns)
             output = sum_crops(output, crops)
             top = top_classes(output)
             output = output / crops  # after the ranking: rounding could make ties
             loss = F.cross_entropy(output, labels, reduction="sum").double()
-            totals.append(torch.cat([loss[None], count_hits(top, labels).double()]))
+            totals.append(torch.cat([loss[None], count_correct_at(top, labels).double()]))
             images += len(labels)
             if recorder is not None:
                 recorder.add(output, labels, top)
     own = torch.stack(totals).sum(0).tolist() if totals else [0.0, 0.0, 0.0]
     loss, top1, top5, images = sum_over_ranks(torch.tensor([*own, images], dtype=torch.float64)).tolist()
-    return Score(int(images), int(images - top1), int(images - top5), loss / images)
+    return EvalResult(int(images), int(images - top1), int(images - top5), loss / images)
 
 
-def at_least_float32(output: Tensor) -> Tensor:
+def promote_to_float32(output: Tensor) -> Tensor:
     """Half-precision scores as float32; float32 and float64 as they are."""
     return output.to(torch.promote_types(output.dtype, torch.float32))

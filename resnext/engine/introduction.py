@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from ..config import Data, network_name
+from ..config import DataConfig, network_name
 from ..models.resnext import complexity
-from .train_state import Training
+from .train_state import TrainState
 
 
 def introduction(
-    training: Training, train_images: int, val_images: int, output: Path, source: Path | None, resumed: bool
+    training: TrainState, train_images: int, val_images: int, output: Path, source: Path | None, resumed: bool
 ) -> str:
     """What is about to run, in a few lines."""
     config, progress = training.config, training.progress
@@ -30,13 +30,13 @@ def introduction(
     return "\n".join(lines)
 
 
-def processes(training: Training) -> str:
+def processes(training: TrainState) -> str:
     """How many share a batch, for the introduction; nothing for one."""
     number = training.versions["processes"]
     return "" if number == "1" else f" of {number} processes"
 
 
-def view(data: Data) -> str:
+def view(data: DataConfig) -> str:
     """How files become pictures, for the introduction; nothing for a set in memory."""
     if data.pipeline == "memory":
         return ""

@@ -62,7 +62,7 @@ def duration(seconds: float) -> str:
     return str(datetime.timedelta(seconds=round(seconds)))
 
 
-class Reporter:
+class RunLogger:
     """Everything a run writes but its checkpoints.
 
     `rows` is how many rows of metrics.jsonl the run has a right to: those that a checkpoint
@@ -176,7 +176,7 @@ class Reporter:
         self.files.close()
 
 
-class Silence:
+class NullLogger:
     """The reporter of all processes but the first: what they would say it says."""
 
     rows = 0

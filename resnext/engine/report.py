@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .evaluator import Predictions, Score
+from .evaluator import EvalResult, Predictions
 from .metrics import most_confused, per_class, precision_recall_f1, wilson_interval
 
 FEW_CLASSES = 20  # so many class folders are shown without being asked for
@@ -17,7 +17,7 @@ SHOWN_CLASSES, SHOWN_PAIRS = 20, 10
 # ---------------------------------------------------------------------------- values
 
 
-def score_row(score: Score) -> dict[str, Any]:
+def score_row(score: EvalResult) -> dict[str, Any]:
     """Counts, errors in percent and their 95 % intervals."""
 
     def interval(errors: int) -> list[float]:
@@ -36,7 +36,7 @@ def class_rows(predictions: Predictions, classes: Sequence[str]) -> dict[str, An
     rows = []
     for i, name in enumerate(classes):
         images, top1, top5 = (int(n[i]) for n in (counts.images, counts.top1, counts.top5))
-        shares = [None if math.isnan(share) else share for share in measures[:, i].tolist()]
+        split_batch = [None if math.isnan(share) else share for share in measures[:, i].tolist()]
         rows.append(
             {
                 "class": name,
@@ -45,7 +45,7 @@ def class_rows(predictions: Predictions, classes: Sequence[str]) -> dict[str, An
                 "top1_errors": images - top1,
                 "top5_errors": images - top5,
                 "top1_error": 100 * (images - top1) / images if images else None,
-                **dict(zip(("precision", "recall", "f1"), shares, strict=True)),
+                **dict(zip(("precision", "recall", "f1"), split_batch, strict=True)),
             }
         )
     average = measures[:, counts.images > 0].mean(1).tolist()
@@ -141,8 +141,8 @@ def class_table(result: dict[str, Any]) -> list[str]:
     shown = sorted(present, key=lambda row: -row["top1_error"])[:SHOWN_CLASSES]
     average = result["macro_average"]
 
-    def cells(name: str, images: int, errors: int, shares: dict[str, float]) -> list[str]:
-        measures = [100 - shares["recall"], *(shares[key] for key in ("precision", "recall", "f1"))]
+    def cells(name: str, images: int, errors: int, split_batch: dict[str, float]) -> list[str]:
+        measures = [100 - split_batch["recall"], *(split_batch[key] for key in ("precision", "recall", "f1"))]
         return [name, f"{images:,}", f"{errors:,}", *(f"{measure:.2f}" for measure in measures)]
 
     table = [["class", "images", "errors", "top-1 error", "precision", "recall", "F1"]]

@@ -8,11 +8,11 @@ import torch
 
 from ..config import Config, parse_config
 from ..device import choose_precision, slow_precision
-from ..distributed import first_on_machine, from_first, world_size
+from ..distributed import broadcast_from_rank0, local_rank0_first, world_size
 from ..errors import UserError
 from ..schedule import learning_rate
 from .checkpoint import check_resume, read_latest
-from .train_state import Progress, Training, check_network, prepare, restore
+from .train_state import TrainProgress, TrainState, build_train_state, check_network, restore
 
 
 def read_start(config: Config, source: Path | None, device: torch.device) -> tuple[Config, Any, list[str]]:
@@ -26,14 +26,14 @@ def read_start(config: Config, source: Path | None, device: torch.device) -> tup
         if config.model.pretrained:
             from ..weights.load import load_weights
 
-            with first_on_machine():  # which downloads what is missing
+            with local_rank0_first():  # which downloads what is missing
                 start = load_weights(config.model.pretrained)
     elif source.suffix == ".t7":
         from ..weights.load import load_lua_run
 
-        start = from_first(lambda: load_lua_run(source.parent))
+        start = broadcast_from_rank0(lambda: load_lua_run(source.parent))
     else:
-        start, warnings = from_first(lambda: (read_latest(source, warnings.append), warnings))
+        start, warnings = broadcast_from_rank0(lambda: (read_latest(source, warnings.append), warnings))
         before = parse_config(start["config"], str(source))
     precision = config.train.precision
     if precision == "auto" and before:
@@ -55,23 +55,23 @@ def make_training(
     versions: dict[str, str],
     source: Path | None,
     start: Any,
-) -> tuple[Training, list[str]]:
+) -> tuple[TrainState, list[str]]:
     """(the state of the training at its start, lines for the log).
 
     `classes` and `images` are those of the training set, images None where it is unknown; `start` is from
     read_start.
     """
-    training = prepare(config, classes, device, versions)
+    training = build_train_state(config, classes, device, versions)
     if start is None:
         return training, []
     if isinstance(start, tuple):
-        from .warm_start import start_from
+        from .warm_start import load_pretrained
 
-        return training, start_from(training, *start)
+        return training, load_pretrained(training, *start)
     if not isinstance(start, dict):
-        from .warm_start import continue_lua
+        from .warm_start import resume_from_lua
 
-        warnings = continue_lua(training, start)
+        warnings = resume_from_lua(training, start)
     else:
         restore(training, start, source)
         warnings = [
@@ -79,7 +79,7 @@ def make_training(
             for name, old in start["versions"].items()
             if name != "started" and old != versions.get(name)
         ]
-        warnings += other_statistics(config, start["versions"].get("processes", "1"))
+        warnings += batchnorm_change_warning(config, start["versions"].get("processes", "1"))
         if images:
             before = parse_config(start["config"], str(source))
             warnings += rate_jump(before, config, training.progress, images)
@@ -89,7 +89,7 @@ def make_training(
     return training, warnings
 
 
-def rate_jump(before: Config, config: Config, progress: Progress, images: int) -> list[str]:
+def rate_jump(before: Config, config: Config, progress: TrainProgress, images: int) -> list[str]:
     """From where to where the learning rate jumps, if another schedule or length makes it do so."""
 
     def rate(config: Config, ahead: int) -> float:
@@ -104,7 +104,7 @@ def rate_jump(before: Config, config: Config, progress: Progress, images: int) -
     return [f"the learning rate jumps from {last:.3g}, of the last step, to {next_:.3g}"]
 
 
-def other_statistics(config: Config, before: str) -> list[str]:
+def batchnorm_change_warning(config: Config, before: str) -> list[str]:
     """What another number of processes does to BatchNorm."""
     train, now = config.train, world_size()
     if before == str(now) or train.bn_group is not None or train.sync_bn or not before.isdigit():

@@ -13,7 +13,7 @@ def configuration(config: str | None, resume: str | None, data: str | None, over
     """The configuration of --config, or of what --resume names, with the overrides."""
     if config is not None:
         found = read_config(find_config(config), overrides)
-    elif resume and is_lua_run(Path(resume)):
+    elif resume and is_lua_checkpoint_dir(Path(resume)):
         raise UserError(
             f"--config is missing: the Lua run {resume} does not say its options; "
             "scripts/lua_flags.py makes a configuration of its command line"
@@ -53,7 +53,7 @@ def output_folder(config: str | None, output: str | None, resume: str | None) ->
         return Path(output)
     if resume:
         path = Path(resume)
-        if path.is_dir() and not is_lua_run(path):
+        if path.is_dir() and not is_lua_checkpoint_dir(path):
             return path
         if path.name == "last.pt" and path.parent.name == "checkpoints":
             return path.parent.parent
@@ -78,7 +78,7 @@ def resume_source(resume: str | None, output: Path) -> Path | None:
         path = Path(resume)
         if not path.exists():
             raise UserError(f"--resume {path}: no such run directory or checkpoint; check the path")
-        source = latest(path) if path.is_dir() else path
+        source = find_latest(path) if path.is_dir() else path
         if source and source.suffix == ".t7" and source.name != "latest.t7":
             raise UserError(
                 f"--resume {path}: a single Lua file; give its folder, which has latest.t7, or start from it "
@@ -87,7 +87,7 @@ def resume_source(resume: str | None, output: Path) -> Path | None:
         if source is None and not is_run(path):
             raise UserError(f"--resume {path}: not a run directory; give one that train.py wrote")
     elif resume is not None:
-        source = latest(output)
+        source = find_latest(output)
     # A used directory is only ever continued, from its own latest checkpoint.
     own = source is None or source.resolve() == last.resolve()
     continued = resume is not None and is_run(output) and own
@@ -100,9 +100,9 @@ def resume_source(resume: str | None, output: Path) -> Path | None:
     return source
 
 
-def latest(folder: Path) -> Path | None:
+def find_latest(folder: Path) -> Path | None:
     """last.pt of a run directory (perhaps only its predecessor is left), None where nothing was saved."""
-    if is_lua_run(folder):
+    if is_lua_checkpoint_dir(folder):
         return folder / "latest.t7"
     saved = folder / "checkpoints" / "last.pt"
     if saved.exists() or saved.with_name("previous.pt").exists():
@@ -114,7 +114,7 @@ def latest(folder: Path) -> Path | None:
     return None
 
 
-def is_lua_run(folder: Path) -> bool:
+def is_lua_checkpoint_dir(folder: Path) -> bool:
     """Whether it is a directory of the Lua code's checkpoints."""
     return (folder / "latest.t7").is_file()
 

@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from ..batch_plan import check_ranks
-from ..config import Config, Optimizer, to_yaml
-from ..device import memory_short
+from ..batch_plan import check_world_size
+from ..config import Config, OptimizerConfig, to_yaml
+from ..device import is_out_of_memory
 from ..distributed import gradient_group, world_size
 from ..errors import UserError
-from ..models.ghost_batchnorm import kernels_work, use_group_batchnorm
+from ..models.ghost_batchnorm import kernels_work, use_ghost_batchnorm
 from ..models.resnext import ResNeXt, build_model
 from .checkpoint import check_state
 
 
 @dataclass
-class Sums:
+class MetricSums:
     """Totals over training images: loss in nats, correct answers, images."""
 
     loss: float = 0.0
@@ -48,24 +48,24 @@ class Sums:
 
 
 @dataclass
-class Progress:
+class TrainProgress:
     """Where a run stands; plain numbers, kept in every checkpoint."""
 
     epoch: int = 1  # the epoch in progress
     step: int = 0  # steps of it that are done
     global_step: int = 0  # optimiser steps since the start
-    interval: Sums = field(default_factory=Sums)  # since the last step row
-    epoch_sums: Sums = field(default_factory=Sums)  # since the start of the epoch
+    interval: MetricSums = field(default_factory=MetricSums)  # since the last step row
+    epoch_sums: MetricSums = field(default_factory=MetricSums)  # since the start of the epoch
     last: dict[str, Any] | None = None  # validation of the latest finished epoch
     best: dict[str, Any] | None = None  # and of the one with the lowest top-1 error
     rows: int = 0  # rows of metrics.jsonl
     seconds: float = 0.0  # training and validation time
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Progress":
+    def from_dict(cls, values: dict[str, Any]) -> "TrainProgress":
         values = dict(values)
         for name in ("interval", "epoch_sums"):
-            values[name] = Sums(**values[name])
+            values[name] = MetricSums(**values[name])
         return cls(**values)
 
 
@@ -90,7 +90,7 @@ class Average(AveragedModel):
 
 
 @dataclass
-class Training:
+class TrainState:
     """The live objects of a run.
 
     `forward` is the model, compiled where that is asked for, and in DistributedDataParallel where
@@ -106,7 +106,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: Average | None
-    progress: Progress
+    progress: TrainProgress
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return autocast(self.device, self.config.train.precision)
@@ -124,7 +124,7 @@ class Training:
         """The context of an accumulation part: gradients are exchanged once, in the last."""
         return contextlib.nullcontext() if last or not self.exchanges else self.forward.no_sync()
 
-    def settle_buffers(self) -> None:
+    def broadcast_buffers(self) -> None:
         """Running statistics, which differ in training, become those of the first process everywhere."""
         if self.exchanges:
             for buffer in self.evaluated_model.buffers():
@@ -150,28 +150,28 @@ def memory_layout(config: Config, device: torch.device) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def place(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
+def to_device(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
     """Move a network to the device in the configured memory layout."""
     return model.to(device=device, memory_format=memory_layout(config, device))
 
 
-def prepare(
+def build_train_state(
     config: Config, classes: tuple[str, ...], device: torch.device, versions: dict[str, str]
-) -> Training:
+) -> TrainState:
     """A fresh run: network, optimiser, scaler and average, from the seed."""
     train = config.train
     torch.manual_seed(config.run.seed)
     model = build_model(config.model, len(classes))
     model.activation_checkpointing = train.activation_checkpointing
     group = gradient_group(device, config.run.timeout)
-    check_ranks(train, world_size())
+    check_world_size(train, world_size())
     groups = 1
     if train.bn_group is not None:
         groups = train.batch_size // train.accumulation_steps // train.bn_group // world_size()
-    use_group_batchnorm(model, groups, kernels_work(device))
+    use_ghost_batchnorm(model, groups, kernels_work(device))
     if train.frozen_stages is not None:
         model.freeze(train.frozen_stages)
-    model = place(model, config, device)
+    model = to_device(model, config, device)
     ema = None
     if train.ema_decay is not None:  # a copy, which SyncBN with its group would not allow
         ema = Average(model, train.ema_decay)
@@ -186,11 +186,11 @@ def prepare(
         nesterov=config.optimizer.nesterov,
         fused=True if device.type == "cuda" else None,
     )
-    lay_out_momentum(optimizer)
+    init_momentum(optimizer)
     # Static shapes: one graph for each batch size. DDP outside: graphs then end where its buckets do, and
     # their gradients are exchanged during the backward pass.
     compiled = torch.compile(model, dynamic=False) if train.compile else model
-    return Training(
+    return TrainState(
         config=config,
         classes=classes,
         versions=versions,
@@ -201,7 +201,7 @@ def prepare(
         # At torch's 2**16 the first gradients of ResNeXt-50 overflow fp16.
         scaler=torch.amp.GradScaler(device.type, init_scale=2.0**10, enabled=train.precision == "fp16"),
         ema=ema,
-        progress=Progress(),
+        progress=TrainProgress(),
     )
 
 
@@ -222,7 +222,7 @@ def distribute(model: nn.Module, device: torch.device, group: Any) -> nn.Module:
     )
 
 
-def parameter_groups(model: ResNeXt, optimizer: Optimizer) -> list[dict[str, Any]]:
+def parameter_groups(model: ResNeXt, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
     """What is learned, as one group; BatchNorm's and the last layer's apart where keys of theirs say how."""
     norms, head = set(), set()
     if optimizer.norm_weight_decay is not None:
@@ -243,7 +243,7 @@ def parameter_groups(model: ResNeXt, optimizer: Optimizer) -> list[dict[str, Any
     ]
 
 
-def lay_out_momentum(optimizer: torch.optim.SGD) -> None:
+def init_momentum(optimizer: torch.optim.SGD) -> None:
     """Give every learned parameter its momentum, in the parameter's memory layout; 0 where there was none.
 
     SGD makes it in its first step, the fused one without a value where the loss scaler skips that step; and
@@ -262,7 +262,7 @@ def check_network(config: Config, content: dict[str, Any], path: Path) -> None:
         check_state(build_model(config.model, len(content["classes"])), content["model"], path)
 
 
-def restore(training: Training, content: dict[str, Any], path: Path) -> None:
+def restore(training: TrainState, content: dict[str, Any], path: Path) -> None:
     """Bring a fresh Training to the state of a checkpoint (see checkpoint.read_checkpoint)."""
     if tuple(content["classes"]) != training.classes:
         raise UserError(
@@ -275,7 +275,7 @@ def restore(training: Training, content: dict[str, Any], path: Path) -> None:
         check_state(training.ema, content["ema"], path)
         training.ema.load_state_dict(content["ema"])
     try:
-        training.progress = Progress.from_dict(content["progress"])
+        training.progress = TrainProgress.from_dict(content["progress"])
         fused = training.optimizer.defaults["fused"]
         training.optimizer.load_state_dict(content["optimizer"])
         for parameter, state in training.optimizer.state.items():
@@ -287,7 +287,7 @@ def restore(training: Training, content: dict[str, Any], path: Path) -> None:
         if training.device.type == "cuda" and content["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(content["rng"]["cuda"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        if memory_short(error):
+        if is_out_of_memory(error):
             raise
         raise UserError(f"{path}: damaged, its state cannot be restored ({error!r}); use another") from error
     config = training.config.optimizer
@@ -297,10 +297,10 @@ def restore(training: Training, content: dict[str, Any], path: Path) -> None:
         group["weight_decay"] = own["weight_decay"]  # the configuration wins, as it was logged
         group["lr_scale"] = own["lr_scale"]
         group["fused"] = fused  # this device's
-    lay_out_momentum(training.optimizer)
+    init_momentum(training.optimizer)
 
 
-def checkpoint_content(training: Training) -> dict[str, Any]:
+def checkpoint_content(training: TrainState) -> dict[str, Any]:
     """The state as the plain dict that checkpoint.write_checkpoint stores."""
     data = training.config.data
     cuda = training.device.type == "cuda"

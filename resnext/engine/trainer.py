@@ -17,18 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..batch_plan import check_last_batch, shares
+from ..batch_plan import check_last_batch, split_batch
 from ..distributed import rank, sum_over_ranks, world_size
 from ..errors import UserError
 from ..models.ghost_batchnorm import frozen_running_statistics
 from ..schedule import learning_rate
 from .checkpoint import write_checkpoint
-from .evaluator import Score, at_least_float32, evaluate, hits
-from .logger import Reporter, duration
-from .train_state import Sums, Training, checkpoint_content
+from .evaluator import EvalResult, count_correct, evaluate, promote_to_float32
+from .logger import RunLogger, duration
+from .train_state import MetricSums, TrainState, checkpoint_content
 
 
-class TrainBatches(Protocol):
+class InMemoryTrainLoader(Protocol):
     images: int
     steps: int
 
@@ -39,11 +39,11 @@ class TrainBatches(Protocol):
 
 
 def train(
-    training: Training,
-    train_batches: TrainBatches,
+    training: TrainState,
+    make_train_loader: InMemoryTrainLoader,
     val_batches: Any,
     folder: Path,
-    reporter: Reporter,
+    reporter: RunLogger,
     should_stop: Callable[[], bool],
 ) -> bool:
     """Train to the configured number of epochs, or until told to stop; saved either way.
@@ -51,11 +51,11 @@ def train(
     Returns whether the end was reached.
     """
     progress, config = training.progress, training.config
-    check_last_batch(config, train_batches.images, world_size())
-    rehearse(training)
-    clock = Clock(progress.seconds, progress.epoch - 1 + progress.step / train_batches.steps)
+    check_last_batch(config, make_train_loader.images, world_size())
+    warm_up_ddp(training)
+    clock = Timer(progress.seconds, progress.epoch - 1 + progress.step / make_train_loader.steps)
     while progress.epoch <= config.train.epochs:
-        done = train_epoch(training, train_batches, folder, reporter, should_stop, clock)
+        done = train_epoch(training, make_train_loader, folder, reporter, should_stop, clock)
         score = done and validate(training, val_batches, reporter, should_stop)
         progress.seconds = clock.total()
         if not score:
@@ -66,7 +66,7 @@ def train(
     return True
 
 
-class Clock:
+class Timer:
     """Time of a run over all its sessions, and what is left at the pace of this one."""
 
     def __init__(self, seconds_before: float, epochs_before: float):
@@ -86,18 +86,18 @@ class Clock:
 
 
 def train_epoch(
-    training: Training,
-    batches: TrainBatches,
+    training: TrainState,
+    batches: InMemoryTrainLoader,
     folder: Path,
-    reporter: Reporter,
+    reporter: RunLogger,
     should_stop: Callable[[], bool],
-    clock: Clock,
+    clock: Timer,
 ) -> bool:
     """The rest of an epoch; False when told to stop before its end."""
     progress, config = training.progress, training.config
     steps, epochs, size = batches.steps, config.train.epochs, config.train.batch_size
     training.model.train()
-    meter = StepMeter(training)
+    meter = StepMetrics(training)
     reporter.open_bar(f"epoch {progress.epoch}/{epochs}", steps, progress.step)
     try:
         for images, labels in meter.timed(batches.epoch(progress.epoch, progress.step)):
@@ -127,7 +127,7 @@ def train_epoch(
 
 
 def train_step(
-    training: Training, images: Tensor, labels: Tensor, rate: float, total: int | None = None
+    training: TrainState, images: Tensor, labels: Tensor, rate: float, total: int | None = None
 ) -> Tensor:
     """One optimiser step on a global batch; [mean loss, top-1 hits, top-5 hits], float64 (3,).
 
@@ -142,7 +142,7 @@ def train_step(
     for group in training.optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
     training.optimizer.zero_grad(set_to_none=True)
-    sizes = [part[rank()] for part in shares(total, train, ranks) if any(part)]
+    sizes = [part[rank()] for part in split_batch(total, train, ranks) if any(part)]
     results = []
     for number, (part, targets) in enumerate(zip(images.split(sizes), labels.split(sizes), strict=True), 1):
         statistics = frozen_running_statistics(training.model) if number > 1 else contextlib.nullcontext()
@@ -150,14 +150,16 @@ def train_step(
             if len(part):
                 with training.autocast():
                     output = training.forward(part)
-                output = at_least_float32(output)
+                output = promote_to_float32(output)
                 loss = F.cross_entropy(output, targets, label_smoothing=train.label_smoothing)
                 loss = loss * (len(part) / total)
                 if targets.ndim == 2:  # mixed: a hit is the label with the larger share
                     targets = targets.argmax(1)
-                results.append(torch.cat([loss.detach().double()[None], hits(output, targets).double()]))
+                results.append(
+                    torch.cat([loss.detach().double()[None], count_correct(output, targets).double()])
+                )
             else:
-                loss = nothing(training, part)
+                loss = zero_loss(training, part)
             # DDP takes the mean over the processes, and the sum is wanted.
             training.scaler.scale(loss * ranks).backward()
     if train.clip_grad_norm is not None:
@@ -170,14 +172,14 @@ def train_step(
     return sum(results) if results else torch.zeros(3, dtype=torch.float64, device=images.device)
 
 
-def nothing(training: Training, images: Tensor) -> Tensor:
+def zero_loss(training: TrainState, images: Tensor) -> Tensor:
     """The loss of a process without an image in the last batch: 0, with gradients of 0 for the exchange."""
     with training.autocast():
         pixels = images.new_zeros(2, *images.shape[1:]).to(memory_format=training.layout)
         return training.forward(pixels).sum() * 0.0
 
 
-def rehearse(training: Training) -> None:
+def warm_up_ddp(training: TrainState) -> None:
     """Of several processes, one step whose gradient is thrown away.
 
     After its first step DDP sorts gradients into other buckets, and sums are rounded otherwise. Now the
@@ -186,7 +188,7 @@ def rehearse(training: Training) -> None:
     if not training.exchanges:
         return
     config = training.config
-    images = max(2, shares(config.train.batch_size, config.train, world_size())[0][rank()])
+    images = max(2, split_batch(config.train.batch_size, config.train, world_size())[0][rank()])
     size = config.data.train_size
     training.model.train()
     pixels = torch.zeros(images, 3, size, size, device=training.device).to(memory_format=training.layout)
@@ -196,13 +198,13 @@ def rehearse(training: Training) -> None:
     training.optimizer.zero_grad(set_to_none=True)
 
 
-class StepMeter:
+class StepMetrics:
     """Losses and counts of steps, left on the device until a row or a checkpoint needs them.
 
     Then the processes add up their shares.
     """
 
-    def __init__(self, training: Training):
+    def __init__(self, training: TrainState):
         self.training = training
         self.pending: list[tuple[Tensor, int]] = []
         self.waited = 0.0  # seconds spent waiting for data since the last row
@@ -254,7 +256,7 @@ def non_finite(loss: float, epoch: int, step: int, folder: Path) -> str:
 
 
 def report_step(
-    training: Training, reporter: Reporter, meter: StepMeter, clock: Clock, rate: float, steps: int
+    training: TrainState, reporter: RunLogger, meter: StepMetrics, clock: Timer, rate: float, steps: int
 ) -> None:
     """Row, line and scalars of the steps since the last row."""
     progress, epochs = training.progress, training.config.train.epochs
@@ -287,7 +289,7 @@ def report_step(
         f"ETA {left}",
         f"loss {values['loss']:.3f}, top-1 {values['top1_error']:.2f}, ETA {left}",
     )
-    progress.interval = Sums()
+    progress.interval = MetricSums()
     meter.restart()
 
 
@@ -297,25 +299,25 @@ def error_text(row: dict[str, Any], classes: int) -> str:
 
 
 def validate(
-    training: Training, batches: Any, reporter: Reporter, should_stop: Callable[[], bool]
-) -> Score | None:
+    training: TrainState, batches: Any, reporter: RunLogger, should_stop: Callable[[], bool]
+) -> EvalResult | None:
     """Exact validation errors of the weights that the run is about; None when told to stop.
 
     What is evaluated is what is saved: the running statistics of the first process.
     """
-    training.settle_buffers()
+    training.broadcast_buffers()
     shown = with_bar("validation", batches, reporter)
     return evaluate(training.evaluated_model, shown, training.autocast, should_stop, layout=training.layout)
 
 
-def read_through(batches: Any, reporter: Reporter, should_stop: Callable[[], bool]) -> None:
+def read_through(batches: Any, reporter: RunLogger, should_stop: Callable[[], bool]) -> None:
     """Decode all validation files once, so that a broken one is found now and not after the first epoch."""
     for _ in with_bar("trying the validation files", batches, reporter):
         if should_stop():
             return
 
 
-def with_bar(title: str, batches: Any, reporter: Reporter) -> Iterator:
+def with_bar(title: str, batches: Any, reporter: RunLogger) -> Iterator:
     """The batches, with a progress bar on a terminal."""
     reporter.open_bar(title, batches.steps)
     try:
@@ -326,7 +328,7 @@ def with_bar(title: str, batches: Any, reporter: Reporter) -> Iterator:
         reporter.close_bar()
 
 
-def finish_epoch(training: Training, score: Score, reporter: Reporter, clock: Clock) -> None:
+def finish_epoch(training: TrainState, score: EvalResult, reporter: RunLogger, clock: Timer) -> None:
     """Row, line and scalars of a finished epoch; then the next one is in progress."""
     progress, epochs = training.progress, training.config.train.epochs
     progress.last = {"epoch": progress.epoch, **score.as_row()}
@@ -357,11 +359,11 @@ def finish_epoch(training: Training, score: Score, reporter: Reporter, clock: Cl
     )
     progress.epoch += 1
     progress.step = 0
-    progress.epoch_sums = Sums()
+    progress.epoch_sums = MetricSums()
     progress.seconds = clock.total()
 
 
-def checkpoint_names(training: Training) -> tuple[str, ...]:
+def checkpoint_names(training: TrainState) -> tuple[str, ...]:
     """The names under which the state is saved after an epoch."""
     progress, every = training.progress, training.config.run.keep_every
     finished = progress.epoch - 1
@@ -370,7 +372,9 @@ def checkpoint_names(training: Training) -> tuple[str, ...]:
     return ("last.pt", *best, *kept)
 
 
-def save(training: Training, folder: Path, reporter: Reporter, names: tuple[str, ...] = ("last.pt",)) -> None:
+def save(
+    training: TrainState, folder: Path, reporter: RunLogger, names: tuple[str, ...] = ("last.pt",)
+) -> None:
     """Write the state under checkpoints/, last.pt and others."""
     if rank() == 0:
         training.progress.rows = reporter.rows
@@ -378,7 +382,7 @@ def save(training: Training, folder: Path, reporter: Reporter, names: tuple[str,
         write_checkpoint(checkpoint_content(training), folder / "checkpoints", list(names))
 
 
-def summary(training: Training, folder: Path, signal: Any) -> str:
+def summary(training: TrainState, folder: Path, signal: Any) -> str:
     """The end of a run's session: result, time, where things are, the next command."""
     progress, epochs = training.progress, training.config.train.epochs
     finished = progress.epoch > epochs

@@ -4,15 +4,15 @@ import torch
 from torch import Tensor
 
 from ..classes import name_outputs
-from ..config import Config, Model, network_name, to_text
+from ..config import Config, ModelConfig, network_name, to_text
 from ..errors import UserError
 from ..models.resnext import ResNeXt, convert_form
-from ..weights.load import Info, LuaState
+from ..weights.load import LuaCheckpoint, WeightsInfo
 from .checkpoint import check_state
-from .train_state import Progress, Training, lay_out_momentum
+from .train_state import TrainProgress, TrainState, init_momentum
 
 
-def start_from(training: Training, source: ResNeXt, info: Info) -> list[str]:
+def load_pretrained(training: TrainState, source: ResNeXt, info: WeightsInfo) -> list[str]:
     """Trained weights for a fresh run (-retrain, -resetClassifier); lines for the log.
 
     The last layer is taken along where there is one and the classes are the same, perhaps in another order;
@@ -20,7 +20,7 @@ def start_from(training: Training, source: ResNeXt, info: Info) -> list[str]:
     """
     own, theirs = training.config, info.config
     check_architecture(theirs.model, own.model, f"model.pretrained: {info.file}")
-    state = in_form(source.state_dict(), theirs.model, own.model)
+    state = convert_state_form(source.state_dict(), theirs.model, own.model)
     outputs, lines = pretrained_classes(info, own, training.classes)
     kept = outputs is not None
     if kept:
@@ -54,7 +54,7 @@ def start_from(training: Training, source: ResNeXt, info: Info) -> list[str]:
 
 
 def pretrained_classes(
-    info: Info, config: Config, classes: tuple[str, ...]
+    info: WeightsInfo, config: Config, classes: tuple[str, ...]
 ) -> tuple[tuple[str, ...] | None, list[str]]:
     """(names of the outputs of weights, warnings); None where they are not a training's `classes`."""
     if info.outputs != len(classes) or config.model.reset_classifier:
@@ -72,14 +72,16 @@ def pretrained_classes(
         ) from None
 
 
-def in_form(state: dict[str, Tensor], source: Model, target: Model) -> dict[str, Tensor]:
+def convert_state_form(
+    state: dict[str, Tensor], source: ModelConfig, target: ModelConfig
+) -> dict[str, Tensor]:
     """Weights (or momenta) of a network of one block form for another; the function stays the same."""
     if source.block == target.block:
         return dict(state)
     return convert_form(state, source.cardinality, source.block, target.block)
 
 
-def check_architecture(found: Model, configured: Model, where: str) -> None:
+def check_architecture(found: ModelConfig, configured: ModelConfig, where: str) -> None:
     """A UserError that names the keys in which weights and configuration are of different networks."""
     keys = ("stem", "stages", "cardinality", "base_width", "preactivation")
     pairs = [(key, getattr(found, key), getattr(configured, key)) for key in keys]
@@ -91,7 +93,7 @@ def check_architecture(found: Model, configured: Model, where: str) -> None:
         )
 
 
-def continue_lua(training: Training, run: LuaState) -> list[str]:
+def resume_from_lua(training: TrainState, run: LuaCheckpoint) -> list[str]:
     """Bring a fresh Training to the end of a Lua run's latest epoch (-resume); lines for the log.
 
     As in ours, and unlike there, the configuration's momentum and decay are used.
@@ -104,17 +106,17 @@ def continue_lua(training: Training, run: LuaState) -> list[str]:
             f"{where}: has {classes} classes and the data {len(training.classes)}; give the data of that run "
             "with --data"
         )
-    state = in_form(run.model.state_dict(), run.info.config.model, config.model)
+    state = convert_state_form(run.model.state_dict(), run.info.config.model, config.model)
     check_state(own, state, run.info.file)
     own.load_state_dict(state)
     if training.ema:
         training.ema.module.load_state_dict(state)
-    momentum = in_form(run.momentum, run.info.config.model, config.model) if run.momentum else {}
+    momentum = convert_state_form(run.momentum, run.info.config.model, config.model) if run.momentum else {}
     for name, parameter in own.named_parameters():
         if parameter.requires_grad and momentum:
             training.optimizer.state[parameter]["momentum_buffer"] = momentum[name]
-    lay_out_momentum(training.optimizer)
-    training.progress = Progress(epoch=run.epoch + 1, global_step=run.steps)
+    init_momentum(training.optimizer)
+    training.progress = TrainProgress(epoch=run.epoch + 1, global_step=run.steps)
     pairs = {"momentum": "momentum", "nesterov": "nesterov", "weight_decay": "weightDecay"}
     return [
         f"warning: the Lua run had optimizer.{ours}={to_text(run.options[theirs])}, this has "

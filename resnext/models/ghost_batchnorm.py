@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..batch_plan import slice_sizes
+from ..batch_plan import split_evenly
 
 
 def _relu(x: Tensor) -> Tensor:
     return F.relu(x, inplace=True)
 
 
-class GroupBatchNorm2d(nn.BatchNorm2d):
+class GhostBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm2d whose training statistics are taken over `groups` near-equal slices of the batch.
 
     Input and output are (N, C, H, W); slices are contiguous in N and fewer than `groups` where
@@ -37,12 +37,12 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
             return self.run_kernels(x, None, relu=False)[0]
         if not self.training or self.groups == 1:
             return super().forward(x)
-        sizes = [size for size in slice_sizes(len(x), self.groups) if size]
+        sizes = [size for size in split_evenly(len(x), self.groups) if size]
         first, *others = x.split(sizes)
-        normalised = [super().forward(first)]
+        normalized = [super().forward(first)]
         for part in others:
-            normalised.append(F.batch_norm(part, None, None, self.weight, self.bias, True, 0.0, self.eps))
-        return torch.cat(normalised)
+            normalized.append(F.batch_norm(part, None, None, self.weight, self.bias, True, 0.0, self.eps))
+        return torch.cat(normalized)
 
     def run_kernels(self, x: Tensor, shortcut: Tensor | None, relu: bool) -> tuple[Tensor, Tensor]:
         """See kernels.norm_relu."""
@@ -87,7 +87,7 @@ def norm_relu(
 
 def _has_kernel(norm: nn.Module, x: Tensor) -> bool:
     """Whether kernels.norm_relu can do what this module does to x; if not, torch's own kernels do."""
-    if not (type(norm) is GroupBatchNorm2d and norm.fused and norm.training and on_gpu(x) and x.dim() == 4):
+    if not (type(norm) is GhostBatchNorm2d and norm.fused and norm.training and on_gpu(x) and x.dim() == 4):
         return False
     n, c, h, w = x.shape
     return (
@@ -123,11 +123,11 @@ def kernels_work(device: torch.device) -> bool:
     return True
 
 
-def use_group_batchnorm(model: nn.Module, groups: int, fused: bool = False) -> None:
+def use_ghost_batchnorm(model: nn.Module, groups: int, fused: bool = False) -> None:
     """Make every BatchNorm2d of a model a GroupBatchNorm2d; parameters, buffers and hooks stay."""
     for module in model.modules():
-        if type(module) in (nn.BatchNorm2d, GroupBatchNorm2d):
-            module.__class__ = GroupBatchNorm2d
+        if type(module) in (nn.BatchNorm2d, GhostBatchNorm2d):
+            module.__class__ = GhostBatchNorm2d
             module.groups, module.fused = groups, fused
 
 

@@ -35,7 +35,7 @@ def rows_of_part(images, groups, hw, g, s, split):
 
 
 @triton.jit
-def normalised(x, mean, scale, bias):
+def normalized(x, mean, scale, bias):
     """One expression for both passes: the backward pass must find the sign that the forward pass had."""
     return tl.fma(x - mean[None, :], scale[None, :], bias[None, :])
 
@@ -156,7 +156,7 @@ def apply(
         ok = (r + lane < rows)[:, None] & inside[None, :]
         at = (start + r) * C + tile
         x = tl.load(x_ptr + at, ok, 0.0).to(tl.float32)
-        y = normalised(x, mean, scale, bias)
+        y = normalized(x, mean, scale, bias)
         if SHORTCUT:
             y += tl.load(shortcut_ptr + at, ok, 0.0).to(tl.float32)
         if RELU:
@@ -174,7 +174,7 @@ def through_relu(dy, x, y_ptr, at, ok, mean, scale, bias, SHORTCUT: tl.constexpr
         if SHORTCUT:  # noqa: SIM108 (a branch of the compiler's)
             y = tl.load(y_ptr + at, ok, 0.0).to(tl.float32)
         else:
-            y = normalised(x, mean, scale, bias)
+            y = normalized(x, mean, scale, bias)
         dy = tl.where(y <= 0.0, 0.0, dy)
     return dy
 

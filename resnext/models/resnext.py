@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..config import STAGES_BY_DEPTH, Model
+from ..config import STAGES_BY_DEPTH, ModelConfig
 from ..errors import UserError
-from .ghost_batchnorm import GroupBatchNorm2d, frozen_running_statistics, norm_relu, on_gpu
+from .ghost_batchnorm import GhostBatchNorm2d, frozen_running_statistics, norm_relu, on_gpu
 
 EXPANSION = 4
 
@@ -88,7 +88,7 @@ class Bottleneck(nn.Module):
         return (y, y2) if twice else y
 
 
-class Path(nn.Module):
+class BottleneckPath(nn.Module):
     """One path of forms A and B: 1x1 and 3x3 of width D; in form A also its own last 1x1."""
 
     def __init__(self, inputs: int, width: int, stride: int, outputs: int | None = None):
@@ -109,7 +109,7 @@ class BottleneckB(Bottleneck):
     """A block in form B: paths joined by concatenation, then one 1x1."""
 
     def _build_branch(self, inputs, outputs, width, cardinality, stride) -> None:
-        self.paths = nn.ModuleList(Path(inputs, width, stride) for _ in range(cardinality))
+        self.paths = nn.ModuleList(BottleneckPath(inputs, width, stride) for _ in range(cardinality))
         self.conv3 = _convolution(width * cardinality, outputs, 1)
 
     def _branch(self, x: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class BottleneckA(Bottleneck):
     """A block in form A: paths that each end in their own 1x1, summed."""
 
     def _build_branch(self, inputs, outputs, width, cardinality, stride) -> None:
-        self.paths = nn.ModuleList(Path(inputs, width, stride, outputs) for _ in range(cardinality))
+        self.paths = nn.ModuleList(BottleneckPath(inputs, width, stride, outputs) for _ in range(cardinality))
 
     def _branch(self, x: Tensor) -> Tensor:
         return sum(path(x) for path in self.paths)
@@ -214,7 +214,7 @@ class ResNeXt(nn.Module):
         self.stages = len(stages)
         self.final_bn = nn.BatchNorm2d(channels) if preactivation else None
         self.fc = nn.Identity() if classes is None else nn.Linear(channels, classes)
-        _initialise(self, zero_gamma)
+        _initialize(self, zero_gamma)
 
     def freeze(self, stages: int) -> None:
         """Keep the stem and the first `stages` as they are: neither learned nor BN statistics moved."""
@@ -242,7 +242,7 @@ class ResNeXt(nn.Module):
         skip = x
         for number in range(1, self.stages + 1):
             for block in getattr(self, f"layer{number}"):
-                if self.training and type(block.bn3) is GroupBatchNorm2d and block.bn3.fused and on_gpu(x):
+                if self.training and type(block.bn3) is GhostBatchNorm2d and block.bn3.fused and on_gpu(x):
                     x, skip = self._run(block, x, skip)
                 else:
                     x = skip = self._run(block, x)
@@ -272,7 +272,7 @@ def _shortcut(kind: str, inputs: int, outputs: int, stride: int, with_bn: bool) 
     return None if inputs == outputs else ZeroPadShortcut(outputs - inputs, stride)
 
 
-def _initialise(model: ResNeXt, zero_gamma: bool) -> None:
+def _initialize(model: ResNeXt, zero_gamma: bool) -> None:
     """models/resnext.lua: conv N(0, sqrt(2 / (k·k·outputs))), BN 1 and 0, linear U(±1/sqrt(in))."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -306,7 +306,7 @@ def _check_arguments(stages, cardinality, base_width, classes, stem, form, short
             raise UserError(f"{name} must be at least 1, not {value}")
 
 
-def build_model(config: Model, classes: int | None) -> ResNeXt:
+def build_model(config: ModelConfig, classes: int | None) -> ResNeXt:
     """The network that a configuration describes; without a last layer where `classes` is None."""
     return ResNeXt(
         config.stages,

@@ -19,9 +19,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import Config, Data, Model, complete
-from ..errors import Unreadable
-from ..safe_pickle import Inert, Stored
+from ..config import Config, DataConfig, ModelConfig, complete
+from ..errors import InvalidFileError
+from ..safe_pickle import Placeholder, TensorRef
 
 # Keys under which trainers keep a state_dict; averaged weights ahead of the others, as in our evaluation.
 AVERAGED = ("state_dict_ema", "model_ema")
@@ -78,10 +78,12 @@ def find_state(content: Any) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
 
     `content` as read_archive gives it. Raises Unreadable where there is no state_dict.
     """
-    if isinstance(content, Inert):
-        raise Unreadable(f"holds an object of class {content.name[:80]}; of a network save the state_dict()")
+    if isinstance(content, Placeholder):
+        raise InvalidFileError(
+            f"holds an object of class {content.name[:80]}; of a network save the state_dict()"
+        )
     if not isinstance(content, dict):
-        raise Unreadable("holds no state_dict")
+        raise InvalidFileError("holds no state_dict")
     others = {key: value for key, value in content.items() if isinstance(key, str)}
     which, found = "weights", content
     keys = [key for key in CONTAINERS if isinstance(others.get(key), dict) and others[key]]
@@ -91,17 +93,17 @@ def find_state(content: Any) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
         which, found = "averaged weights", others["ema_state"]
     state = {}
     for key, value in found.items():
-        if isinstance(key, str) and isinstance(value, Stored) and not IGNORED.fullmatch(unwrapped(key)):
+        if isinstance(key, str) and isinstance(value, TensorRef) and not IGNORED.fullmatch(unwrapped(key)):
             add(state, unwrapped(key), value.tensor)
     if not state:
-        raise Unreadable("holds no state_dict with tensors")
+        raise InvalidFileError("holds no state_dict with tensors")
     return state, which, others
 
 
 def add(state: dict[str, Tensor], key: str, value: Tensor) -> None:
     """Put a tensor under its key; Unreadable where there is one already."""
     if key in state:
-        raise Unreadable(f"two of its tensors are {key[:80]}")
+        raise InvalidFileError(f"two of its tensors are {key[:80]}")
     state[key] = value
 
 
@@ -132,7 +134,7 @@ def translate(state: Mapping[str, Tensor], others: Mapping[str, Any]) -> tuple[s
     """(whose weights these are, the same under our names). Raises Unreadable for unknown names."""
     origin = next((origin for origin, (sign, _) in STYLES.items() if sign in state), None)
     if origin is None:
-        raise Unreadable(
+        raise InvalidFileError(
             f"its first key is {next(iter(state))[:80]!r}: none of the names of {', '.join(STYLES)} ResNeXts"
         )
     renamed, patterns = {}, STYLES[origin][1]
@@ -166,42 +168,46 @@ def _check_variant(origin: str, others: Mapping[str, Any]) -> None:
     """What no tensor shows, but a name or configuration does: other pooling, the stride in the 1x1."""
     arch = others.get("arch")
     if isinstance(arch, str) and re.search(r"blur|ne[xt]+aa", arch):
-        raise Unreadable(f"{arch[:40]} pools otherwise than these networks")
+        raise InvalidFileError(f"{arch[:40]} pools otherwise than these networks")
     texts = [value for key in ("cfg", "meta") if isinstance(value := others.get(key), str)]
     if isinstance(others.get("meta"), dict):
         texts += [value for value in others["meta"].values() if isinstance(value, str)]
     for text in texts:
         pycls = re.search(r"TYPE: resnet\b", text) and re.search(r"STRIDE_1X1: true", text, re.IGNORECASE)
         if (origin == "pycls" and pycls) or (origin == "mmpretrain" and re.search(r"style='caffe'", text)):
-            raise Unreadable("its blocks have their stride in the first 1x1 convolution, ours in the 3x3")
+            raise InvalidFileError(
+                "its blocks have their stride in the first 1x1 convolution, ours in the 3x3"
+            )
 
 
 # ---------------------------------------------------------------------------- the network
 
 
-def architecture(state: Mapping[str, Tensor]) -> Model:
+def architecture(state: Mapping[str, Tensor]) -> ModelConfig:
     """The network that tensors under our names belong to. Raises Unreadable where there is none."""
     stem, first = _shape(state, "conv1.weight", 4), "layer1.0.conv2.weight"
     if "layer1.0.conv2.weight" in state and "layer1.0.conv3.weight" not in state:
-        raise Unreadable("its blocks have two convolutions; these networks have bottlenecks of three")
+        raise InvalidFileError("its blocks have two convolutions; these networks have bottlenecks of three")
     paths = _count(state, r"layer1\.0\.paths\.(\d+)\.")
     if paths:
         first = "layer1.0.paths.0.conv2.weight"
     total, width = _shape(state, first, 4)[:2]
     if stem[2] not in (3, 7) or stem[1] != 3 or not width or total % width:
-        raise Unreadable(f"its first convolutions are {stem} and {(total, width)}: none of these networks")
+        raise InvalidFileError(
+            f"its first convolutions are {stem} and {(total, width)}: none of these networks"
+        )
     stages = [_count(state, rf"layer{number}\.(\d+)\.") for number in range(1, 6)]
     branch = ".paths.0.conv1.weight" if paths else ".conv1.weight"
     present = sum(re.fullmatch(r"layer\d\.\d+" + re.escape(branch), key) is not None for key in state)
     if present != sum(stages) or present * max(1, paths) * 3 > len(state):
-        raise Unreadable("some of its blocks are missing")
+        raise InvalidFileError("some of its blocks are missing")
     shortcuts = {m[1] for key in state if (m := re.match(r"(layer\d\.\d+)\.downsample\.", key))}
     first_blocks = {f"layer{number}.0" for number in range(1, 5)}
     cardinality, block = total // width, "C"
     if paths:
         cardinality, block = paths, "A" if "layer1.0.paths.0.conv3.weight" in state else "B"
     plain = (cardinality, width, block) == (1, 64, "C")
-    return Model(
+    return ModelConfig(
         architecture="resnet" if plain else "resnext",
         stem="imagenet" if stem[2] == 7 else "cifar",
         stages=tuple(stages[: stages.index(0)] if 0 in stages else stages),
@@ -216,7 +222,7 @@ def architecture(state: Mapping[str, Tensor]) -> Model:
 
 def _shape(state: Mapping[str, Tensor], key: str, dimensions: int) -> tuple[int, ...]:
     if key not in state or state[key].ndim != dimensions:
-        raise Unreadable(f"has no {key} of {dimensions} dimensions: none of these networks")
+        raise InvalidFileError(f"has no {key} of {dimensions} dimensions: none of these networks")
     return tuple(state[key].shape)
 
 
@@ -226,7 +232,7 @@ def _count(state: Mapping[str, Tensor], pattern: str) -> int:
     return max(found, default=-1) + 1
 
 
-def configuration(model: Model, origin: str) -> Config:
+def configuration(model: ModelConfig, origin: str) -> Config:
     """A configuration with this network and the preprocessing that the origin's weights expect."""
     classes = model.classes
     cifar = {10: "cifar10", 100: "cifar100"}.get(classes, "folder") if model.stem == "cifar" else "folder"
@@ -235,4 +241,4 @@ def configuration(model: Model, origin: str) -> Config:
         data |= {"pipeline": "torch7"} if origin == "Torch7" else {"interpolation": "bilinear"}
     elif origin == "bearpaw":
         data["mean"], data["std"] = BEARPAW_STATISTICS
-    return complete(Config(model=model, data=Data(**data)))
+    return complete(Config(model=model, data=DataConfig(**data)))

@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import safe_pickle
 from ..config import Config, complete, network_name, parse_config
 from ..engine.checkpoint import FORMAT, check_state, find_checkpoint, read_checkpoint, verify_archive
-from ..errors import Unreadable, UserError
+from ..errors import InvalidFileError, UserError
 from ..models.resnext import ResNeXt, build_model
 from . import foreign, lua_modules, t7
 
@@ -29,7 +29,7 @@ EXPORTED = "resnext weights"  # metadata "format" of scripts/export.py's .safete
 
 
 @dataclass(frozen=True)
-class Info:
+class WeightsInfo:
     """What is known of loaded weights.
 
     file: where they were. origin: whose file it is. weights: which of its weights these are, for people.
@@ -52,21 +52,21 @@ class Info:
 
 
 @dataclass(frozen=True)
-class LuaState:
+class LuaCheckpoint:
     """A Lua run after its latest epoch: network, epochs and optimiser steps done.
 
     momentum: of each parameter, under our names; None before the first step. options: of optim.sgd.
     """
 
     model: ResNeXt
-    info: Info
+    info: WeightsInfo
     epoch: int
     steps: int
     momentum: dict[str, Tensor] | None
     options: dict[str, Any]
 
 
-def load_weights(source: Path | str, dtype: torch.dtype = torch.float32) -> tuple[ResNeXt, Info]:
+def load_weights(source: Path | str, dtype: torch.dtype = torch.float32) -> tuple[ResNeXt, WeightsInfo]:
     """The network in a file, run directory or Lua checkpoint directory, and what is known of it.
 
     "torchvision:NAME", NAME such as resnext50_32x4d or resnext50_32x4d:IMAGENET1K_V1, is downloaded once.
@@ -81,7 +81,7 @@ def load_weights(source: Path | str, dtype: torch.dtype = torch.float32) -> tupl
         return _network(state, info, dtype), info
 
 
-def load_lua_run(folder: Path) -> LuaState:
+def load_lua_run(folder: Path) -> LuaCheckpoint:
     """The state in a directory that checkpoints.lua wrote: latest.t7, model_N.t7, optimState_N.t7."""
     with _readable(folder):
         run = lua_modules.read_run(folder)
@@ -92,17 +92,17 @@ def load_lua_run(folder: Path) -> LuaState:
         if isinstance(flat, Tensor):
             sizes = [shape.numel() for shape in shapes.values()]
             if flat.ndim != 1 or len(flat) != sum(sizes) or flat.stride(0) != 1:
-                raise Unreadable("the optimiser's momentum is not that of the network")
+                raise InvalidFileError("the optimiser's momentum is not that of the network")
             parts = zip(shapes.items(), flat.split(sizes), strict=True)
             momentum = {key: part.view(shape) for (key, shape), part in parts}
         options = {key: value for key, value in run.optimizer.items() if isinstance(value, float | bool)}
         steps = options.get("evalCounter", 0)
         if not (steps >= 0 and float(steps).is_integer()):
-            raise Unreadable("the optimiser's number of steps is none")
-    return LuaState(model, info, run.epoch, int(steps), momentum, options)
+            raise InvalidFileError("the optimiser's number of steps is none")
+    return LuaCheckpoint(model, info, run.epoch, int(steps), momentum, options)
 
 
-def preprocessing(info: Info) -> str:
+def preprocessing(info: WeightsInfo) -> str:
     """Whose weights these are and what they are fed, for people: of other programs' it is assumed."""
     data, model = info.config.data, info.config.model
     resized = {"memory": "", "torch7": ", resized as in Torch7"}
@@ -115,7 +115,7 @@ def preprocessing(info: Info) -> str:
     )
 
 
-def check_classifier(info: Info) -> None:
+def check_classifier(info: WeightsInfo) -> None:
     """A UserError where the file has no last layer, for those who want classes."""
     if info.outputs is None:
         raise UserError(
@@ -137,7 +137,7 @@ def _readable(path: Path) -> Iterator[None]:
     """What a damaged or foreign file raises becomes one UserError that names it."""
     try:
         yield
-    except Unreadable as error:
+    except InvalidFileError as error:
         raise UserError(f"{path}: {error}; use another file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
@@ -161,7 +161,7 @@ def _readable(path: Path) -> Iterator[None]:
 # Each gives a state_dict under our names, of whatever types, and the Info.
 
 
-def _read(path: Path) -> tuple[dict[str, Any], Info]:
+def _read(path: Path) -> tuple[dict[str, Any], WeightsInfo]:
     if not path.is_file():
         raise UserError(f"{path}: is no file; give a .pt, .pth, .safetensors or .t7")
     with open(path, "rb") as file:
@@ -187,12 +187,12 @@ def _is_own(path: Path) -> bool:
         return any(FORMAT.encode() in archive.read(name) for name in names_)
 
 
-def _own(path: Path) -> tuple[dict[str, Any], Info]:
+def _own(path: Path) -> tuple[dict[str, Any], WeightsInfo]:
     content = read_checkpoint(path)
     config = parse_config(content["config"], str(path))
     averaged = "averaged weights" if content["ema"] is not None else "weights"
     classes, steps = tuple(content["classes"]), content["progress"]["global_step"]
-    return evaluated_state(content), Info(str(path), "this program", averaged, config, classes, steps)
+    return evaluated_state(content), WeightsInfo(str(path), "this program", averaged, config, classes, steps)
 
 
 def evaluated_state(content: dict[str, Any]) -> dict[str, Any]:
@@ -204,15 +204,15 @@ def evaluated_state(content: dict[str, Any]) -> dict[str, Any]:
     return {key.removeprefix(prefix): value for key, value in average.items()}
 
 
-def _pickled(path: Path, content: Any) -> tuple[dict[str, Tensor], Info]:
+def _pickled(path: Path, content: Any) -> tuple[dict[str, Tensor], WeightsInfo]:
     state, which, others = foreign.find_state(content)
     if sum(value.numel() for value in state.values()) > path.stat().st_size:
-        raise Unreadable("its tensors are larger than the file")
+        raise InvalidFileError("its tensors are larger than the file")
     origin, state = foreign.translate(state, others)
     return _infer(state, path, origin, which, foreign.class_names(others))
 
 
-def _safetensors(path: Path) -> tuple[dict[str, Tensor], Info]:
+def _safetensors(path: Path) -> tuple[dict[str, Tensor], WeightsInfo]:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
@@ -222,9 +222,9 @@ def _safetensors(path: Path) -> tuple[dict[str, Tensor], Info]:
             metadata = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise Unreadable(f"damaged ({str(error)[:100]})") from None
+        raise InvalidFileError(f"damaged ({str(error)[:100]})") from None
     if not state:
-        raise Unreadable("holds no tensors")
+        raise InvalidFileError("holds no tensors")
     if metadata.get("format") == EXPORTED:
         return _exported(state, path, metadata)
     plain: dict[str, Tensor] = {}
@@ -236,19 +236,21 @@ def _safetensors(path: Path) -> tuple[dict[str, Tensor], Info]:
 
 def _exported(
     state: dict[str, Tensor], path: Path, metadata: Mapping[str, str]
-) -> tuple[dict[str, Tensor], Info]:
+) -> tuple[dict[str, Tensor], WeightsInfo]:
     """scripts/export.py's own."""
     try:
         config = parse_config(metadata["config"], str(path))
         classes = json.loads(metadata.get("classes", "null"))
     except (KeyError, ValueError):
-        raise Unreadable("its metadata is not scripts/export.py's") from None
+        raise InvalidFileError("its metadata is not scripts/export.py's") from None
     if classes is not None and not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
-        raise Unreadable("its metadata's classes are no names")
-    return state, Info(str(path), "this program", "exported weights", config, classes and tuple(classes))
+        raise InvalidFileError("its metadata's classes are no names")
+    return state, WeightsInfo(
+        str(path), "this program", "exported weights", config, classes and tuple(classes)
+    )
 
 
-def _torchvision(source: str) -> tuple[dict[str, Tensor], Info]:
+def _torchvision(source: str) -> tuple[dict[str, Tensor], WeightsInfo]:
     """Weights that torchvision publishes, with the preprocessing that it states for them."""
     import torchvision
 
@@ -291,17 +293,17 @@ def _infer(
     origin: str,
     which: str,
     classes: tuple[str, ...] | None = None,
-) -> tuple[dict[str, Tensor], Info]:
+) -> tuple[dict[str, Tensor], WeightsInfo]:
     """Network and preprocessing of tensors under our names, and these whole."""
     network = foreign.architecture(state)
     config = foreign.configuration(network, origin)
     for key in [key for key in state if key.endswith("running_mean")]:
         state.setdefault(key.replace("running_mean", "num_batches_tracked"), torch.tensor(0))  # old files
     classes = classes if classes and len(classes) == network.classes else None
-    return state, Info(str(path), origin, which, config, classes)
+    return state, WeightsInfo(str(path), origin, which, config, classes)
 
 
-def _network(state: dict[str, Any], info: Info, dtype: torch.dtype = torch.float32) -> ResNeXt:
+def _network(state: dict[str, Any], info: WeightsInfo, dtype: torch.dtype = torch.float32) -> ResNeXt:
     """The network with these weights, which become `dtype`, and whole numbers int64."""
     with torch.device("meta"):  # no memory before the shapes are known to be the file's
         model = build_model(info.config.model, info.outputs).to(dtype)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import Unreadable
+from ..errors import InvalidFileError
 from .t7 import Object, Table, parse_t7
 
 EPS = 1e-5  # of our BatchNorm
@@ -55,7 +55,7 @@ def convert_network(root: Any, limit: int) -> LuaNetwork:
     names = _Names(ops)
     names.network()
     if sum(tensor.numel() for module in order for tensor in _all_tensors(module)) > limit:
-        raise Unreadable("its tensors are larger than the file")
+        raise InvalidFileError("its tensors are larger than the file")
     state: dict[str, Tensor] = {}
     parameters: list[str] = []
     for module in order:
@@ -82,7 +82,7 @@ def read_network(path: Path) -> LuaNetwork:
     content = path.read_bytes()
     root = parse_t7(content)
     if isinstance(root, Table) and "modelFile" in root:
-        raise Unreadable("names the files of a Lua run; give its folder")
+        raise InvalidFileError("names the files of a Lua run; give its folder")
     return convert_network(root, len(content))
 
 
@@ -98,14 +98,14 @@ def read_run(folder: Path) -> LuaRun:
     optimizer = parse_t7(_named_file(folder, latest, "optimFile").read_bytes())
     whole = type(epoch) is float and epoch >= 1 and epoch.is_integer()
     if not whole or not isinstance(optimizer, Table):
-        raise Unreadable("latest.t7 or the optimiser's state is not what checkpoints.lua writes")
+        raise InvalidFileError("latest.t7 or the optimiser's state is not what checkpoints.lua writes")
     return LuaRun(read_network(_named_file(folder, latest, "modelFile")), int(epoch), optimizer)
 
 
 def _latest(folder: Path) -> Table:
     latest = parse_t7((folder / "latest.t7").read_bytes())
     if not isinstance(latest, Table):
-        raise Unreadable("latest.t7 is not what checkpoints.lua writes")
+        raise InvalidFileError("latest.t7 is not what checkpoints.lua writes")
     return latest
 
 
@@ -113,10 +113,10 @@ def _named_file(folder: Path, latest: Table, key: str) -> Path:
     """Beside latest.t7, wherever the run was."""
     name = latest.get(key)
     if not isinstance(name, str) or not name.rpartition("/")[2]:
-        raise Unreadable(f"latest.t7 names no {key}")
+        raise InvalidFileError(f"latest.t7 names no {key}")
     path = folder / name.rpartition("/")[2]
     if not path.is_file():
-        raise Unreadable(f"{path.name}, which latest.t7 names, is not there")
+        raise InvalidFileError(f"{path.name}, which latest.t7 names, is not there")
     return path
 
 
@@ -133,7 +133,7 @@ def _flatten(root: Any) -> tuple[list[Op], list[Object]]:
         nonlocal visits
         visits += 1
         if visits > MAX_MODULES or id(module) in inside or len(inside) > MAX_NESTING:
-            raise Unreadable(
+            raise InvalidFileError(
                 f"a module holds itself, or over {MAX_MODULES:,} others, or {MAX_NESTING} nested"
             )
         kind = _class(module)
@@ -151,7 +151,7 @@ def _flatten(root: Any) -> tuple[list[Op], list[Object]]:
         _check_kind(module, kind)
         if KINDS[kind] in ("conv", "bn", "linear"):
             if id(module) in order:
-                raise Unreadable("a module with weights is used twice")
+                raise InvalidFileError("a module with weights is used twice")
             order[id(module)] = module
         return [Op(KINDS[kind], module)]
 
@@ -160,22 +160,24 @@ def _flatten(root: Any) -> tuple[list[Op], list[Object]]:
 
 def _check_kind(module: Object, kind: str) -> None:
     if kind not in KINDS:
-        raise Unreadable(f"it has a module {module.class_name[:60]!r}, which these networks do not have")
+        raise InvalidFileError(
+            f"it has a module {module.class_name[:60]!r}, which these networks do not have"
+        )
     if kind == "Threshold" and (_number(module, "threshold", 0), _number(module, "val", 0)) != (0, 0):
-        raise Unreadable("it has a threshold that is not ReLU's")
+        raise InvalidFileError("it has a threshold that is not ReLU's")
 
 
 def _class(module: Any) -> str:
     """The class name of a module without its package: nn, cudnn, fbnn, inn."""
     if not isinstance(module, Object) or module.fields is None:
-        raise Unreadable("it holds no network: something else stands in place of an nn module")
+        raise InvalidFileError("it holds no network: something else stands in place of an nn module")
     return module.class_name.rpartition(".")[2]
 
 
 def _children(module: Object) -> list[Any]:
     children = module.fields.get("modules")
     if not isinstance(children, Table) or not len(children):
-        raise Unreadable(f"a {module.class_name[:60]} without modules")
+        raise InvalidFileError(f"a {module.class_name[:60]} without modules")
     return [children.get(number) for number in range(1, len(children) + 1)]
 
 
@@ -197,7 +199,9 @@ class _Names:
     def next(self, kind: str, what: str) -> Op:
         if not self.sees(kind):
             found = self.ops[self.place].kind if self.place < len(self.ops) else "nothing"
-            raise Unreadable(f"{what}: {found} stands where {kind} should; this is none of the networks read")
+            raise InvalidFileError(
+                f"{what}: {found} stands where {kind} should; this is none of the networks read"
+            )
         self.place += 1
         return self.ops[self.place - 1]
 
@@ -217,14 +221,14 @@ class _Names:
 
     def end(self, what: str) -> None:
         if self.place < len(self.ops):
-            raise Unreadable(f"{what}: goes on with {self.ops[self.place].kind} where it should end")
+            raise InvalidFileError(f"{what}: goes on with {self.ops[self.place].kind} where it should end")
 
     # -- the grammar
 
     def network(self) -> None:
         first = next((op for op in self.ops if op.kind == "branches"), None)
         if first is None:
-            raise Unreadable("it holds no network with residual blocks")
+            raise InvalidFileError("it holds no network with residual blocks")
         self.preactivation = max((_trunk(branch) for branch in first.branches), key=len)[-1:] == ["conv"]
         self.stem()
         stage, channels, index = 0, None, 0
@@ -255,7 +259,7 @@ class _Names:
             pool = self.next("maxpool", "maxpool").module
             _check_sizes(pool, "maxpool", 3, 2, 1)
             if pool.fields.get("ceil_mode") is True:
-                raise Unreadable("maxpool: rounds sizes up, ours down")
+                raise InvalidFileError("maxpool: rounds sizes up, ours down")
 
     def block(self, stage: int, index: int) -> None:
         name, first = f"layer{stage}.{index}", index == 0
@@ -267,10 +271,12 @@ class _Names:
         sides = self.next("branches", name).branches
         self.next("add", name)
         if len(sides) != 2:
-            raise Unreadable(f"{name}: has {len(sides)} branches, not a branch and a shortcut")
+            raise InvalidFileError(f"{name}: has {len(sides)} branches, not a branch and a shortcut")
         branch, shortcut = sorted(sides, key=lambda ops: len(_trunk(ops)), reverse=True)
         if _trunk(branch).count("conv") == 2:
-            raise Unreadable("its blocks have two convolutions; these networks have bottlenecks of three")
+            raise InvalidFileError(
+                "its blocks have two convolutions; these networks have bottlenecks of three"
+            )
         inner = self.inner(branch)
         if not bare and not first:
             inner.norm(f"{name}.bn0")
@@ -319,7 +325,7 @@ class _Names:
                 kinds = [[op.kind for op in branch] for branch in self.ops[self.place].branches]
                 zero = kinds == [[], ["zero"]] and self.ops[self.place].branches[1][0].module
                 if not zero or _number(zero, "constant_scalar", 1) != 0:
-                    raise Unreadable(f"{name}: its shortcut is none of A, B and C")
+                    raise InvalidFileError(f"{name}: its shortcut is none of A, B and C")
                 self.place += 2
             elif self.sees("padding"):
                 self.place += 1
@@ -363,7 +369,7 @@ def _number(module: Object, name: str, default: float) -> float:
 def _whole(module: Object, name: str, default: int = 0) -> int:
     value = _number(module, name, default)
     if not 0 <= value < 1 << 31 or value != int(value):
-        raise Unreadable(f"{name} of a {module.class_name[:60]} is {value}")
+        raise InvalidFileError(f"{name} of a {module.class_name[:60]} is {value}")
     return int(value)
 
 
@@ -372,7 +378,7 @@ def _tensor(module: Object, name: str) -> Tensor | None:
     if not isinstance(value, Tensor) or not value.numel():
         return None
     if not value.is_floating_point():
-        raise Unreadable(f"{name} of a {module.class_name[:60]} holds whole numbers")
+        raise InvalidFileError(f"{name} of a {module.class_name[:60]} holds whole numbers")
     return value
 
 
@@ -387,7 +393,7 @@ def _check_sizes(module: Object, name: str, kernel: int, stride: int, padding: i
     found = [_number(module, key, default) for key, default in zip(fields, defaults, strict=True)]
     if found != [kernel, kernel, stride, stride, padding, padding]:
         k, s, p = (f"{found[i]:g}x{found[i + 1]:g}" for i in (0, 2, 4))
-        raise Unreadable(
+        raise InvalidFileError(
             f"{name}: kernel {k}, stride {s}, padding {p}, where ours has {kernel}, {stride}, {padding}"
         )
 
@@ -399,14 +405,14 @@ def _tensors(module: Object, name: str) -> tuple[dict[str, Tensor], dict[str, Te
         return {"weight": _convolution_weight(module, weight, bias, name)}, {}
     if KINDS[_class(module)] == "linear":
         if weight is None or weight.ndim != 2:
-            raise Unreadable(f"{name}: has no matrix of weights")
+            raise InvalidFileError(f"{name}: has no matrix of weights")
         return {"weight": weight, "bias": weight.new_zeros(len(weight)) if bias is None else bias}, {}
     mean, variance = _tensor(module, "running_mean"), _tensor(module, "running_var")
     eps, deviation = _number(module, "eps", EPS), _tensor(module, "running_std")
     if variance is None and deviation is not None:  # before version 2: 1 / sqrt(variance + eps)
         variance = deviation.double() ** -2 - eps
     if mean is None or variance is None or mean.shape != variance.shape:
-        raise Unreadable(f"{name}: has no running statistics")
+        raise InvalidFileError(f"{name}: has no running statistics")
     learned = {
         "weight": torch.ones_like(mean) if weight is None else weight,
         "bias": torch.zeros_like(mean) if bias is None else bias,
@@ -419,13 +425,13 @@ def _tensors(module: Object, name: str) -> tuple[dict[str, Tensor], dict[str, Te
 def _convolution_weight(module: Object, weight: Tensor | None, bias: Tensor | None, name: str) -> Tensor:
     """(outputs, inputs / groups, kernel, kernel), however a backend stored it."""
     if bias is not None and bias.count_nonzero():
-        raise Unreadable(f"{name}: has a bias, ours has none")
+        raise InvalidFileError(f"{name}: has a bias, ours has none")
     keys = ("nOutputPlane", "nInputPlane", "kH", "kW")
     outputs, inputs, height, width = (_whole(module, key) for key in keys)
     groups = _whole(module, "groups", 1)
     if groups < 1 or inputs % groups or weight is None:
-        raise Unreadable(f"{name}: a convolution of {inputs} channels in {groups} groups")
+        raise InvalidFileError(f"{name}: a convolution of {inputs} channels in {groups} groups")
     shape = (outputs, inputs // groups, height, width)
     if weight.numel() != torch.Size(shape).numel():
-        raise Unreadable(f"{name}: {weight.numel()} weights do not make {shape}")
+        raise InvalidFileError(f"{name}: {weight.numel()} weights do not make {shape}")
     return weight.reshape(shape)

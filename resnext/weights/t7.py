@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import Unreadable
+from ..errors import InvalidFileError
 from ..safe_pickle import view
 
 MAX_DEPTH = 200  # of objects inside objects; networks have about 40
@@ -95,7 +95,7 @@ class _Items:
 
     def take(self, count: int) -> bytes:
         if not 0 <= count <= self.left():
-            raise Unreadable(f"{count} bytes are announced where {self.left()} are left")
+            raise InvalidFileError(f"{count} bytes are announced where {self.left()} are left")
         self.place += count
         return self.content[self.place - count : self.place]
 
@@ -140,9 +140,9 @@ class _Ascii(_Items):
         try:
             numbers = [int(word) for word in words]
         except ValueError:
-            raise Unreadable(f"{words[0][:20]!r} stands where a whole number should") from None
+            raise InvalidFileError(f"{words[0][:20]!r} stands where a whole number should") from None
         if len(numbers) != count or any(abs(number) >= 1 << 63 for number in numbers):
-            raise Unreadable(f"{len(numbers)} numbers stand where {count} should")
+            raise InvalidFileError(f"{len(numbers)} numbers stand where {count} should")
         return numbers
 
     def number(self) -> float:
@@ -150,13 +150,13 @@ class _Ascii(_Items):
         try:
             return float(word)
         except ValueError:
-            raise Unreadable(f"{word[:20]!r} stands where a number should") from None
+            raise InvalidFileError(f"{word[:20]!r} stands where a number should") from None
 
     def elements(self, kind: type, count: int) -> np.ndarray:
         if np.dtype(kind).itemsize == 1:
             return np.frombuffer(self.take(count), kind).copy()
         if count > self.left():
-            raise Unreadable(f"{count} elements are announced where {self.left()} bytes are left")
+            raise InvalidFileError(f"{count} elements are announced where {self.left()} bytes are left")
         wide = np.int64 if np.issubdtype(kind, np.integer) else np.float64
         text = self.line() if count else b""
         try:
@@ -164,9 +164,9 @@ class _Ascii(_Items):
                 warnings.simplefilter("error", DeprecationWarning)  # words that are no numbers
                 numbers = np.fromstring(text, wide, sep=" ") if count else np.empty(0, wide)
         except (ValueError, DeprecationWarning):
-            raise Unreadable("the elements of a storage are no numbers") from None
+            raise InvalidFileError("the elements of a storage are no numbers") from None
         if len(numbers) != count:
-            raise Unreadable(f"a storage of {count} elements has {len(numbers)}")
+            raise InvalidFileError(f"a storage of {count} elements has {len(numbers)}")
         return numbers.astype(kind)
 
 
@@ -179,7 +179,7 @@ class _Reader:
 
     def value(self, depth: int) -> Any:
         if depth > MAX_DEPTH:
-            raise Unreadable(f"objects are nested more than {MAX_DEPTH} deep")
+            raise InvalidFileError(f"objects are nested more than {MAX_DEPTH} deep")
         kind = self.items.integer()
         if kind == NIL:
             return None
@@ -190,9 +190,9 @@ class _Reader:
         if kind == BOOLEAN:
             return self.items.integer() != 0
         if kind in FUNCTIONS:
-            raise Unreadable("it holds a Lua function, which is not read")
+            raise InvalidFileError("it holds a Lua function, which is not read")
         if kind not in (TABLE, TORCH):
-            raise Unreadable(f"{kind} is no type of a value")
+            raise InvalidFileError(f"{kind} is no type of a value")
         index = self.items.integer()
         if index not in self.known:
             self.known[index] = None  # until it is whole, for what cannot hold itself
@@ -207,7 +207,7 @@ class _Reader:
         for _ in range(self.items.integer()):  # each takes bytes, so that the file's end is an end
             key = self.value(depth + 1)
             if isinstance(key, Tensor) or key in table or key != key:
-                raise Unreadable("a table has a key twice, or one that cannot be a key")
+                raise InvalidFileError("a table has a key twice, or one that cannot be a key")
             table[key] = self.value(depth + 1)
         return table
 
@@ -223,19 +223,19 @@ class _Reader:
         found = self.known[index] = Object(name)
         found.fields = self.value(depth + 1)
         if not isinstance(found.fields, Table):
-            raise Unreadable(f"an object of class {name[:60]!r} is no table of fields")
+            raise InvalidFileError(f"an object of class {name[:60]!r} is no table of fields")
         return found
 
     def storage(self, kind: type) -> Tensor:
         (count,) = self.items.longs(1)
         if count < 0:
-            raise Unreadable(f"a storage of {count} elements")
+            raise InvalidFileError(f"a storage of {count} elements")
         return torch.from_numpy(self.items.elements(kind, count))
 
     def tensor(self, kind: type, depth: int) -> Tensor:
         dimensions = self.items.integer()
         if not 0 <= dimensions <= 32:
-            raise Unreadable(f"a tensor of {dimensions} dimensions")
+            raise InvalidFileError(f"a tensor of {dimensions} dimensions")
         sizes, strides = self.items.longs(dimensions), self.items.longs(dimensions)
         (offset,) = self.items.longs(1)
         storage = self.value(depth + 1)
@@ -243,7 +243,7 @@ class _Reader:
         if storage is None:
             storage = empty
         if not isinstance(storage, Tensor) or storage.dtype != empty.dtype or storage.ndim != 1:
-            raise Unreadable("a tensor has something else in place of its storage")
+            raise InvalidFileError("a tensor has something else in place of its storage")
         return view(storage, max(offset, 1) - 1, sizes, strides) if dimensions else empty
 
 

@@ -13,18 +13,18 @@ from torchvision.transforms.v2 import functional as F
 
 from data.augment import (
     cifar_crop,
-    cifar_draws,
-    colour_draws,
     erase,
     jitter,
     mirror,
-    mirror_draws,
     mix,
-    normalise,
+    normalize,
+    sample_cifar_crops,
+    sample_color_params,
+    sample_flips,
 )
-from data.rng import Stream, uniforms
+from data.rng import RngStream, random_uniform
 from data.transforms import apply_policy
-from resnext.config import STATISTICS, Augment
+from resnext.config import STATISTICS, AugmentConfig
 
 MEAN, STD = STATISTICS["cifar10"]
 
@@ -33,7 +33,7 @@ def pictures(count, size, seed=0):
     return np.random.default_rng(seed).integers(256, size=(count, size, size, 3)).astype(np.uint8)
 
 
-def normalised(picture, mean=MEAN, std=STD):
+def normalized(picture, mean=MEAN, std=STD):
     """float32 (3, S, S)"""
     channels = picture.transpose(2, 0, 1).astype(np.float32)
     return np.stack(
@@ -43,7 +43,7 @@ def normalised(picture, mean=MEAN, std=STD):
 
 def reference(picture, mirrored, x, y, padding):
     """Normalise, mirror, pad with zeros, crop: in this order, one picture."""
-    image = normalised(picture)
+    image = normalized(picture)
     if mirrored:
         image = image[:, :, ::-1]
     size = image.shape[1]
@@ -75,7 +75,7 @@ def test_every_offset_and_both_mirrors(padding, size):
 
 @pytest.mark.parametrize("mirror, padding", [(0.5, 4), (0.5, 0), (0.0, 4), (1.0, 1)])
 def test_drawn_crops(mirror, padding):
-    draws = cifar_draws(3, 5, np.arange(40), mirror, padding)
+    draws = sample_cifar_crops(3, 5, np.arange(40), mirror, padding)
     check(pictures(40, 32, seed=1), *draws, padding)
 
 
@@ -83,7 +83,7 @@ def test_no_padding_and_no_mirror_is_plain_normalisation():
     images = pictures(5, 16)
     zeros = np.zeros(5, np.int64)
     ours = crop(images, zeros > 0, zeros, zeros, 0)
-    plain = normalise(torch.from_numpy(images), torch.tensor(MEAN), torch.tensor(STD))
+    plain = normalize(torch.from_numpy(images), torch.tensor(MEAN), torch.tensor(STD))
     assert torch.equal(ours, plain)
 
 
@@ -91,8 +91,8 @@ def test_no_padding_and_no_mirror_is_plain_normalisation():
 def test_normalisation(name):
     mean, std = STATISTICS[name]
     images = np.stack([np.arange(192, dtype=np.uint8).reshape(8, 8, 3), pictures(1, 8)[0]])
-    ours = normalise(torch.from_numpy(images), torch.tensor(mean), torch.tensor(std))
-    expected = np.stack([normalised(image, mean, std) for image in images])
+    ours = normalize(torch.from_numpy(images), torch.tensor(mean), torch.tensor(std))
+    expected = np.stack([normalized(image, mean, std) for image in images])
     assert ours.dtype == torch.float32
     np.testing.assert_array_equal(ours.numpy(), expected)
     exact = (images.astype(np.float64) - mean) / std
@@ -121,7 +121,7 @@ def test_layout_is_channels_last():
     zeros = np.zeros(4, np.int64)
     for batch in (
         crop(images, zeros > 0, zeros, zeros, 1),
-        normalise(torch.from_numpy(images), torch.tensor(MEAN), torch.tensor(STD)),
+        normalize(torch.from_numpy(images), torch.tensor(MEAN), torch.tensor(STD)),
     ):
         assert batch.is_contiguous(memory_format=torch.channels_last)
 
@@ -140,7 +140,7 @@ IMAGENET = tuple(torch.tensor(values) for values in STATISTICS["folder"])
 GRAY = np.array([0.299, 0.587, 0.114])
 EIGENVALUES = np.array([0.2175, 0.0188, 0.0045])
 EIGENVECTORS = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
-FULL = Augment(jitter=0.4, lighting=0.1)
+FULL = AugmentConfig(jitter=0.4, lighting=0.1)
 
 
 def colour_reference(image, row, mean, std):
@@ -161,7 +161,7 @@ def test_colours_are_the_operations_one_after_another(order, kind):
     images = pictures(6, 24, seed=2).astype(kind)
     if kind is np.float32:
         images = images * 1.1 - 12  # bicubic overshoots, and nothing is clamped
-    draws = colour_draws(1, 1, np.arange(6), FULL)
+    draws = sample_color_params(1, 1, np.arange(6), FULL)
     draws[:, :3] = order
     ours = jitter(torch.from_numpy(images), torch.from_numpy(draws), *IMAGENET)
     assert ours.dtype == torch.float32 and ours.shape == (6, 3, 24, 24)
@@ -172,7 +172,7 @@ def test_colours_are_the_operations_one_after_another(order, kind):
 
 def test_colours_of_drawn_rows():
     images = pictures(30, 9, seed=3)
-    draws = colour_draws(5, 2, np.arange(30), FULL)
+    draws = sample_color_params(5, 2, np.arange(30), FULL)
     assert len({tuple(row[:3]) for row in draws}) == 6
     ours = jitter(torch.from_numpy(images), torch.from_numpy(draws), *IMAGENET).permute(0, 2, 3, 1)
     expected = [colour_reference(*one, *STATISTICS["folder"]) for one in zip(images, draws, strict=True)]
@@ -182,7 +182,7 @@ def test_colours_of_drawn_rows():
 def test_colours_do_not_depend_on_the_batch():
     images, draws = (
         torch.from_numpy(pictures(5, 16)),
-        torch.from_numpy(colour_draws(1, 1, np.arange(5), FULL)),
+        torch.from_numpy(sample_color_params(1, 1, np.arange(5), FULL)),
     )
     whole = jitter(images, draws, *IMAGENET)
     for i in range(5):
@@ -192,7 +192,7 @@ def test_colours_do_not_depend_on_the_batch():
 def test_colours_without_change_are_plain_normalisation():
     images = torch.from_numpy(pictures(3, 16))
     row = torch.tensor([[2.0, 0, 1, 1, 1, 1, 0, 0, 0]]).repeat(3, 1).double()
-    np.testing.assert_allclose(jitter(images, row, *IMAGENET), normalise(images, *IMAGENET), atol=2e-6)
+    np.testing.assert_allclose(jitter(images, row, *IMAGENET), normalize(images, *IMAGENET), atol=2e-6)
 
 
 @pytest.mark.parametrize("operation", range(3))
@@ -210,7 +210,7 @@ def test_each_operation_is_torchvisions(operation, alpha):
 
 
 def test_colour_draws():
-    rows = colour_draws(0, 1, np.arange(24_000), FULL)
+    rows = sample_color_params(0, 1, np.arange(24_000), FULL)
     orders, counts = np.unique(rows[:, :3], axis=0, return_counts=True)
     assert len(orders) == 6
     assert np.abs(counts - 4000).max() < 5 * (24_000 * 5 / 36) ** 0.5
@@ -231,25 +231,25 @@ def test_colour_draws():
 
 
 def test_colour_draws_follow_their_strength():
-    none = colour_draws(0, 1, np.arange(50), Augment(jitter=0.0, lighting=0.0))
+    none = sample_color_params(0, 1, np.arange(50), AugmentConfig(jitter=0.0, lighting=0.0))
     assert (none[:, 3:6] == 1).all() and (none[:, 6:] == 0).all()
-    half = colour_draws(0, 1, np.arange(50), Augment(jitter=0.2, lighting=0.05))
-    full = colour_draws(0, 1, np.arange(50), FULL)
+    half = sample_color_params(0, 1, np.arange(50), AugmentConfig(jitter=0.2, lighting=0.05))
+    full = sample_color_params(0, 1, np.arange(50), FULL)
     np.testing.assert_allclose(2 * (half[:, 3:6] - 1), full[:, 3:6] - 1, atol=1e-15)
     np.testing.assert_allclose(2 * half[:, 6:], full[:, 6:])
 
 
 def test_draws_are_functions_of_seed_epoch_and_image():
     ids = np.arange(200)
-    base = colour_draws(1, 2, ids, FULL)
-    assert np.array_equal(colour_draws(1, 2, ids[50:60], FULL), base[50:60])
-    for other in (colour_draws(2, 2, ids, FULL), colour_draws(1, 3, ids, FULL)):
+    base = sample_color_params(1, 2, ids, FULL)
+    assert np.array_equal(sample_color_params(1, 2, ids[50:60], FULL), base[50:60])
+    for other in (sample_color_params(2, 2, ids, FULL), sample_color_params(1, 3, ids, FULL)):
         assert not (other[:, 3:] == base[:, 3:]).any()
 
 
 def test_streams_are_independent():
     """Crop, colour, policy, erasing and mixing of an image have nothing to do with each other."""
-    streams = [uniforms(1, 1, np.arange(20_000), 3, stream) for stream in Stream]
+    streams = [random_uniform(1, 1, np.arange(20_000), 3, stream) for stream in RngStream]
     columns = np.concatenate(streams, axis=1).T
     correlations = np.corrcoef(columns) - np.eye(len(columns))
     assert np.abs(correlations).max() < 5 / 20_000**0.5
@@ -271,10 +271,10 @@ def test_mirror(kind, which):
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
 def test_share_of_the_mirrored(share):
-    augment = Augment(mirror=share)
-    which = mirror_draws(1, 1, np.arange(10_000), augment)
+    augment = AugmentConfig(mirror=share)
+    which = sample_flips(1, 1, np.arange(10_000), augment)
     assert abs(len(which) - 10_000 * share) <= 5 * (10_000 * share * (1 - share)) ** 0.5
-    assert np.array_equal(mirror_draws(1, 1, np.arange(5000, 10_000), augment) + 5000, which[which >= 5000])
+    assert np.array_equal(sample_flips(1, 1, np.arange(5000, 10_000), augment) + 5000, which[which >= 5000])
 
 
 # ---------------------------------------------------------------------------- erasing
@@ -347,10 +347,12 @@ CLASSES = 12
 def mixed(step, seed=1, epoch=1, count=8, **augment):
     """A batch of pictures that are told apart by their values, and of as many classes."""
     images = torch.arange(1, count + 1).float()[:, None, None, None].expand(count, 3, 16, 16).contiguous()
-    return images, *mix(images.clone(), torch.arange(count), Augment(**augment), CLASSES, seed, epoch, step)
+    return images, *mix(
+        images.clone(), torch.arange(count), AugmentConfig(**augment), CLASSES, seed, epoch, step
+    )
 
 
-def shares(labels, count=8):
+def split_batch(labels, count=8):
     """The share of each image's own label, after a check of the two."""
     assert labels.shape == (count, CLASSES) and labels.dtype == torch.float32
     np.testing.assert_allclose(labels.sum(1), 1, atol=1e-6)
@@ -363,7 +365,7 @@ def shares(labels, count=8):
 @pytest.mark.parametrize("step", range(10))
 def test_mixup(step):
     images, out, labels = mixed(step, mixup=0.4)
-    share = shares(labels)
+    share = split_batch(labels)
     assert len(set(share.tolist())) == 1
     expected = share[0] * images + (1 - share[0]) * images.roll(1, 0)
     np.testing.assert_allclose(out, expected, rtol=1e-5)
@@ -373,7 +375,7 @@ def test_mixup(step):
 def test_cutmix(step):
     """The labels have the shares of the area, to the pixel."""
     images, out, labels = mixed(step, cutmix=1.0)
-    share = shares(labels)
+    share = split_batch(labels)
     own, other = out == images, out == images.roll(1, 0)
     assert (own ^ other).all()
     np.testing.assert_allclose(own[:, 0].double().mean((1, 2)), share, atol=1e-6)
@@ -384,7 +386,7 @@ def test_cutmix(step):
 
 @pytest.mark.parametrize("name, alpha", [("mixup", 0.2), ("mixup", 1.0), ("cutmix", 1.0)])
 def test_shares_have_the_beta_distribution(name, alpha):
-    found = np.array([float(shares(mixed(step, **{name: alpha})[2])[0]) for step in range(600)])
+    found = np.array([float(split_batch(mixed(step, **{name: alpha})[2])[0]) for step in range(600)])
     variance = 1 / (4 * (2 * alpha + 1))
     if name == "mixup":
         assert abs(found.mean() - 0.5) < 5 * (variance / 600) ** 0.5
@@ -404,7 +406,7 @@ def test_mixing_belongs_to_the_step():
     again = mixed(3, mixup=0.4, cutmix=1.0)
     assert torch.equal(out, again[1]) and torch.equal(labels, again[2])
     others = [mixed(4, mixup=0.4), mixed(3, seed=2, mixup=0.4), mixed(3, epoch=2, mixup=0.4)]
-    found = {float(shares(one[2])[0]) for one in (*others, mixed(3, mixup=0.4))}
+    found = {float(split_batch(one[2])[0]) for one in (*others, mixed(3, mixup=0.4))}
     assert len(found) == 4
 
 

@@ -17,7 +17,7 @@ from torchvision.datasets import ImageFolder
 import evaluate
 import train
 from resnext.classes import name_outputs, sort_classes
-from resnext.config import Model
+from resnext.config import ModelConfig
 from resnext.errors import UserError
 from resnext.models.resnext import build_model
 from resnext.weights.load import load_weights
@@ -98,16 +98,16 @@ def numbered(tmp_path_factory) -> Path:
     draw = np.random.default_rng(1)
     pictures, labels = [], []
     for k in range(12):
-        colour = np.array((20 + 70 * (k % 4), 20 + 90 * (k // 4), (k * 97) % 256))
+        color = np.array((20 + 70 * (k % 4), 20 + 90 * (k // 4), (k * 97) % 256))
         for place in (root / "val" / str(k + 1), root / "train" / str(k + 1), root / "v2" / "val" / str(k)):
             place.mkdir(parents=True)
             for number in range(2):
-                pixels = np.clip(colour + draw.integers(-6, 7, (32, 32, 3)), 0, 255).astype(np.uint8)
+                pixels = np.clip(color + draw.integers(-6, 7, (32, 32, 3)), 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(place / f"{number}.png")
                 pictures.append(pixels)
                 labels.append(k)
     torch.manual_seed(1)
-    network = build_model(Model(stem="cifar", stages=(1, 1, 1), cardinality=4, base_width=8), 12).eval()
+    network = build_model(ModelConfig(stem="cifar", stages=(1, 1, 1), cardinality=4, base_width=8), 12).eval()
     mean, std = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
     images = torch.tensor((np.stack(pictures) - mean) / std, dtype=torch.float32).permute(0, 3, 1, 2)
     with torch.no_grad():

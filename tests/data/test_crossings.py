@@ -18,9 +18,9 @@ from torchvision.transforms import v2
 from data import augment
 from data.augment import box_mask, erase, erased_boxes, on_device
 from data.datasets import load_set
-from data.in_memory import ImageSet
-from data.loader import eval_batches, train_batches
-from data.rng import Stream, hashes
+from data.in_memory import ArrayDataset
+from data.loader import make_eval_loader, make_train_loader
+from data.rng import RngStream, random_uint64
 from resnext.config import parse_config
 
 CUDA = torch.device("cuda", 0)
@@ -97,9 +97,9 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda _: "the other stream")
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(wait_stream=lambda _: None))
-    augment.colour_constants.cache_clear()
+    augment.color_constants.cache_clear()
     yield gpu
-    augment.colour_constants.cache_clear()
+    augment.color_constants.cache_clear()
 
 
 # ---------------------------------------------------------------------------- no batch waits
@@ -115,7 +115,7 @@ def pictures(name: str, folder) -> tuple:
     config = parse_config("", "test", [*keys, "train.batch_size=8", *EVERYTHING])
     if name == "cifar":
         noise = np.random.default_rng(0).integers(0, 256, (30, 32, 32, 3), np.uint8)
-        return ImageSet(noise, np.arange(30) % 10, tuple("0123456789")), config
+        return ArrayDataset(noise, np.arange(30) % 10, tuple("0123456789")), config
     if name == "files":
         draw_folders(folder, {"cat": 15, "dog": 15}, size=50)
     return load_set(config.data, "train"), config
@@ -126,7 +126,7 @@ def pictures(name: str, folder) -> tuple:
 def test_training_batches_never_wait(name, share, gpu, tmp_path):
     image_set, config = pictures(name, tmp_path)
     with gpu.fake:  # what is copied at the start of a run may wait
-        batches = train_batches(image_set, config, CUDA, share=share)
+        batches = make_train_loader(image_set, config, CUDA, share=share)
     sizes = []
     with gpu:
         for epoch in range(1, 6):
@@ -144,7 +144,7 @@ def test_training_batches_never_wait(name, share, gpu, tmp_path):
 def test_evaluation_batches_never_wait(name, gpu, tmp_path):
     image_set, config = pictures(name, tmp_path)
     with gpu.fake:
-        batches = eval_batches(image_set, config.data, 8, CUDA)
+        batches = make_eval_loader(image_set, config.data, 8, CUDA)
     with gpu:
         assert [len(labels) for _, labels in batches] == [8, 8, 8, 6]
 
@@ -211,7 +211,7 @@ def test_erased_boxes_are_torchvisions():
     images = torch.randn(60, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     ours, theirs = images.clone(), images.clone()
     erase(ours, 1, 2, np.arange(60), 1.0)
-    seeds = hashes(1, 2, np.arange(60), 2, Stream.ERASING)[:, 1]
+    seeds = random_uint64(1, 2, np.arange(60), 2, RngStream.ERASING)[:, 1]
     for image, seed in zip(theirs, seeds.tolist(), strict=True):
         with augment.seeded(seed):
             image.copy_(erasing(image))

@@ -31,10 +31,10 @@ import data.image_folder
 from data import glyphs, in_memory
 from data.datasets import check_classes, load_set
 from data.decode import decode
-from data.image_folder import fit, list_set, read_set
-from data.in_memory import ImageSet, even_indices, take_evenly
-from data.loader import eval_batches, train_batches
-from resnext.config import Data, parse_config
+from data.image_folder import list_set, read_set, resize_and_center_crop
+from data.in_memory import ArrayDataset, even_indices, subsample
+from data.loader import make_eval_loader, make_train_loader
+from resnext.config import DataConfig, parse_config
 from resnext.errors import UserError
 
 
@@ -42,7 +42,7 @@ def noise(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
 
-def read(root: Path | str, split: str, size: int = 8, limit: int | None = None) -> ImageSet:
+def read(root: Path | str, split: str, size: int = 8, limit: int | None = None) -> ArrayDataset:
     """A split of class folders, in memory."""
     return read_set(list_set(str(root), split, limit), size)
 
@@ -57,8 +57,8 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def small_glyphs() -> dict[str, ImageSet]:
-    return {split: glyphs.draw_set(split, 600, 20) for split in ("train", "val")}
+def small_glyphs() -> dict[str, ArrayDataset]:
+    return {split: glyphs.render_glyphs(split, 600, 20) for split in ("train", "val")}
 
 
 def test_glyphs_by_default():
@@ -76,7 +76,7 @@ def test_glyphs_by_default():
 
 def test_glyphs_are_the_same_each_time(small_glyphs):
     for split, drawn in small_glyphs.items():
-        again = glyphs.draw_set(split, 600, 20)
+        again = glyphs.render_glyphs(split, 600, 20)
         assert np.array_equal(again.images, drawn.images)
         assert np.array_equal(again.labels, drawn.labels)
         assert again.fingerprint() == drawn.fingerprint()
@@ -84,7 +84,7 @@ def test_glyphs_are_the_same_each_time(small_glyphs):
 
 def test_fewer_glyphs_are_the_first_ones(small_glyphs):
     for split, drawn in small_glyphs.items():
-        assert np.array_equal(glyphs.draw_set(split, 70, 20).images, drawn.images[:70])
+        assert np.array_equal(glyphs.render_glyphs(split, 70, 20).images, drawn.images[:70])
 
 
 def test_glyphs_differ(small_glyphs):
@@ -98,16 +98,16 @@ def test_glyphs_differ(small_glyphs):
 
 @pytest.mark.parametrize("size", [8, 20, 33])
 def test_glyphs_of_other_sizes(size):
-    drawn = glyphs.draw_set("train", 20, size)
+    drawn = glyphs.render_glyphs("train", 20, size)
     assert drawn.images.shape == (20, size, size, 3)
     assert drawn.images.std(axis=(1, 2, 3)).min() > 10, "there is something to see"
 
 
 def test_no_linear_model_does_well_on_glyphs():
     """Ridge regression on the pixels, the best of several penalties, stays above 50 % error."""
-    train, val = glyphs.draw_set("train", 3000, 20), glyphs.draw_set("val", 500, 20)
+    train, val = glyphs.render_glyphs("train", 3000, 20), glyphs.render_glyphs("val", 500, 20)
 
-    def features(drawn: ImageSet) -> np.ndarray:
+    def features(drawn: ArrayDataset) -> np.ndarray:
         pixels = drawn.images.reshape(len(drawn), -1).astype(np.float64) / 128 - 1
         return np.hstack([pixels, np.ones((len(drawn), 1))])
 
@@ -147,13 +147,13 @@ def test_black_and_white():
 
 @pytest.mark.parametrize("transparent", [None, 2], ids=["opaque", "transparent"])
 def test_palette(transparent):
-    colours, indices = noise(4, 3), noise(7, 5) % 4
+    colors, indices = noise(4, 3), noise(7, 5) % 4
     image = Image.fromarray(indices, "P")
-    image.putpalette(colours.tobytes())
+    image.putpalette(colors.tobytes())
     options = {} if transparent is None else {"transparency": transparent}
     for kind in ("PNG", "GIF"):
         decoded = decode(encoded(image, kind, **options), "x")
-        assert np.array_equal(decoded, colours[indices]), kind
+        assert np.array_equal(decoded, colors[indices]), kind
 
 
 def test_alpha_is_dropped_not_blended():
@@ -197,8 +197,8 @@ def test_more_than_16_bits_are_refused(values, kind, words):
 
 def test_cmyk():
     """Four solid colours, as Pillow's own conversion has them."""
-    colours = {(0, 0, 0, 0): (255, 255, 255), (255, 0, 0, 0): (0, 255, 255), (0, 0, 0, 255): (0, 0, 0)}
-    for ink, expected in colours.items():
+    colors = {(0, 0, 0, 0): (255, 255, 255), (255, 0, 0, 0): (0, 255, 255), (0, 0, 0, 255): (0, 0, 0)}
+    for ink, expected in colors.items():
         image = Image.new("CMYK", (16, 16), ink)
         decoded = decode(encoded(image, "JPEG", quality=100), "x")
         assert decoded.shape == (16, 16, 3)
@@ -544,12 +544,12 @@ def test_without_simplejpeg(monkeypatch, tmp_path):
         config = parse_config(f"data: {{pipeline: fast, decoder: {decoder}, dir: {root}, workers: 0}}", "t")
         files = load_set(config.data, "train")
         if decoder == "pillow":
-            assert train_batches(files, config, torch.device("cpu")).images == 2
+            assert make_train_loader(files, config, torch.device("cpu")).images == 2
             continue
         with pytest.raises(UserError, match=r"data\.decoder: simplejpeg is not installed"):
-            train_batches(files, config, torch.device("cpu"))
+            make_train_loader(files, config, torch.device("cpu"))
         with pytest.raises(UserError, match=r"data\.decoder: simplejpeg is not installed"):
-            eval_batches(files, config.data, 2, torch.device("cpu"))
+            make_eval_loader(files, config.data, 2, torch.device("cpu"))
 
 
 # ---------------------------------------------------------------------------- class folders
@@ -572,7 +572,7 @@ def test_folders(tmp_path):
 
 def test_folder_through_the_configuration(tmp_path):
     root = draw_folders(tmp_path / "data", {"cat": 4, "dog": 4})
-    config = Data(dataset="folder", dir=str(root), image_size=8, train_images=2, val_images=4)
+    config = DataConfig(dataset="folder", dir=str(root), image_size=8, train_images=2, val_images=4)
     assert load_set(config, "train").labels.tolist() == [0, 1]
     assert load_set(config, "val").labels.tolist() == [0, 0, 1, 1]
 
@@ -669,14 +669,14 @@ def test_other_sizes_are_scaled_and_cropped_at_the_centre(width, height):
     scaled = image.resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC)
     left, top = (scaled.width - 8) // 2, (scaled.height - 8) // 2
     expected = np.asarray(scaled.crop((left, top, left + 8, top + 8))).astype(int)
-    found = fit(np.asarray(image), 8)
+    found = resize_and_center_crop(np.asarray(image), 8)
     assert found.shape == (8, 8, 3)
     assert np.abs(found.astype(int) - expected).max() <= 2
 
 
 def test_right_size_is_untouched():
     pixels = noise(8, 8, 3)
-    assert np.array_equal(fit(pixels, 8), pixels)
+    assert np.array_equal(resize_and_center_crop(pixels, 8), pixels)
 
 
 @pytest.mark.parametrize("shape", [(1, 60000), (60000, 1)])
@@ -689,7 +689,10 @@ def test_thin_picture_takes_no_large_memory(shape, monkeypatch):
         return real(self, size, *arguments, **options)
 
     monkeypatch.setattr(Image.Image, "resize", resize)
-    assert fit(np.full((*shape, 3), 77, np.uint8), 64).tolist() == np.full((64, 64, 3), 77).tolist()
+    assert (
+        resize_and_center_crop(np.full((*shape, 3), 77, np.uint8), 64).tolist()
+        == np.full((64, 64, 3), 77).tolist()
+    )
 
 
 def test_pictures_larger_than_memory_are_refused(tmp_path, monkeypatch):
@@ -720,8 +723,8 @@ def test_even_indices(images, limit):
 
 @pytest.mark.parametrize("limit", [10, 11, 25, 99])
 def test_part_of_a_sorted_set_keeps_every_class(limit):
-    whole = ImageSet(noise(100, 2, 2, 3), np.repeat(np.arange(10), 10), tuple("0123456789"))
-    part = take_evenly(whole, limit)
+    whole = ArrayDataset(noise(100, 2, 2, 3), np.repeat(np.arange(10), 10), tuple("0123456789"))
+    part = subsample(whole, limit)
     counts = np.bincount(part.labels, minlength=10)
     assert counts.min() >= 1
     assert counts.max() - counts.min() <= 1
@@ -729,7 +732,7 @@ def test_part_of_a_sorted_set_keeps_every_class(limit):
 
 
 def test_fingerprint_sees_every_change():
-    whole = ImageSet(noise(10, 2, 2, 3), np.arange(10), tuple("0123456789"))
+    whole = ArrayDataset(noise(10, 2, 2, 3), np.arange(10), tuple("0123456789"))
     images, labels = whole.images.copy(), whole.labels.copy()
     images[9, 1, 1, 2] ^= 1
     labels[3] = 4
@@ -737,15 +740,15 @@ def test_fingerprint_sees_every_change():
         replace(whole, images=images),
         replace(whole, labels=labels),
         replace(whole, classes=tuple("012345678x")),
-        take_evenly(whole, 9),
+        subsample(whole, 9),
     ]
     assert len({whole.fingerprint(), *(one.fingerprint() for one in changed)}) == 5
-    copy = ImageSet(np.asfortranarray(whole.images), whole.labels[::-1][::-1], whole.classes)
+    copy = ArrayDataset(np.asfortranarray(whole.images), whole.labels[::-1][::-1], whole.classes)
     assert copy.fingerprint() == whole.fingerprint()
 
 
 def test_check_classes():
-    whole = ImageSet(noise(2, 2, 2, 3), np.arange(2), ("a", "b"))
+    whole = ArrayDataset(noise(2, 2, 2, 3), np.arange(2), ("a", "b"))
     assert check_classes(None, whole) == check_classes(2, whole) == 2
     with pytest.raises(UserError, match=r"model\.classes: 3, but the data has 2 classes"):
         check_classes(3, whole)
@@ -828,7 +831,7 @@ class Cifar:
     def reader(self):
         return {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[self.name]
 
-    def read(self, root: Path, split: str = "train", **changes) -> ImageSet:
+    def read(self, root: Path, split: str = "train", **changes) -> ArrayDataset:
         config = parse_config(f"data: {{dataset: {self.name}}}\nmodel: {{stem: cifar}}", "text").data
         return load_set(replace(config, dir=str(root), **changes), split)
 

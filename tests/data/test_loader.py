@@ -20,13 +20,13 @@ from commands import ROOT
 from PIL import Image
 
 import data.loader
-from data.augment import colour_draws, erase, jitter, mirror, mirror_draws, mix
-from data.image_folder import FileSet, list_set
-from data.loader import EvalStream, TrainStream, eval_batches, train_batches
-from data.rng import Stream, epoch_order, hashes, uniforms
+from data.augment import erase, jitter, mirror, mix, sample_color_params, sample_flips
+from data.image_folder import ImageFolderDataset, list_set
+from data.loader import FileEvalLoader, FileTrainLoader, make_eval_loader, make_train_loader
+from data.rng import RngStream, epoch_order, random_uint64, random_uniform
 from data.transforms import CROP_DRAWS, apply_policy, eval_images, train_image
 from resnext.config import Config, parse_config
-from resnext.engine.train_state import prepare
+from resnext.engine.train_state import build_train_state
 from resnext.engine.trainer import train_step
 from resnext.errors import UserError
 
@@ -86,9 +86,9 @@ def workers_end_with_the_test():
     STREAMS.clear()
 
 
-def stream(config: Config, warn=print) -> TrainStream:
-    batches = train_batches(list_set(config.data.dir, "train"), config, CPU, warn)
-    assert isinstance(batches, TrainStream)
+def stream(config: Config, warn=print) -> FileTrainLoader:
+    batches = make_train_loader(list_set(config.data.dir, "train"), config, CPU, warn)
+    assert isinstance(batches, FileTrainLoader)
     if config.data.workers:
         STREAMS.add(batches)
     return batches
@@ -105,7 +105,7 @@ def assert_same(ours, theirs) -> None:
         assert torch.equal(images, other_images) and torch.equal(labels, other_labels)
 
 
-def sources(files: FileSet, config: Config, epoch: int, repeats: int = 1) -> np.ndarray:
+def sources(files: ImageFolderDataset, config: Config, epoch: int, repeats: int = 1) -> np.ndarray:
     return epoch_order(config.run.seed, epoch, len(files), repeats) % len(files)
 
 
@@ -141,7 +141,7 @@ def test_every_image_once_an_epoch(shared_root):
     config = configuration(shared_root)
     files = list_set(str(shared_root), "train")
     numbered = replace(files, labels=np.arange(IMAGES))
-    batches = train_batches(numbered, config, CPU)
+    batches = make_train_loader(numbered, config, CPU)
     assert (batches.images, batches.steps) == (IMAGES, 5)
     orders = []
     for epoch in (1, 2):
@@ -162,24 +162,24 @@ def test_pictures_do_not_depend_on_the_batch_size(shared_root):
         assert torch.equal(images, expected[0]) and torch.equal(labels, expected[1])
 
 
-def by_definition(files: FileSet, config: Config, epoch: int, step: int):
+def by_definition(files: ImageFolderDataset, config: Config, epoch: int, step: int):
     """A batch put together from its parts, one picture after another."""
     augment, seed, size = config.augment, config.run.seed, config.train.batch_size
     ids = epoch_order(seed, epoch, len(files), augment.repeats)[step * size : (step + 1) * size]
-    draws = uniforms(seed, epoch, ids, CROP_DRAWS, Stream.CROP)
+    draws = random_uniform(seed, epoch, ids, CROP_DRAWS, RngStream.CROP)
     images = []
     for id, row in zip(ids, draws, strict=True):
         content = Path(files.path(id % len(files))).read_bytes()
         image = train_image(content, "x", row, config.data, augment.min_area)
         if augment.policy:
             image = apply_policy(
-                image, augment.policy, int(hashes(seed, epoch, [id], 1, Stream.POLICY)[0, 0])
+                image, augment.policy, int(random_uint64(seed, epoch, [id], 1, RngStream.POLICY)[0, 0])
             )
         images.append(torch.from_numpy(image.copy()))
     images = torch.stack(images)
-    mirror(images, torch.from_numpy(mirror_draws(seed, epoch, ids, augment)))
+    mirror(images, torch.from_numpy(sample_flips(seed, epoch, ids, augment)))
     mean, std = torch.tensor(config.data.mean), torch.tensor(config.data.std)
-    images = jitter(images, torch.from_numpy(colour_draws(seed, epoch, ids, augment)), mean, std)
+    images = jitter(images, torch.from_numpy(sample_color_params(seed, epoch, ids, augment)), mean, std)
     labels = torch.from_numpy(files.labels[ids % len(files)])
     if augment.erasing:
         erase(images, seed, epoch, ids, augment.erasing)
@@ -210,7 +210,7 @@ def test_repeats(shared_root):
     """A third of the pictures, three versions of each in a row, all different; as many steps."""
     config = configuration(shared_root, "augment: {repeats: 3}", batch_size=6)
     files = replace(list_set(str(shared_root), "train"), labels=np.arange(IMAGES))
-    batches = train_batches(files, config, CPU)
+    batches = make_train_loader(files, config, CPU)
     assert batches.steps == 4
     chosen = []
     for epoch in (1, 2):
@@ -235,8 +235,8 @@ def test_repeats(shared_root):
 def test_evaluation_is_every_image_in_order(pipeline, workers, batch_size, shared_root):
     config = configuration(shared_root, workers=workers, pipeline=pipeline).data
     files = list_set(str(shared_root), "val")
-    batches = eval_batches(files, config, batch_size, CPU)
-    assert isinstance(batches, EvalStream)
+    batches = make_eval_loader(files, config, batch_size, CPU)
+    assert isinstance(batches, FileEvalLoader)
     assert (batches.images, batches.crops) == (IMAGES, 1)
     for _ in range(2):
         images, labels = (torch.cat(part) for part in zip(*take(batches), strict=True))
@@ -252,7 +252,7 @@ def test_evaluation_is_every_image_in_order(pipeline, workers, batch_size, share
 def test_ten_crops_are_adjacent(shared_root):
     config = configuration(shared_root, workers=1).data
     files = list_set(str(shared_root), "val")
-    batches = eval_batches(files, config, 4, CPU, ten_crop=True)
+    batches = make_eval_loader(files, config, 4, CPU, ten_crop=True)
     found = take(batches)
     assert batches.crops == 10
     assert [(len(images), len(labels)) for images, labels in found] == [(40, 4)] * 5 + [(30, 3)]
@@ -337,7 +337,7 @@ def test_validation_never_skips(workers, root):
     spoil(root, "bee/3.jpg", split="val")
     config = configuration(root, workers=workers, skip_broken=True).data
     with pytest.raises(UserError, match=r"val/bee/3\.jpg: cannot be decoded .*replace or remove the file$"):
-        take(eval_batches(list_set(str(root), "val"), config, 4, CPU))
+        take(make_eval_loader(list_set(str(root), "val"), config, 4, CPU))
 
 
 def test_an_error_of_the_program_keeps_its_traceback(shared_root, monkeypatch):
@@ -355,7 +355,7 @@ def test_an_error_of_the_program_keeps_its_traceback(shared_root, monkeypatch):
 # ---------------------------------------------------------------------------- workers
 
 
-def processes(batches: TrainStream) -> list:
+def processes(batches: FileTrainLoader) -> list:
     return batches.loader._iterator._workers
 
 
@@ -461,7 +461,7 @@ def test_workers_end_with_the_batches(shared_root):
     assert wait_for(lambda: all(map(gone, pids)))
     files = list_set(str(shared_root), "val")
     children = {p.pid for p in torch.multiprocessing.active_children()}
-    take(eval_batches(files, configuration(shared_root, workers=2).data, 4, CPU))
+    take(make_eval_loader(files, configuration(shared_root, workers=2).data, 4, CPU))
     assert {p.pid for p in torch.multiprocessing.active_children()} <= children
 
 
@@ -550,7 +550,7 @@ def test_index_of_imagenet_takes_little_memory():
     number = np.arange(images)
     names = np.char.mod(b"n01440764/n01440764_%d.JPEG", number[:1000])
     paths = np.resize(names.astype("S30"), images)
-    files = FileSet(Path("/data"), paths, number % 1000, tuple(f"n{i:08}" for i in range(1000)))
+    files = ImageFolderDataset(Path("/data"), paths, number % 1000, tuple(f"n{i:08}" for i in range(1000)))
     assert len(files) == images
     assert (files.paths.nbytes + files.labels.nbytes) / images <= 40
     assert sum(isinstance(value, list | dict) for value in vars(files).values()) == 0
@@ -593,7 +593,7 @@ def test_loss_of_smoothed_and_mixed_labels(smoothing, mixed, parts):
         "test",
     )
     torch.manual_seed(0)
-    training = prepare(config, tuple("abcdefg"), CPU, {})
+    training = build_train_state(config, tuple("abcdefg"), CPU, {})
     outputs = []
     training.model.register_forward_hook(lambda module, inputs, output: outputs.append(output.detach()))
     images, labels = torch.randn(8, 3, 16, 16), torch.arange(8) % 7

@@ -26,7 +26,7 @@ from data.image_folder import list_set
 from data.walk import walk
 from resnext.batch_plan import check_last_batch
 from resnext.config import parse_config
-from resnext.engine.train_state import prepare
+from resnext.engine.train_state import build_train_state
 from resnext.engine.trainer import train_step
 from resnext.errors import UserError
 from resnext.weights.load import load_weights
@@ -440,7 +440,7 @@ def test_transparency_and_several_pictures_are_told(folder):
     clear = Image.fromarray(pixels, "RGBA")
     assert np.array_equal(decode(saved(clear, "PNG"), "x"), np.asarray(clear.convert("RGB")))
     clear.save(folder / "train" / "cat" / "clear.png")
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     frames[0].save(folder / "train" / "cat" / "two.gif", save_all=True, append_images=frames[1:])
     assert decode((folder / "train" / "cat" / "two.gif").read_bytes(), "x")[0, 0].tolist() == [255, 0, 0]
     _, report = checked()
@@ -553,7 +553,7 @@ def test_smallest_batches(images, ranks, keys, works):
         size = re.search(r"such as (train\.batch_size=\d+)", problem)[1]
         check_last_batch(parse_config("", "test", [*base, *keys.split(), size]), images, ranks)
     if ranks == 1 and images < 100:
-        training = prepare(config, ("a", "b"), torch.device("cpu"), {})
+        training = build_train_state(config, ("a", "b"), torch.device("cpu"), {})
         training.model.train()
         if config.train.frozen_stages is not None:
             training.model.freeze(config.train.frozen_stages)

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from data.augment import cifar_draws
-from data.in_memory import ImageSet
-from data.loader import TrainBatches, eval_batches
-from data.rng import Stream, epoch_order, hashes, uniforms
-from resnext.config import Augment, Config, Data, Run, Train
+from data.augment import sample_cifar_crops
+from data.in_memory import ArrayDataset
+from data.loader import InMemoryTrainLoader, make_eval_loader
+from data.rng import RngStream, epoch_order, random_uint64, random_uniform
+from resnext.config import AugmentConfig, Config, DataConfig, RunConfig, TrainConfig
 
 IMAGES = np.arange(1000)
 WORD = 2**64
@@ -42,11 +42,11 @@ def one_hash(seed, epoch, image, number, stream):
     return mix((state + (number + 1) * golden) % WORD)
 
 
-@pytest.mark.parametrize("stream", Stream)
+@pytest.mark.parametrize("stream", RngStream)
 @pytest.mark.parametrize("seed, epoch", [(0, 1), (1, 0), (2**63 - 1, 300), (123456789, 2**31)])
 def test_hashes_are_a_second_implementations(seed, epoch, stream):
     images = np.array([0, 1, 49_999, 1_281_166, 2**40])
-    ours = hashes(seed, epoch, images, 4, stream)
+    ours = random_uint64(seed, epoch, images, 4, stream)
     assert ours.dtype == np.uint64 and ours.shape == (5, 4)
     theirs = [[one_hash(seed, epoch, int(i), n, stream) for n in range(4)] for i in images]
     assert ours.tolist() == theirs
@@ -54,12 +54,12 @@ def test_hashes_are_a_second_implementations(seed, epoch, stream):
 
 def test_draws_never_change():
     """Fixed values: another result here would silently change every run and break every resume."""
-    assert hashes(0, 1, np.arange(2), 2, Stream.CIFAR_AUGMENT).tolist() == GOLDEN_HASHES
+    assert random_uint64(0, 1, np.arange(2), 2, RngStream.CIFAR_AUGMENT).tolist() == GOLDEN_HASHES
     assert epoch_order(0, 1, 10).tolist() == GOLDEN_ORDER
-    mirrored, x, y = cifar_draws(7, 3, np.arange(8), 0.5, 4)
+    mirrored, x, y = sample_cifar_crops(7, 3, np.arange(8), 0.5, 4)
     assert mirrored.tolist() == GOLDEN_MIRRORED
     assert (x.tolist(), y.tolist()) == (GOLDEN_X, GOLDEN_Y)
-    assert [int(s) for s in Stream] == list(range(9))
+    assert [int(s) for s in RngStream] == list(range(9))
 
 
 def test_splitmix64_is_the_published_one():
@@ -70,38 +70,41 @@ def test_splitmix64_is_the_published_one():
 
 def test_no_warnings_and_no_shared_state():
     with np.errstate(all="raise"):
-        first = uniforms(5, 2, IMAGES, 3, Stream.CIFAR_AUGMENT)
+        first = random_uniform(5, 2, IMAGES, 3, RngStream.CIFAR_AUGMENT)
     np.random.seed(0)
     torch.manual_seed(0)
-    assert np.array_equal(uniforms(5, 2, IMAGES, 3, Stream.CIFAR_AUGMENT), first)
+    assert np.array_equal(random_uniform(5, 2, IMAGES, 3, RngStream.CIFAR_AUGMENT), first)
 
 
 # ---------------------------------------------------------------------------- independence
 
 
 def test_draws_of_an_image_do_not_depend_on_the_others():
-    whole = uniforms(1, 2, IMAGES, 3, Stream.CIFAR_AUGMENT)
+    whole = random_uniform(1, 2, IMAGES, 3, RngStream.CIFAR_AUGMENT)
     for size in (1, 7, 64, 999):
-        parts = [uniforms(1, 2, IMAGES[i : i + size], 3, Stream.CIFAR_AUGMENT) for i in range(0, 1000, size)]
+        parts = [
+            random_uniform(1, 2, IMAGES[i : i + size], 3, RngStream.CIFAR_AUGMENT)
+            for i in range(0, 1000, size)
+        ]
         assert np.array_equal(np.concatenate(parts), whole)
     order = np.random.default_rng(0).permutation(1000)
-    assert np.array_equal(uniforms(1, 2, order, 3, Stream.CIFAR_AUGMENT), whole[order])
-    assert np.array_equal(uniforms(1, 2, IMAGES[::3], 3, Stream.CIFAR_AUGMENT), whole[::3])
-    assert np.array_equal(uniforms(1, 2, IMAGES, 2, Stream.CIFAR_AUGMENT), whole[:, :2])
+    assert np.array_equal(random_uniform(1, 2, order, 3, RngStream.CIFAR_AUGMENT), whole[order])
+    assert np.array_equal(random_uniform(1, 2, IMAGES[::3], 3, RngStream.CIFAR_AUGMENT), whole[::3])
+    assert np.array_equal(random_uniform(1, 2, IMAGES, 2, RngStream.CIFAR_AUGMENT), whole[:, :2])
 
 
 @pytest.mark.parametrize("kind", [np.int32, np.int64, np.uint64])
 def test_the_type_of_indices_does_not_matter(kind):
-    expected = uniforms(1, 2, IMAGES, 3, Stream.CIFAR_AUGMENT)
-    assert np.array_equal(uniforms(1, 2, IMAGES.astype(kind), 3, Stream.CIFAR_AUGMENT), expected)
+    expected = random_uniform(1, 2, IMAGES, 3, RngStream.CIFAR_AUGMENT)
+    assert np.array_equal(random_uniform(1, 2, IMAGES.astype(kind), 3, RngStream.CIFAR_AUGMENT), expected)
 
 
 def test_all_coordinates_matter():
     """No value is met twice over seeds, epochs, streams, images and numbers; nor are the axes alike."""
     values = np.concatenate(
         [
-            hashes(seed, epoch, np.arange(50), 3, stream).ravel()
-            for seed, epoch, stream in itertools.product(range(8), range(8), Stream)
+            random_uint64(seed, epoch, np.arange(50), 3, stream).ravel()
+            for seed, epoch, stream in itertools.product(range(8), range(8), RngStream)
         ]
     )
     assert len(np.unique(values)) == values.size
@@ -115,15 +118,15 @@ def correlation_bound(n):
 def test_neighbours_are_uncorrelated(axis):
     images = np.arange(20_000)
 
-    def draws(seed=3, epoch=4, shift=0, number=0, stream=Stream.CIFAR_AUGMENT):
-        return uniforms(seed, epoch, images + shift, 3, stream)[:, number]
+    def draws(seed=3, epoch=4, shift=0, number=0, stream=RngStream.CIFAR_AUGMENT):
+        return random_uniform(seed, epoch, images + shift, 3, stream)[:, number]
 
     other = {
         "seed": {"seed": 4},
         "epoch": {"epoch": 5},
         "image": {"shift": 1},
         "number": {"number": 1},
-        "stream": {"stream": Stream.ORDER},
+        "stream": {"stream": RngStream.ORDER},
     }[axis]
     assert abs(np.corrcoef(draws(), draws(**other))[0, 1]) < correlation_bound(len(images))
 
@@ -131,8 +134,8 @@ def test_neighbours_are_uncorrelated(axis):
 def test_epochs_and_seeds_are_not_shifts_of_each_other():
     """Draws of one image over epochs, and of epoch 1 over seeds, are uniform and uncorrelated too."""
     for series in (
-        [uniforms(0, e, np.array([17]), 1, Stream.CIFAR_AUGMENT)[0, 0] for e in range(3000)],
-        [uniforms(s, 1, np.array([17]), 1, Stream.CIFAR_AUGMENT)[0, 0] for s in range(3000)],
+        [random_uniform(0, e, np.array([17]), 1, RngStream.CIFAR_AUGMENT)[0, 0] for e in range(3000)],
+        [random_uniform(s, 1, np.array([17]), 1, RngStream.CIFAR_AUGMENT)[0, 0] for s in range(3000)],
     ):
         assert chi_square(np.array(series) * 10, 10) < 30
         assert abs(np.corrcoef(series[:-1], series[1:])[0, 1]) < correlation_bound(3000)
@@ -149,9 +152,9 @@ def chi_square(values, cells):
     return ((counts - expected) ** 2 / expected).sum()
 
 
-@pytest.mark.parametrize("stream", Stream)
+@pytest.mark.parametrize("stream", RngStream)
 def test_uniforms_are_uniform(stream):
-    values = uniforms(0, 1, np.arange(50_000), 4, stream)
+    values = random_uniform(0, 1, np.arange(50_000), 4, stream)
     assert values.dtype == np.float64 and values.min() >= 0 and values.max() < 1
     for column in values.T:
         assert chi_square(column * 100, 100) < 100 + 5 * np.sqrt(200)
@@ -166,7 +169,7 @@ def test_uniforms_are_uniform(stream):
 @pytest.mark.parametrize("padding", [0, 1, 2, 4])
 def test_offsets_are_uniform_and_independent(padding):
     places = 2 * padding + 1
-    mirrored, x, y = cifar_draws(0, 1, np.arange(50_000), 0.5, padding)
+    mirrored, x, y = sample_cifar_crops(0, 1, np.arange(50_000), 0.5, padding)
     assert mirrored.dtype == bool and x.dtype == y.dtype == np.int64
     for offsets in (x, y):
         assert set(offsets.tolist()) == set(range(places))
@@ -177,7 +180,7 @@ def test_offsets_are_uniform_and_independent(padding):
 
 @pytest.mark.parametrize("mirror", [0.0, 0.1, 0.5, 1.0])
 def test_mirror_is_a_probability(mirror):
-    share = cifar_draws(0, 1, np.arange(50_000), mirror, 4)[0].mean()
+    share = sample_cifar_crops(0, 1, np.arange(50_000), mirror, 4)[0].mean()
     assert abs(share - mirror) <= 5 * np.sqrt(mirror * (1 - mirror) / 50_000)
 
 
@@ -211,30 +214,32 @@ def test_order_has_no_trend():
 # ---------------------------------------------------------------------------- batches
 
 
-DATA = Data(dataset="cifar10", mean=(120.0, 110.0, 100.0), std=(60.0, 61.0, 62.0))
+DATA = DataConfig(dataset="cifar10", mean=(120.0, 110.0, 100.0), std=(60.0, 61.0, 62.0))
 
 
 def numbered(images=50, size=8):
     """Random pictures, labelled with their own number."""
     pixels = np.random.default_rng(0).integers(256, size=(images, size, size, 3)).astype(np.uint8)
-    return ImageSet(pixels, np.arange(images), tuple(map(str, range(images))))
+    return ArrayDataset(pixels, np.arange(images), tuple(map(str, range(images))))
 
 
-def normalised(image_set):
+def normalized(image_set):
     """float32 (N, 3, S, S), by the definition."""
     pixels = torch.from_numpy(image_set.images).float()
     return ((pixels - torch.tensor(DATA.mean)) / torch.tensor(DATA.std)).permute(0, 3, 1, 2)
 
 
-def train_batches(batch_size, seed=0, augment=None, images=50):
-    augment = augment or Augment(mirror=0.5, padding=2)
-    config = Config(data=DATA, augment=augment, train=Train(batch_size=batch_size), run=Run(seed=seed))
-    return TrainBatches(numbered(images), config, torch.device("cpu"))
+def make_train_loader(batch_size, seed=0, augment=None, images=50):
+    augment = augment or AugmentConfig(mirror=0.5, padding=2)
+    config = Config(
+        data=DATA, augment=augment, train=TrainConfig(batch_size=batch_size), run=RunConfig(seed=seed)
+    )
+    return InMemoryTrainLoader(numbered(images), config, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("batch_size, last", [(16, 2), (10, 10), (50, 50), (64, 50), (49, 1)])
 def test_every_image_once_an_epoch(batch_size, last):
-    batches = train_batches(batch_size)
+    batches = make_train_loader(batch_size)
     found = list(batches.epoch(1))
     assert batches.images == 50 and batches.steps == len(found) == -(-50 // batch_size)
     assert [len(labels) for _, labels in found] == [batch_size] * (len(found) - 1) + [last]
@@ -244,15 +249,15 @@ def test_every_image_once_an_epoch(batch_size, last):
 
 @pytest.mark.parametrize("first", range(5))
 def test_a_step_is_the_same_wherever_the_epoch_was_entered(first):
-    batches = train_batches(12)
-    whole, rest = list(batches.epoch(3)), list(train_batches(12).epoch(3, first))
+    batches = make_train_loader(12)
+    whole, rest = list(batches.epoch(3)), list(make_train_loader(12).epoch(3, first))
     assert len(rest) == 5 - first
     for (images, labels), (again, labels_again) in zip(whole[first:], rest, strict=True):
         assert torch.equal(images, again) and torch.equal(labels, labels_again)
 
 
 def test_nothing_is_left_of_a_finished_epoch():
-    assert list(train_batches(12).epoch(1, 5)) == []
+    assert list(make_train_loader(12).epoch(1, 5)) == []
 
 
 def epoch_by_label(batches, epoch):
@@ -262,26 +267,26 @@ def epoch_by_label(batches, epoch):
 
 
 def test_pictures_do_not_depend_on_the_batch_size():
-    pictures, order = epoch_by_label(train_batches(50), 2)
+    pictures, order = epoch_by_label(make_train_loader(50), 2)
     for batch_size in (1, 7, 16):
-        others, other_order = epoch_by_label(train_batches(batch_size), 2)
+        others, other_order = epoch_by_label(make_train_loader(batch_size), 2)
         assert torch.equal(pictures, others) and torch.equal(order, other_order)
 
 
 def test_epochs_and_seeds_differ():
-    base, order = epoch_by_label(train_batches(16, seed=0), 1)
+    base, order = epoch_by_label(make_train_loader(16, seed=0), 1)
     for seed, epoch in ((0, 2), (1, 1)):
-        pictures, other = epoch_by_label(train_batches(16, seed=seed), epoch)
+        pictures, other = epoch_by_label(make_train_loader(16, seed=seed), epoch)
         assert not torch.equal(order, other)
         assert (pictures != base).flatten(1).any(1).float().mean() > 0.8
 
 
 def test_pictures_belong_to_their_labels_and_draws():
     """A batch holds the pictures of its labels, with the mirroring that cifar_draws gives them."""
-    expected_images = normalised(numbered())
-    batches = train_batches(16, 4, Augment(mirror=0.5, padding=0))
+    expected_images = normalized(numbered())
+    batches = make_train_loader(16, 4, AugmentConfig(mirror=0.5, padding=0))
     for images, labels in batches.epoch(6):
-        mirrored, _, _ = cifar_draws(4, 6, labels.numpy(), 0.5, 0)
+        mirrored, _, _ = sample_cifar_crops(4, 6, labels.numpy(), 0.5, 0)
         assert 0 < mirrored.sum() < len(mirrored) or len(mirrored) < 8
         for image, label, flip in zip(images, labels, mirrored, strict=True):
             expected = expected_images[label]
@@ -289,7 +294,7 @@ def test_pictures_belong_to_their_labels_and_draws():
 
 
 def test_a_picture_is_met_in_all_mirrors_and_offsets():
-    batches = train_batches(4, images=4, augment=Augment(mirror=0.5, padding=1))
+    batches = make_train_loader(4, images=4, augment=AugmentConfig(mirror=0.5, padding=1))
     seen = {
         tuple(image[0].flatten().tolist())
         for epoch in range(1, 201)
@@ -301,8 +306,8 @@ def test_a_picture_is_met_in_all_mirrors_and_offsets():
 
 @pytest.mark.parametrize("batch_size", [1, 16, 50, 64])
 def test_evaluation_batches_keep_the_order_of_the_set(batch_size):
-    batches = eval_batches(numbered(), DATA, batch_size, torch.device("cpu"))
+    batches = make_eval_loader(numbered(), DATA, batch_size, torch.device("cpu"))
     for _ in range(2):
         images, labels = (torch.cat(part) for part in zip(*batches, strict=True))
         assert batches.images == 50 and labels.tolist() == list(range(50))
-        assert torch.equal(images, normalised(numbered()))
+        assert torch.equal(images, normalized(numbered()))

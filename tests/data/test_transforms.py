@@ -16,9 +16,9 @@ from oracle import SHARED, golden
 from PIL import Image
 from torchvision.transforms import v2
 
-from data.augment import colour_draws, jitter, mirror, normalise
+from data.augment import jitter, mirror, normalize, sample_color_params
 from data.decode import decode
-from data.rng import Stream, uniforms
+from data.rng import RngStream, random_uniform
 from data.transforms import (
     CROP_DRAWS,
     bicubic_matrix,
@@ -31,7 +31,7 @@ from data.transforms import (
     torch7_shorter_side,
     train_image,
 )
-from resnext.config import Augment, parse_config
+from resnext.config import AugmentConfig, parse_config
 from resnext.errors import UserError
 
 UNIT = np.float32(1 / 255)  # the original's pixels are uint8 times this
@@ -64,8 +64,8 @@ def drawn(name):
         return Image.fromarray(planes(x * x + 5 * y)[:, :, 0])
     y, x = np.mgrid[:50, :60]
     palette = Image.fromarray(planes((x // 6 + y // 5) % 16)[:, :, 0], "P")
-    colours = 50 + 37 * np.arange(16)
-    palette.putpalette(planes(colours, 2 * colours, 3 * colours).tobytes())
+    colors = 50 + 37 * np.arange(16)
+    palette.putpalette(planes(colors, 2 * colors, 3 * colors).tobytes())
     return palette
 
 
@@ -153,8 +153,8 @@ def difference(ours, reference, record):
     return max(np.abs(samples - theirs).max(), means.max(), magnitudes.max())
 
 
-def normalised(crop):
-    return normalise(torch.from_numpy(np.ascontiguousarray(crop))[None], MEAN, STD)[0].permute(1, 2, 0)
+def normalized(crop):
+    return normalize(torch.from_numpy(np.ascontiguousarray(crop))[None], MEAN, STD)[0].permute(1, 2, 0)
 
 
 def test_the_drawn_pictures_are_the_originals():
@@ -228,7 +228,7 @@ def test_scaling_is_not_clamped():
 @pytest.mark.parametrize("reference, record", records("val", lambda r: r["file"] != CMYK))
 def test_evaluation(reference, record):
     (crop,) = eval_images(reference.file(record["file"]), record["file"], TORCH7, ten=False)
-    assert difference(normalised(crop), reference, record) < NORMALISED_BOUND
+    assert difference(normalized(crop), reference, record) < NORMALISED_BOUND
 
 
 @ABSENT
@@ -238,7 +238,7 @@ def test_cmyk_differs_from_the_original(decoder):
     record = next(r for r in COMPLETE.facts["val"] if r["file"] == CMYK)
     content = COMPLETE.file(CMYK)
     (crop,) = eval_images(content, CMYK, data_config(more=f"decoder: {decoder}"), ten=False)
-    assert difference(normalised(crop), COMPLETE, record) > 0.5
+    assert difference(normalized(crop), COMPLETE, record) > 0.5
     inks = np.asarray(Image.open(io.BytesIO(content)))
     raw = next(r for r in COMPLETE.facts["images"] if r["file"] == CMYK)
     without_black = 255 - inks[:, :, :3].astype(np.float32)
@@ -253,7 +253,7 @@ def test_ten_crops_in_order(number):
     record = COMPLETE.facts["tencrop"][0]
     crops = eval_images(COMPLETE.file(record["file"]), record["file"], TORCH7, ten=True)
     assert len(crops) == len(record["crops"]) == 10
-    assert difference(normalised(crops[number]), COMPLETE, record["crops"][number]) < NORMALISED_BOUND
+    assert difference(normalized(crops[number]), COMPLETE, record["crops"][number]) < NORMALISED_BOUND
 
 
 def test_places_of_crops():
@@ -348,20 +348,20 @@ def test_training_stage_by_stage(reference, record):
     draws, _ = to_uniforms(record)
     crop = train_image(reference.file(record["file"]), record["file"], draws, TORCH7, 0.08)
     assert difference(crop * UNIT, reference, stages["random_sized_crop"]) < SCALE_BOUND
-    colours, mirrored = to_colours(record)
-    unlit = colours.clone()
+    colors, mirrored = to_colours(record)
+    unlit = colors.clone()
     unlit[:, 6:] = 0
     nothing, white = torch.zeros(3), torch.full((3,), 255.0)
     batch = torch.from_numpy(np.ascontiguousarray(crop))[None]
     for name, row, mean, std, bound in (
         ("color_jitter", unlit, nothing, white, COLOUR_BOUND),
-        ("lighting", colours, nothing, white, COLOUR_BOUND),
-        ("color_normalize", colours, MEAN, STD, NORMALISED_BOUND),
+        ("lighting", colors, nothing, white, COLOUR_BOUND),
+        ("color_normalize", colors, MEAN, STD, NORMALISED_BOUND),
     ):
         ours = jitter(batch, row, mean, std)[0].permute(1, 2, 0)
         assert difference(ours, reference, stages[name]) < bound, name
     mirror(batch, torch.tensor([0] if mirrored else [], dtype=torch.int64))
-    ours = jitter(batch, colours, MEAN, STD)[0].permute(1, 2, 0)
+    ours = jitter(batch, colors, MEAN, STD)[0].permute(1, 2, 0)
     assert difference(ours, reference, stages["horizontal_flip"]) < NORMALISED_BOUND
 
 
@@ -371,7 +371,7 @@ SIZES = [(500, 375), (375, 500), (64, 64), (1000, 40), (1, 1), (1, 1000), (1000,
 
 
 def boxes(width, height, count=2000, min_area=0.08):
-    draws = uniforms(1, 1, np.arange(count), CROP_DRAWS, Stream.CROP)
+    draws = random_uniform(1, 1, np.arange(count), CROP_DRAWS, RngStream.CROP)
     return [random_sized_box(width, height, row, min_area) for row in draws]
 
 
@@ -402,7 +402,7 @@ def test_boxes_have_the_area_and_shape_asked_for():
 def test_area_is_uniform():
     """Where every box fits, the area is as it was drawn: Kolmogorov's distance at 1 in 10,000."""
     found = boxes(1000, 1000, 4000, 0.08)
-    draws = uniforms(1, 1, np.arange(4000), CROP_DRAWS, Stream.CROP)
+    draws = random_uniform(1, 1, np.arange(4000), CROP_DRAWS, RngStream.CROP)
     first = [w * h / 1e6 for (_, _, w, h), row in zip(found, draws, strict=True) if row[0] < 0.6]
     share = np.sort((np.array(first) - 0.08) / (0.92 * 0.6))
     steps = np.arange(1, len(share) + 1) / len(share)
@@ -411,7 +411,7 @@ def test_area_is_uniform():
 
 def test_half_of_the_boxes_are_swapped():
     """The aspect is uniform in 3/4...4/3, so its mean is above 1; exchanged sides make it fair."""
-    draws = uniforms(2, 1, np.arange(2000), CROP_DRAWS, Stream.CROP)
+    draws = random_uniform(2, 1, np.arange(2000), CROP_DRAWS, RngStream.CROP)
     draws[:, 1] = 1.0 - 1e-9
     shapes = np.array(
         [w / h for _, _, w, h in (random_sized_box(999, 999, d, 0.08) for d in draws if d[0] < 0.6)]
@@ -438,7 +438,7 @@ def test_tiny_pictures():
             content = io.BytesIO()
             Image.new("RGB", size, (10, 20, 30)).save(content, "PNG")
             for seed in range(4):
-                draws = uniforms(seed, 1, np.arange(1), CROP_DRAWS, Stream.CROP)[0]
+                draws = random_uniform(seed, 1, np.arange(1), CROP_DRAWS, RngStream.CROP)[0]
                 config = data_config(pipeline, "image_size: 16")
                 crop = train_image(content.getvalue(), "a", draws, config, 0.08)
                 assert crop.shape == (16, 16, 3)
@@ -527,7 +527,7 @@ def test_training_crop_shows_its_box(pipeline):
     image = planes(x * 255 / width, y * 255 / height, 0 * x)
     content = io.BytesIO()
     Image.fromarray(image).save(content, "PNG")
-    draws = uniforms(3, 1, np.arange(20), CROP_DRAWS, Stream.CROP)
+    draws = random_uniform(3, 1, np.arange(20), CROP_DRAWS, RngStream.CROP)
     for row in draws:
         left, top, w, h = random_sized_box(width, height, row, 0.08)
         crop = train_image(content.getvalue(), "a", row, data_config(pipeline), 0.08).astype(float)
@@ -542,7 +542,7 @@ def test_training_of_fast_reads_reduced_jpegs():
     content = io.BytesIO()
     Image.fromarray(image).save(content, "JPEG", quality=95)
     config = data_config("fast", "image_size: 64")
-    for row in uniforms(4, 1, np.arange(10), CROP_DRAWS, Stream.CROP):
+    for row in random_uniform(4, 1, np.arange(10), CROP_DRAWS, RngStream.CROP):
         left, top, w, h = random_sized_box(1600, 1200, row, 0.08)
         crop = train_image(content.getvalue(), "a", row, config, 0.08)
         decoded = np.asarray(Image.open(io.BytesIO(content.getvalue())))[top : top + h, left : left + w]
@@ -551,7 +551,7 @@ def test_training_of_fast_reads_reduced_jpegs():
 
 
 def test_colour_draws_fill_the_rows_that_the_original_is_compared_with():
-    rows = colour_draws(0, 1, np.arange(100), Augment(jitter=0.4, lighting=0.1))
+    rows = sample_color_params(0, 1, np.arange(100), AugmentConfig(jitter=0.4, lighting=0.1))
     assert rows.shape == (100, 9)
     assert np.array_equal(np.sort(rows[:, :3], axis=1), np.tile(np.arange(3.0), (100, 1)))
     assert rows[:, 3:6].min() >= 0.6 and rows[:, 3:6].max() <= 1.4

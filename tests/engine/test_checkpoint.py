@@ -24,7 +24,7 @@ import evaluate
 import train
 from resnext.config import parse_config, read_config
 from resnext.engine.checkpoint import read_checkpoint, read_latest, write_checkpoint
-from resnext.engine.train_state import Progress
+from resnext.engine.train_state import TrainProgress
 from resnext.errors import UserError
 
 DOCUMENTED = {
@@ -50,7 +50,7 @@ def content_number(number: int) -> dict:
         "optimizer": {"state": {0: {"momentum_buffer": torch.ones(7)}}, "param_groups": [{"lr": 0.1}]},
         "scaler": None,
         "ema": None,
-        "progress": asdict(Progress(epoch=number, best={"top1_error": 12.5})),
+        "progress": asdict(TrainProgress(epoch=number, best={"top1_error": 12.5})),
         "rng": {"cpu": torch.arange(16, dtype=torch.uint8), "cuda": None},
         "config": "train: {epochs: 3}\n",
         "classes": ["cat", "dog"],

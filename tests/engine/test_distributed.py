@@ -44,22 +44,22 @@ from torchrun import (
 
 import evaluate
 import resnext.distributed
-from data.image_folder import FileSet, list_set
-from data.in_memory import ImageSet
-from data.loader import EvalStream, eval_batches, train_batches
-from resnext.batch_plan import check_last_batch, check_ranks, share_positions, shares, slice_sizes
-from resnext.config import Config, Train, parse_config
-from resnext.distributed import gather, process_group, sum_over_ranks
-from resnext.engine.resume import other_statistics
-from resnext.engine.train_state import prepare
-from resnext.engine.trainer import rehearse, train_step
+from data.image_folder import ImageFolderDataset, list_set
+from data.in_memory import ArrayDataset
+from data.loader import FileEvalLoader, make_eval_loader, make_train_loader
+from resnext.batch_plan import check_last_batch, check_world_size, local_indices, split_batch, split_evenly
+from resnext.config import Config, TrainConfig, parse_config
+from resnext.distributed import all_gather_objects, process_group, sum_over_ranks
+from resnext.engine.resume import batchnorm_change_warning
+from resnext.engine.train_state import build_train_state
+from resnext.engine.trainer import train_step, warm_up_ddp
 from resnext.errors import UserError
 from resnext.models.resnext import build_model
 
 CPU = torch.device("cpu")
 
 
-def train_section(**changes: object) -> Train:
+def train_section(**changes: object) -> TrainConfig:
     return parse_config(f"train: {json.dumps(changes)}", "test").train
 
 
@@ -144,13 +144,13 @@ SHARED = [
 ]
 
 
-def sharable() -> Iterator[tuple[Train, int]]:
+def sharable() -> Iterator[tuple[TrainConfig, int]]:
     """Settings that are valid, and that so many processes can share."""
     for batch_size, accumulation, bn_group, ranks in SHARED:
         changes = {"batch_size": batch_size, "accumulation_steps": accumulation}
         try:
             config = train_section(**changes, bn_group=bn_group)
-            check_ranks(config, ranks)
+            check_world_size(config, ranks)
         except UserError:
             continue
         yield config, ranks
@@ -166,10 +166,10 @@ def as_rank(rank: int, ranks: int) -> Iterator[None]:
         yield
 
 
-def share_of(config: Train, rank: int, ranks: int) -> Callable[[int], np.ndarray]:
+def share_of(config: TrainConfig, rank: int, ranks: int) -> Callable[[int], np.ndarray]:
     def share(images: int) -> np.ndarray:
         with as_rank(rank, ranks):
-            return share_positions(images, config)
+            return local_indices(images, config)
 
     return share
 
@@ -180,7 +180,7 @@ def test_every_position_is_exactly_one_process_s():
     for config, ranks in sharable():
         cases += 1
         for images in range(config.batch_size + 1):
-            sizes = shares(images, config, ranks)
+            sizes = split_batch(images, config, ranks)
             assert [len(part) for part in sizes] == [ranks] * config.accumulation_steps
             positions = [share_of(config, rank, ranks)(images) for rank in range(ranks)]
             assert all(own.dtype == np.int64 for own in positions)
@@ -196,13 +196,13 @@ def test_every_position_is_exactly_one_process_s():
 def test_processes_work_equally_and_the_first_is_never_idle():
     for config, ranks in sharable():
         for images in range(1, config.batch_size + 1):
-            sizes = shares(images, config, ranks)
+            sizes = split_batch(images, config, ranks)
             assert sizes[0][0] > 0
             assert all(part[0] == max(part) for part in sizes)
             slices = config.bn_group and config.batch_size // config.accumulation_steps // config.bn_group
             groups = 1 if slices is None else slices // ranks  # each may have an image more
             assert np.ptp(sizes) <= groups
-        full = shares(config.batch_size, config, ranks)
+        full = split_batch(config.batch_size, config, ranks)
         if config.batch_size % (config.accumulation_steps * ranks) == 0:
             assert np.ptp(full) == 0
 
@@ -216,14 +216,14 @@ def test_groups_of_batchnorm_are_the_same_on_any_number_of_processes():
         cases += ranks > 1
         groups = config.batch_size // config.accumulation_steps // config.bn_group
         for images in range(1, config.batch_size + 1):
-            by_one = [slice_sizes(part, groups) for [part] in shares(images, config, 1)]
+            by_one = [split_evenly(part, groups) for [part] in split_batch(images, config, 1)]
             by_all = [
-                [size for own in part for size in slice_sizes(own, groups // ranks)]
-                for part in shares(images, config, ranks)
+                [size for own in part for size in split_evenly(own, groups // ranks)]
+                for part in split_batch(images, config, ranks)
             ]
             assert by_all == by_one
             in_order = [size for part in by_all for size in part]
-            assert in_order == slice_sizes(images, groups * config.accumulation_steps)
+            assert in_order == split_evenly(images, groups * config.accumulation_steps)
     assert cases > 20
 
 
@@ -249,7 +249,7 @@ def test_the_message_lists_the_numbers_that_work():
         messages = {}
         for ranks in range(1, part + 3):
             try:
-                check_ranks(config, ranks)
+                check_world_size(config, ranks)
                 works.add(ranks)
             except UserError as error:
                 messages[ranks] = str(error)
@@ -293,13 +293,13 @@ def pictures(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def in_memory() -> ImageSet:
+def in_memory() -> ArrayDataset:
     images = np.random.default_rng(0).integers(0, 256, (41, SIZE, SIZE, 3), np.uint8)
-    return ImageSet(images, np.arange(41) % 7, tuple("abcdefg"))
+    return ArrayDataset(images, np.arange(41) % 7, tuple("abcdefg"))
 
 
 @pytest.fixture(scope="module")
-def in_files(tmp_path_factory) -> FileSet:
+def in_files(tmp_path_factory) -> ImageFolderDataset:
     root = draw_jpegs(tmp_path_factory.mktemp("files"), {"ant": 17, "bee": 13, "cow": 11})
     return list_set(str(root), "train")
 
@@ -316,7 +316,7 @@ AUGMENTS = {
 def batches_of(image_set, augment: dict, changes: dict, share=np.arange, workers: int = 0):
     """Training batches; with `changes` to the section train."""
     augment = dict(augment)
-    if isinstance(image_set, ImageSet):
+    if isinstance(image_set, ArrayDataset):
         augment.pop("repeats", None)
         augment["padding"] = 2
         memory = {"pipeline": "memory", "dataset": "glyphs"}
@@ -331,7 +331,7 @@ def batches_of(image_set, augment: dict, changes: dict, share=np.arange, workers
             "run": {"seed": 5},
         }
     )
-    return train_batches(image_set, parse_config(text, "test"), CPU, share=share)
+    return make_train_loader(image_set, parse_config(text, "test"), CPU, share=share)
 
 
 def take(iterator) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -357,7 +357,7 @@ def test_processes_share_the_batches_of_one(kind, augment, changes, numbers, in_
     alone = take(batches_of(image_set, AUGMENTS[augment], changes).epoch(2))
     assert [len(labels) for _, labels in alone] == [12, 12, 12, 5]
     for ranks in numbers:
-        check_ranks(config, ranks)
+        check_world_size(config, ranks)
         parts = []
         for rank in range(ranks):
             share = share_of(config, rank, ranks)
@@ -432,12 +432,12 @@ def test_each_validation_image_is_one_process_s(batch_size, ranks, ten_crop, in_
     data = parse_config(f"data: {{image_size: {SIZE}, workers: 0}}", "test").data
     for image_set in [in_files] if ten_crop else [in_memory, in_files]:
         crops = 10 if ten_crop else 1
-        alone = take(eval_batches(image_set, data, 41, CPU, ten_crop))
+        alone = take(make_eval_loader(image_set, data, 41, CPU, ten_crop))
         images, labels = alone[0][0].unflatten(0, (41, crops)), alone[0][1]
         numbered = replace(image_set, labels=np.arange(41))
         found, steps = [], set()
         for rank in range(ranks):
-            batches = eval_batches(numbered, data, batch_size, CPU, ten_crop, rank, ranks)
+            batches = make_eval_loader(numbered, data, batch_size, CPU, ten_crop, rank, ranks)
             assert (batches.images, batches.crops) == (41, crops)
             own = take(batches)
             assert len(own) == batches.steps
@@ -459,8 +459,8 @@ def test_no_image_at_all_is_no_batch(in_files):
     data = parse_config(f"data: {{image_size: {SIZE}, workers: 0}}", "test").data
     few = replace(in_files, paths=in_files.paths[:2], labels=in_files.labels[:2])
     for rank, expected in enumerate([[1], [1], [0]]):
-        batches = eval_batches(few, data, 4, CPU, True, rank, 3)
-        assert isinstance(batches, EvalStream)
+        batches = make_eval_loader(few, data, 4, CPU, True, rank, 3)
+        assert isinstance(batches, FileEvalLoader)
         assert [(len(images), len(labels)) for images, labels in batches] == [
             (10 * count, count) for count in expected
         ]
@@ -499,11 +499,11 @@ def train_in_float64(accumulation: int, bn_group: int, target: str) -> None:
     config = float64_config(accumulation, bn_group)
     results = []
     with process_group(60):
-        ours = prepare(config, tuple("0123456789"), CPU, {})
-        rehearse(ours)
+        ours = build_train_state(config, tuple("0123456789"), CPU, {})
+        warm_up_ddp(ours)
         ours.model.train()
         for (images, labels), rate in zip(float64_batches(), RATES, strict=True):
-            own = torch.from_numpy(share_positions(len(images), config.train))
+            own = torch.from_numpy(local_indices(len(images), config.train))
             result = train_step(ours, images[own], labels[own], rate, len(images))
             results.append(sum_over_ranks(result))
         content = {
@@ -514,10 +514,12 @@ def train_in_float64(accumulation: int, bn_group: int, target: str) -> None:
         weights = digest(
             tensor for name, tensor in tensors(content).items() if not re.search("running|num_batches", name)
         )
-        assert len(set(gather(weights))) == 1, "the processes' weights, momentum and averages differ"
+        assert len(set(all_gather_objects(weights))) == 1, (
+            "the processes' weights, momentum and averages differ"
+        )
         before = digest(ours.ema.module.buffers())
-        ours.settle_buffers()
-        settled = gather(digest(ours.ema.module.buffers()))
+        ours.broadcast_buffers()
+        settled = all_gather_objects(digest(ours.ema.module.buffers()))
         assert len(set(settled)) == 1
         if resnext.distributed.rank() == 0:
             assert settled[0] == before, "those of the first process"
@@ -640,7 +642,7 @@ def test_one_process_trains_as_a_plain_loop(accumulation, bn_group, arithmetic):
 def test_processes_train_as_one(ranks, accumulation, bn_group, arithmetic):
     """Loss, hits, weights, momentum, averages and running statistics; of 3 images some have none."""
     config = float64_config(accumulation, bn_group).train
-    last = np.sum(shares(BATCHES[-1], config, ranks), 0)
+    last = np.sum(split_batch(BATCHES[-1], config, ranks), 0)
     assert (last.min() == 0) == (ranks == 4)
     ours = arithmetic("train_in_float64", ranks, accumulation, bn_group)
     alone = arithmetic("train_in_float64", 1, accumulation, bn_group)
@@ -996,7 +998,7 @@ def test_the_warning_of_batchnorm():
     def warnings(ranks: int, before: str, **changes: object) -> list[str]:
         config = parse_config(f"train: {json.dumps({'batch_size': 24, **changes})}", "test")
         with as_rank(0, ranks):
-            return other_statistics(config, before)
+            return batchnorm_change_warning(config, before)
 
     assert len(warnings(2, "3")) == len(warnings(1, "2")) == 1
     assert warnings(3, "3") == warnings(1, "1") == warnings(2, "unknown") == []

@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from resnext.engine.evaluator import Recorder, Score, at_least_float32, evaluate, hits, sum_crops
+from resnext.engine.evaluator import (
+    EvalResult,
+    PredictionCollector,
+    count_correct,
+    evaluate,
+    promote_to_float32,
+    sum_crops,
+)
 from resnext.engine.train_state import autocast
 from resnext.models.resnext import ResNeXt
 
@@ -64,14 +71,14 @@ def test_counts_are_exact(classes, size):
 def test_hits(classes):
     outputs, labels = scores(50, classes, seed=1)
     images, top1, top5, _ = reference(outputs, labels)
-    found = hits(torch.from_numpy(outputs), torch.from_numpy(labels))
+    found = count_correct(torch.from_numpy(outputs), torch.from_numpy(labels))
     assert found.dtype == torch.int64 and found.tolist() == [images - top1, images - top5]
 
 
 def test_hits_by_hand():
     output = torch.tensor([[6.0, 5, 4, 3, 2, 1]] * 6)
-    assert hits(output, torch.arange(6)).tolist() == [1, 5]
-    assert hits(output[:, :3], torch.tensor([0, 1, 2, 2, 0, 0])).tolist() == [3, 6]
+    assert count_correct(output, torch.arange(6)).tolist() == [1, 5]
+    assert count_correct(output[:, :3], torch.tensor([0, 1, 2, 2, 0, 0])).tolist() == [3, 6]
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
@@ -86,8 +93,8 @@ def test_loss_of_lower_precisions(dtype, bound):
 
 def test_at_least_float32():
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        assert at_least_float32(torch.ones(2, dtype=dtype)).dtype == torch.float32
-    assert at_least_float32(torch.ones(2, dtype=torch.float64)).dtype == torch.float64
+        assert promote_to_float32(torch.ones(2, dtype=dtype)).dtype == torch.float32
+    assert promote_to_float32(torch.ones(2, dtype=torch.float64)).dtype == torch.float64
 
 
 def test_many_images_lose_no_count():
@@ -126,7 +133,7 @@ def test_ten_crops_are_summed(crops, size):
 
 def test_crops_count_raw_scores_not_votes():
     output = torch.tensor([[0.0, 1.0], [0.0, 1.0], [9.0, 0.0]])
-    assert hits(sum_crops(output, 3), torch.tensor([0])).tolist() == [1, 1]
+    assert count_correct(sum_crops(output, 3), torch.tensor([0])).tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("size", [1, 4, 13])
@@ -140,7 +147,7 @@ def test_crops_and_columns(crops, columns, size):
     summed = outputs.reshape(13, crops, 20).sum(1)[:, columns if columns else slice(None)]
     inputs = torch.from_numpy(outputs).split(size * crops)
     parts = list(zip(inputs, torch.from_numpy(labels).split(size), strict=True))
-    recorder = Recorder()
+    recorder = PredictionCollector()
     score = evaluate(
         Passing(),
         parts,
@@ -157,8 +164,8 @@ def test_crops_and_columns(crops, columns, size):
     order = np.argsort(-summed, axis=1, kind="stable")[:, :5]
     np.testing.assert_array_equal(found.top, order)
     np.testing.assert_array_equal(found.labels, labels)
-    shares = np.exp(summed / crops)
-    np.testing.assert_allclose(found.confidence, (shares.max(1) / shares.sum(1)), rtol=1e-12)
+    split_batch = np.exp(summed / crops)
+    np.testing.assert_allclose(found.confidence, (split_batch.max(1) / split_batch.sum(1)), rtol=1e-12)
     whole = found.score(np.arange(13))
     assert (whole.top1_errors, whole.top5_errors) == (top1, top5)
     assert whole.loss == pytest.approx(loss, rel=1e-12)
@@ -183,7 +190,7 @@ def test_sums_are_ranked_and_not_their_rounded_means():
 def test_half_precision_crops_are_summed_in_float32():
     crops = torch.full((10, 2), 2048.0)
     crops[:, 1] += 2  # the sum, 20,500, has a neighbour 16 away in float16
-    recorder = Recorder()
+    recorder = PredictionCollector()
     parts = [(crops, torch.tensor([1]))]
     score = evaluate(Passing(torch.float16), parts, contextlib.nullcontext, crops=10, recorder=recorder)
     assert score.top1_errors == 0
@@ -195,14 +202,17 @@ def test_a_recorder_changes_no_score():
     outputs, labels = scores(101, 10)
     parts = batches(outputs, labels, 16)
     plain = evaluate(Passing(torch.float32), parts, contextlib.nullcontext)
-    assert evaluate(Passing(torch.float32), parts, contextlib.nullcontext, recorder=Recorder()) == plain
+    assert (
+        evaluate(Passing(torch.float32), parts, contextlib.nullcontext, recorder=PredictionCollector())
+        == plain
+    )
 
 
 # ---------------------------------------------------------------------------- the evaluation
 
 
 def test_score_as_a_row():
-    row = Score(images=8, top1_errors=3, top5_errors=1, loss=0.5).as_row()
+    row = EvalResult(images=8, top1_errors=3, top5_errors=1, loss=0.5).as_row()
     assert row == {
         "images": 8,
         "top1_errors": 3,

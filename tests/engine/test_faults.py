@@ -189,7 +189,7 @@ def drive(fault: str, rank: int, arguments: list[str]) -> None:
     import resnext.engine.checkpoint
     import resnext.engine.trainer
     import train
-    from resnext.errors import run_command
+    from resnext.errors import run_main
 
     if int(os.environ.get("RANK", "0")) == rank:
         original = resnext.engine.trainer.train_step
@@ -227,7 +227,7 @@ def drive(fault: str, rank: int, arguments: list[str]) -> None:
 
         resnext.distributed.report_error = late
     sys.argv = ["train.py", *arguments]
-    run_command(train.main)
+    run_main(train.main)
 
 
 def faulty(processes: Processes, fault: str, rank: int, *arguments: object) -> Job:

@@ -82,12 +82,12 @@ def switches(monkeypatch):
 def test_switches(switches):
     """TF32 comes and goes; convolutions are tried out in training alone, and never in deterministic mode."""
     for precision in ("tf32", "fp32", "bf16", "tf32", "fp32"):
-        resnext.device.set_numerics(precision, deterministic=False)
+        resnext.device.configure_backends(precision, deterministic=False)
         allowed = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
         assert allowed == (precision == "tf32",) * 2 and torch.backends.cudnn.benchmark
-    resnext.device.set_numerics("bf16", deterministic=False, training=False)
+    resnext.device.configure_backends("bf16", deterministic=False, training=False)
     assert not torch.backends.cudnn.benchmark and not torch.are_deterministic_algorithms_enabled()
-    resnext.device.set_numerics("bf16", deterministic=True)
+    resnext.device.configure_backends("bf16", deterministic=True)
     assert not torch.backends.cudnn.benchmark and torch.are_deterministic_algorithms_enabled()
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert not torch.utils.deterministic.fill_uninitialized_memory, "nothing is read ahead of being written"

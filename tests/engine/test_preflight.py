@@ -33,9 +33,9 @@ import train
 from resnext import preflight
 from resnext.config import parse_config
 from resnext.engine import checkpoint
-from resnext.engine.train_state import checkpoint_content, prepare
+from resnext.engine.train_state import build_train_state, checkpoint_content
 from resnext.engine.trainer import train_step
-from resnext.errors import run_command
+from resnext.errors import run_main
 from resnext.models.resnext import ResNeXt
 from resnext.schedule import learning_rate
 
@@ -179,7 +179,7 @@ def test_console_of_ascii_characters(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     monkeypatch.setattr(sys, "stdout", console)
     with pytest.raises(SystemExit) as end:
-        run_command(train.main)
+        run_main(train.main)
     result = well_formed(Result(end.value.code, console.buffer.getvalue().decode("ascii"), ""))
     assert topics(result) == TOPICS_OF_FILES
     assert r"output: l\xe4uft, starting anew" in result.output
@@ -312,7 +312,7 @@ def test_checkpoints_of_a_run_that_goes_on_are_counted_once(run_copy, monkeypatc
 )
 def test_bytes_of_a_checkpoint(changes):
     config = parse_config(tiny_yaml(), "test", changes)
-    training = prepare(config, tuple("0123456789"), torch.device("cpu"), {})
+    training = build_train_state(config, tuple("0123456789"), torch.device("cpu"), {})
     train_step(training, torch.randn(4, 3, 8, 8), torch.arange(4), 0.01)
     content = checkpoint_content(training)
     rest = checkpoint._tensor_bytes(content["rng"]) + (8 if training.ema else 0)  # the average's counter
@@ -635,8 +635,8 @@ def test_growing_part(few, most, each, before, done, seconds, monkeypatch):
 )
 def test_time(workers, on_gpu, epoch):
     images = SimpleNamespace(is_cuda=on_gpu)
-    reading = preflight.Reading(images, images, 0.9, 0.5, workers, 10)
-    single = preflight.Reading(images, images, 0.1, 0.1, workers, 1)
+    reading = preflight.LoaderTiming(images, images, 0.9, 0.5, workers, 10)
+    single = preflight.LoaderTiming(images, images, 0.1, 0.1, workers, 1)
     data = preflight.Data(100, reading, single, None, None)
     config = parse_config("train: {epochs: 1000}\ndata: {dir: x}", "test")
     step = preflight.Step(0.3, 2.3, None, 0, 0)
@@ -776,7 +776,7 @@ def short_of_memory(when: str, *arguments: str) -> None:
         else:
             preflight.train_step = short
     sys.argv = ["train.py", *arguments]
-    run_command(train.main)
+    run_main(train.main)
 
 
 def test_second_process_out_of_memory(processes):

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from resnext.config import Schedule
+from resnext.config import ScheduleConfig
 from resnext.schedule import learning_rate
 
-IMAGENET = Schedule(name="imagenet_step")
-CIFAR = Schedule(name="cifar_step")
-MULTISTEP = Schedule(name="multistep", milestones=(150, 225))
-COSINE = Schedule(name="cosine")
+IMAGENET = ScheduleConfig(name="imagenet_step")
+CIFAR = ScheduleConfig(name="cifar_step")
+MULTISTEP = ScheduleConfig(name="multistep", milestones=(150, 225))
+COSINE = ScheduleConfig(name="cosine")
 
 
 def rates(schedule, base, epochs, steps=1):
@@ -63,7 +63,7 @@ def test_each_drop_is_a_tenth(schedule):
 
 
 def test_gamma_multiplies_at_each_milestone():
-    schedule = Schedule(name="multistep", milestones=(1, 3), gamma=0.5)
+    schedule = ScheduleConfig(name="multistep", milestones=(1, 3), gamma=0.5)
     assert rates(schedule, 0.8, 5) == [0.8, 0.4, 0.4, 0.2, 0.2]
 
 
@@ -90,7 +90,7 @@ def torch_rates(make, base, count):
 
 @pytest.mark.parametrize("gamma", [0.1, 0.2])
 def test_multistep_is_torchs(gamma):
-    schedule = Schedule(name="multistep", milestones=(150, 225), gamma=gamma)
+    schedule = ScheduleConfig(name="multistep", milestones=(150, 225), gamma=gamma)
     theirs = torch_rates(lambda o: lr_scheduler.MultiStepLR(o, [150, 225], gamma), 0.1, 300)
     assert rates(schedule, 0.1, 300) == pytest.approx(theirs, rel=1e-14)
 
@@ -105,13 +105,13 @@ def test_imagenet_step_is_torchs():
 def test_cosine_is_torchs(epochs, steps, min_lr):
     count = epochs * steps
     theirs = torch_rates(lambda o: lr_scheduler.CosineAnnealingLR(o, count, min_lr), 0.4, count)
-    ours = rates(Schedule(name="cosine", min_lr=min_lr), 0.4, epochs, steps)
+    ours = rates(ScheduleConfig(name="cosine", min_lr=min_lr), 0.4, epochs, steps)
     assert ours == pytest.approx(theirs, rel=1e-9)
 
 
 def test_warmup_and_cosine_are_torchs():
     warm, count = 2 * 5, 8 * 5
-    schedule = Schedule(name="cosine", min_lr=0.01, warmup_epochs=2)
+    schedule = ScheduleConfig(name="cosine", min_lr=0.01, warmup_epochs=2)
 
     def sequence(optimizer):
         linear = lr_scheduler.LinearLR(optimizer, 1 / warm, 1.0, warm - 1)
@@ -127,7 +127,7 @@ def test_warmup_and_cosine_are_torchs():
 
 @pytest.mark.parametrize("name", ["imagenet_step", "cifar_step", "multistep", "cosine"])
 def test_warmup_rises_evenly_to_the_base_rate(name):
-    schedule = Schedule(name=name, milestones=(150,), warmup_epochs=5)
+    schedule = ScheduleConfig(name=name, milestones=(150,), warmup_epochs=5)
     values = rates(schedule, 0.2, 300, 4)[:20]
     assert values == pytest.approx([0.2 * k / 20 for k in range(1, 21)], rel=1e-15)
     assert values[-1] == 0.2
@@ -136,7 +136,7 @@ def test_warmup_rises_evenly_to_the_base_rate(name):
 
 @pytest.mark.parametrize("schedule", [IMAGENET, CIFAR, MULTISTEP])
 def test_warmup_does_not_move_the_drops(schedule):
-    warmed = Schedule(name=schedule.name, milestones=schedule.milestones, warmup_epochs=5)
+    warmed = ScheduleConfig(name=schedule.name, milestones=schedule.milestones, warmup_epochs=5)
     assert rates(warmed, 0.1, 300)[5:] == rates(schedule, 0.1, 300)[5:]
 
 
@@ -144,7 +144,7 @@ def test_warmup_does_not_move_the_drops(schedule):
 @pytest.mark.parametrize("min_lr", [0.0, 0.02])
 def test_cosine_ends(warmup, min_lr):
     epochs, steps, base = 9, 50, 0.5
-    schedule = Schedule(name="cosine", min_lr=min_lr, warmup_epochs=warmup)
+    schedule = ScheduleConfig(name="cosine", min_lr=min_lr, warmup_epochs=warmup)
     values = rates(schedule, base, epochs, steps)[warmup * steps :]
     assert values[0] == base
     assert all(a > b for a, b in itertools.pairwise(values))
@@ -164,7 +164,7 @@ def test_rates_scale_with_the_base(schedule):
 @pytest.mark.parametrize("name", ["imagenet_step", "cifar_step", "multistep", "cosine"])
 def test_rates_depend_on_nothing_but_the_arguments(name):
     """Asked in any order, any number of times, the answers are the same doubles."""
-    schedule = Schedule(name=name, milestones=(4, 8), warmup_epochs=2)
+    schedule = ScheduleConfig(name=name, milestones=(4, 8), warmup_epochs=2)
     places = [(epoch, step) for epoch in range(1, 13) for step in range(5)]
     before = {place: learning_rate(schedule, 0.1, 12, *place, 5) for place in places}
     shuffled = places * 2

@@ -29,13 +29,13 @@ import evaluate
 import resnext.engine.trainer
 import train
 from resnext import preflight
-from resnext.batch_plan import shares
+from resnext.batch_plan import split_batch
 from resnext.config import parse_config
 from resnext.engine.checkpoint import read_checkpoint
-from resnext.engine.logger import Silence
-from resnext.engine.train_state import checkpoint_content, prepare, restore
-from resnext.engine.trainer import nothing, train_step, validate
-from resnext.stop_signal import StopRequest
+from resnext.engine.logger import NullLogger
+from resnext.engine.train_state import build_train_state, checkpoint_content, restore
+from resnext.engine.trainer import train_step, validate, zero_loss
+from resnext.stop_signal import StopSignal
 from resnext.weights.load import load_weights
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,7 +54,7 @@ RUN = [*SMALL, "data.train_images=100", "data.val_images=37", "train.epochs=2", 
 
 def training_of(*overrides: str):
     config = parse_config("", "test", [*SMALL, *overrides])
-    training = prepare(config, CLASSES, torch.device("cpu"), {})
+    training = build_train_state(config, CLASSES, torch.device("cpu"), {})
     training.model.train()
     return training
 
@@ -163,9 +163,9 @@ def test_the_average_has_the_bits_of_torch_s_and_takes_few_kernels():
 
 def test_parts_of_an_accumulated_batch_end_where_groups_do():
     config = parse_config("", "t", ["train.batch_size=64", "train.accumulation_steps=4", "train.bn_group=8"])
-    assert [n for [n] in shares(64, config.train, 1) if n] == [16, 16, 16, 16]
-    assert [n for [n] in shares(51, config.train, 1) if n] == [14, 13, 12, 12]  # slices 7 7 7 6 6 6 6 6
-    assert [n for [n] in shares(3, config.train, 1) if n] == [2, 1]
+    assert [n for [n] in split_batch(64, config.train, 1) if n] == [16, 16, 16, 16]
+    assert [n for [n] in split_batch(51, config.train, 1) if n] == [14, 13, 12, 12]  # slices 7 7 7 6 6 6 6 6
+    assert [n for [n] in split_batch(3, config.train, 1) if n] == [2, 1]
 
 
 def test_a_step_reports_the_mean_loss_and_the_hits():
@@ -226,10 +226,10 @@ def test_every_convolution_sees_the_configured_layout(channels_last, arriving):
     images = images.to(memory_format=arriving)
     for work in (
         lambda: train_step(training, images, labels, 0.1),
-        lambda: nothing(training, images),
+        lambda: zero_loss(training, images),
         lambda: preflight.try_part(training, images, labels, len(images)),
         lambda: preflight.measure_validation(training, images),
-        lambda: validate(training, Batches([(images, labels)]), Silence(), lambda: False),
+        lambda: validate(training, Batches([(images, labels)]), NullLogger(), lambda: False),
     ):
         seen.clear()
         work()
@@ -598,7 +598,7 @@ def test_a_stop_during_validation_is_resumed_with_the_validation(finished_run, t
 
     arguments = ["--config", "demo.yaml", "--output", str(tmp_path / "r"), *RUN, "train.ema_decay=0.5"]
     with monkeypatch.context() as patch:
-        patch.setattr(StopRequest, "requested", stop_after_eight)
+        patch.setattr(StopSignal, "requested", stop_after_eight)
         patch.setattr(sys, "argv", ["train.py", *arguments])
         train.main()
     progress = torch.load(tmp_path / "r" / "checkpoints" / "last.pt", weights_only=True)["progress"]

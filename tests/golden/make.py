@@ -92,7 +92,7 @@ def trajectory(folder):
     for group in ("final_params", "final_dfdx"):
         kept |= {f"{group}_{key}": values[f"{group}_{key}"] for key in SUMMARY}
         kept[f"{group}_val"] = np.concatenate(samples(values, group, sizes))
-    keys = ("options", "batch_shape", "train_batches", "eval_batch", "epochs")
+    keys = ("options", "batch_shape", "make_train_loader", "eval_batch", "epochs")
     return {key: meta[key] for key in keys}, kept
 
 

@@ -14,7 +14,7 @@ from unittest import mock
 import numpy as np
 from PIL import Image
 
-from resnext.errors import run_command
+from resnext.errors import run_main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -95,7 +95,7 @@ def call(main: Callable[[], object], *arguments: object) -> Result:
         contextlib.redirect_stderr(error),
     ):
         try:
-            run_command(main)
+            run_main(main)
         except SystemExit as stop:
             status = stop.code
     return Result(status, output.getvalue(), error.getvalue())

@@ -9,8 +9,8 @@ import torch
 from kernel_cases import SMALL, check
 from torch import nn
 
-from resnext.models import kernels
-from resnext.models.ghost_batchnorm import GroupBatchNorm2d, norm_relu, use_group_batchnorm
+from resnext.models import ghost_batchnorm, kernels, resnext
+from resnext.models.ghost_batchnorm import GhostBatchNorm2d, norm_relu, use_ghost_batchnorm
 from resnext.models.kernels import BACKWARD, FORWARD, blocks_of
 from resnext.models.resnext import ResNeXt
 
@@ -53,13 +53,13 @@ def test_nan_stays():
 def calls(monkeypatch):
     """Let the CPU pass for a GPU; the shapes that the kernels were called with."""
     found = []
-    forward = GroupBatchNorm2d.run_kernels
+    forward = GhostBatchNorm2d.run_kernels
 
     def noted(self, x, shortcut, relu):
         found.append(tuple(x.shape))
         return forward(self, x, shortcut, relu)
 
-    monkeypatch.setattr(GroupBatchNorm2d, "run_kernels", noted)
+    monkeypatch.setattr(GhostBatchNorm2d, "run_kernels", noted)
     for module in (ghost_batchnorm, resnext):
         monkeypatch.setattr(module, "on_gpu", lambda x: True)
     return found
@@ -73,7 +73,7 @@ def network(short=False, groups=2, **options):
         made.layer2, made.layer3 = nn.Sequential(), nn.Sequential()
         if made.final_bn:
             made.final_bn = nn.BatchNorm2d(256)
-    use_group_batchnorm(made, groups, fused=True)
+    use_ghost_batchnorm(made, groups, fused=True)
     x = torch.randn(5, 3, 5, 5).contiguous(memory_format=torch.channels_last)
     return made.to(memory_format=torch.channels_last), x
 
@@ -106,7 +106,7 @@ def assert_close(ours, theirs, tolerance):
 
 
 def norms(made):
-    return sum(isinstance(m, GroupBatchNorm2d) for m in made.modules())
+    return sum(isinstance(m, GhostBatchNorm2d) for m in made.modules())
 
 
 @pytest.mark.parametrize(
@@ -148,12 +148,12 @@ def test_compiled_in_one_graph(calls, plain):
 def test_what_the_kernels_leave_to_torch(calls):
     """Each gives what torch gives, with no call of the kernels."""
     x = torch.randn(4, 8, 3, 3).contiguous(memory_format=torch.channels_last)
-    kept = partial(GroupBatchNorm2d, 8, fused=True)
+    kept = partial(GhostBatchNorm2d, 8, fused=True)
     for norm, given in (
         (kept().eval(), x),
         (kept(), x.contiguous()),
         (kept().double(), x.double()),
-        (GroupBatchNorm2d(8), x),
+        (GhostBatchNorm2d(8), x),
         (nn.BatchNorm2d(8), x),
         (nn.Identity(), x),
     ):

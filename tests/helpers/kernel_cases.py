@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from resnext.batch_plan import slice_sizes
+from resnext.batch_plan import split_evenly
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}  # of the largest value
 
@@ -77,7 +77,7 @@ def results(case: Case, device: str) -> tuple[dict, dict]:
 
     exact = {k: v.to(device).double().requires_grad_() for k, v in inputs.items()}
     exact_running = {k: v.to(device).double() for k, v in running.items()}
-    first, *others = exact["x"].split([size for size in slice_sizes(n, case.groups) if size])
+    first, *others = exact["x"].split([size for size in split_evenly(n, case.groups) if size])
     affine = (exact["weight"], exact["bias"], True)
     parts = [F.batch_norm(first, *exact_running.values(), *affine, case.momentum)]
     parts += [F.batch_norm(part, None, None, *affine) for part in others]

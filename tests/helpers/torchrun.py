@@ -361,10 +361,10 @@ def run_job(what: str, arguments: list[Any]) -> None:
         module, name = what.split(":")
         getattr(importlib.import_module(module), name)(*arguments)
         return
-    from resnext.errors import run_command
+    from resnext.errors import run_main
 
     sys.argv = [f"{what}.py", *arguments]
-    run_command(importlib.import_module(what).main)
+    run_main(importlib.import_module(what).main)
 
 
 def watched(
@@ -392,9 +392,9 @@ def watched(
 
     def write(_: int, training: Any, images: Any, labels: Any, rate: float, total: int) -> None:
         progress = training.progress
-        hashes = [digest([image, label]) for image, label in zip(images, labels, strict=True)]
+        random_uint64 = [digest([image, label]) for image, label in zip(images, labels, strict=True)]
         with open(Path(pictures) / f"{rank}.jsonl", "a") as file:
-            row = {"step": progress.global_step, "lr": rate, "images": total, "pictures": hashes}
+            row = {"step": progress.global_step, "lr": rate, "images": total, "pictures": random_uint64}
             print(json.dumps(row), file=file)
 
     def stop_at(wanted: int) -> Callable[..., None]:

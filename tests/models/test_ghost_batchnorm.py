@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from resnext.batch_plan import shares, slice_sizes
+from resnext.batch_plan import split_batch, split_evenly
 from resnext.config import parse_config
-from resnext.engine.train_state import lay_out_momentum, prepare
+from resnext.engine.train_state import build_train_state, init_momentum
 from resnext.engine.trainer import train_step
 from resnext.models.ghost_batchnorm import (
-    GroupBatchNorm2d,
+    GhostBatchNorm2d,
     frozen_running_statistics,
     kernels_work,
-    use_group_batchnorm,
+    use_ghost_batchnorm,
 )
 from resnext.models.resnext import ResNeXt
 
@@ -54,7 +54,7 @@ def pictures(*shape, seed=0):
     ],
 )
 def test_slice_sizes(images, slices, expected):
-    assert slice_sizes(images, slices) == expected
+    assert split_evenly(images, slices) == expected
 
 
 def test_accumulation_parts_end_where_groups_do():
@@ -64,15 +64,15 @@ def test_accumulation_parts_end_where_groups_do():
             text = f"train: {{batch_size: {4 * groups}, bn_group: 4, accumulation_steps: {steps}}}"
             train = parse_config(text, "test").train
             for images in range(1, 4 * groups + 1):
-                parts = [n for [n] in shares(images, train, 1) if n]
-                found = [size for part in parts for size in slice_sizes(part, groups // steps) if size]
-                assert found == [size for size in slice_sizes(images, groups) if size]
+                parts = [n for [n] in split_batch(images, train, 1) if n]
+                found = [size for part in parts for size in split_evenly(part, groups // steps) if size]
+                assert found == [size for size in split_evenly(images, groups) if size]
 
 
 @pytest.mark.parametrize("images, expected", [(64, [16] * 4), (50, [13, 13, 12, 12]), (2, [1, 1])])
 def test_accumulation_parts_without_groups(images, expected):
     train = parse_config("train: {batch_size: 64, accumulation_steps: 4}", "test").train
-    assert [n for [n] in shares(images, train, 1) if n] == expected
+    assert [n for [n] in split_batch(images, train, 1) if n] == expected
 
 
 # ---------------------------------------------------------------------------- the layer
@@ -80,7 +80,7 @@ def test_accumulation_parts_without_groups(images, expected):
 
 def grouped_and_replicas(groups, used):
     """A GroupBatchNorm2d, and `used` plain copies of it."""
-    norm = GroupBatchNorm2d(5, groups).double()
+    norm = GhostBatchNorm2d(5, groups).double()
     with torch.no_grad():
         norm.weight.copy_(torch.linspace(0.5, 1.5, 5))
         norm.bias.copy_(torch.linspace(-1, 1, 5))
@@ -126,7 +126,7 @@ def test_running_statistics_of_several_steps_follow_the_first_group():
     for step, images in enumerate((64, 64, 50, 6)):
         x = pictures(images, 5, 3, 3, seed=step)
         norm(x)
-        replica(x[: slice_sizes(images, 4)[0]])
+        replica(x[: split_evenly(images, 4)[0]])
     assert error(norm.running_mean, replica.running_mean) < 1e-14
     assert error(norm.running_var, replica.running_var) < 1e-14
     assert norm.num_batches_tracked == 4
@@ -182,9 +182,9 @@ def test_every_norm_of_a_network_is_replaced(form, preactivation):
 
     model, plain = network(), network()
     parameters = list(model.parameters())
-    use_group_batchnorm(model, 4)
+    use_ghost_batchnorm(model, 4)
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert norms and all(type(m) is GroupBatchNorm2d and m.groups == 4 for m in norms)
+    assert norms and all(type(m) is GhostBatchNorm2d and m.groups == 4 for m in norms)
     assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
     state = plain.state_dict()
     assert {k: (v.dtype, v.shape) for k, v in model.state_dict().items()} == {
@@ -206,7 +206,7 @@ def test_frozen_running_statistics(groups):
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert torch.equal(model(x), inside)  # batch statistics, inside as outside
-    replica(x[: slice_sizes(12, groups)[0]])
+    replica(x[: split_evenly(12, groups)[0]])
     assert error(norm.running_mean, replica.running_mean) < 1e-14
     assert norm.num_batches_tracked == 1 and norm.momentum == 0.1
 
@@ -240,9 +240,9 @@ def start(train, model=""):
         """,
         "test",
     )
-    training = prepare(config, tuple("abcdefg"), CPU, {})
+    training = build_train_state(config, tuple("abcdefg"), CPU, {})
     training.model.double()
-    lay_out_momentum(training.optimizer)
+    init_momentum(training.optimizer)
     return training
 
 
@@ -294,13 +294,13 @@ MODELS = {"post": "", "pre": ", preactivation: true", "form B": ", block: B"}
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_grouped_steps_are_those_of_replicas(model):
-    expected = replica_steps(lambda n: [s for s in slice_sizes(n, 4) if s], model=model)
+    expected = replica_steps(lambda n: [s for s in split_evenly(n, 4) if s], model=model)
     assert_same(run_steps(start("bn_group: 16", model)), expected)
 
 
 @pytest.mark.parametrize("images", BATCHES)
 def test_one_step_of_each_batch_size(images):
-    expected = replica_steps(lambda n: [s for s in slice_sizes(n, 4) if s], (images,))
+    expected = replica_steps(lambda n: [s for s in split_evenly(n, 4) if s], (images,))
     assert_same(run_steps(start("bn_group: 16"), (images,)), expected)
 
 
@@ -316,7 +316,7 @@ def test_accumulation_with_groups_changes_nothing(steps):
 
 @pytest.mark.parametrize("steps", [2, 4])
 def test_accumulation_without_groups_normalises_each_part(steps):
-    expected = replica_steps(lambda n: [s for s in slice_sizes(n, steps) if s])
+    expected = replica_steps(lambda n: [s for s in split_evenly(n, steps) if s])
     assert_same(run_steps(start(f"accumulation_steps: {steps}")), expected)
 
 

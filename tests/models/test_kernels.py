@@ -229,7 +229,7 @@ def test_a_step_makes_no_other_pass(monkeypatch):
         monkeypatch.setattr(module, "on_gpu", lambda x: True)
     with FakeTensorMode(), Operators() as operators:
         network = resnext.resnext50_32x4d()
-        ghost_batchnorm.use_group_batchnorm(network, 2, fused=True)
+        ghost_batchnorm.use_ghost_batchnorm(network, 2, fused=True)
         operators.calls.clear()
         x = torch.empty(4, 3, 64, 64).contiguous(memory_format=torch.channels_last)
         network(x).sum().backward()

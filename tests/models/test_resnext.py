@@ -16,7 +16,7 @@ import torchvision
 from torch import nn
 
 import resnext
-from resnext.config import CONFIG_FOLDER, Model, read_config
+from resnext.config import CONFIG_FOLDER, ModelConfig, read_config
 from resnext.errors import UserError
 from resnext.models.resnext import ResNeXt, build_model, complexity, convert_form
 
@@ -566,13 +566,13 @@ def test_options_of_named_networks():
 
 
 def test_build_model_follows_the_configuration():
-    config = Model(
+    config = ModelConfig(
         stem="cifar", stages=(1, 2, 1), cardinality=3, base_width=5, block="A", shortcut="C", zero_gamma=True
     )
     model = build_model(config, 6)
     same = ResNeXt((1, 2, 1), 3, 5, 6, stem="cifar", form="A", shortcut="C", zero_gamma=True)
     assert str(model) == str(same) and (model.layer2[1].bn3.weight == 0).all()
-    config = Model(stages=(1, 1, 1, 2), cardinality=1, base_width=64, preactivation=True)
+    config = ModelConfig(stages=(1, 1, 1, 2), cardinality=1, base_width=64, preactivation=True)
     same = ResNeXt((1, 1, 1, 2), 1, 64, 5, preactivation=True)
     assert str(build_model(config, 5)) == str(same)
 

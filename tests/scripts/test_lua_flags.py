@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import lua_flags
 from commands import call, message, run_script
 
-from resnext.config import Config, Model, differences, find_config, parse_config, read_config
+from resnext.config import Config, ModelConfig, differences, find_config, parse_config, read_config
 
 IMAGENET = "th main.lua -dataset imagenet -bottleneckType resnext_C -depth 50 -baseWidth 4 -cardinality 32 "
 IMAGENET += "-batchSize 256 -nGPU 8 -nThreads 8 -shareGradInput true -data [imagenet-folder]"
@@ -134,7 +134,8 @@ def test_keys_of_each_flag(flags, expected):
 
 
 @pytest.mark.skipif(
-    "pretrained" not in {f.name for f in dataclasses.fields(Model)}, reason="model.pretrained is not there"
+    "pretrained" not in {f.name for f in dataclasses.fields(ModelConfig)},
+    reason="model.pretrained is not there",
 )
 def test_retrain():
     assert values("-retrain old/model_9.t7") == {"model.pretrained": "old/model_9.t7"}

@@ -16,7 +16,7 @@ from PIL import Image
 import evaluate
 import train
 from data.subsets import IMAGENET_WNIDS
-from data.unlabeled import find_pictures
+from data.unlabeled import find_images
 from resnext import load_weights
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -97,12 +97,12 @@ def test_which_pictures(tmp_path, monkeypatch):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).touch()
     below = ["b/10.jpg", "b/2.PNG", "b/deep/er/x.bmp"]
-    assert find_pictures(["c.data", "b", "a[1].png"], []) == (["c.data", *below, "a[1].png"], [], [])
-    assert find_pictures(["b/*.*"], []) == (["b/10.jpg", "b/2.PNG", "b/notes.txt"], [], [])
-    assert find_pictures(["b/**/*.bmp", "b"], [])[0] == ["b/deep/er/x.bmp", "b/10.jpg", "b/2.PNG"]
-    assert find_pictures(["-"], [b"c.data\n", b"\n", b"b\r\n", b"c.data"]) == (["c.data", *below], [], [])
+    assert find_images(["c.data", "b", "a[1].png"], []) == (["c.data", *below, "a[1].png"], [], [])
+    assert find_images(["b/*.*"], []) == (["b/10.jpg", "b/2.PNG", "b/notes.txt"], [], [])
+    assert find_images(["b/**/*.bmp", "b"], [])[0] == ["b/deep/er/x.bmp", "b/10.jpg", "b/2.PNG"]
+    assert find_images(["-"], [b"c.data\n", b"\n", b"b\r\n", b"c.data"]) == (["c.data", *below], [], [])
     Path("b/deep/back").symlink_to(tmp_path / "b")
-    found, problems, notes = find_pictures(["gone.jpg", "b", "empty", "*.gif"], [])
+    found, problems, notes = find_images(["gone.jpg", "b", "empty", "*.gif"], [])
     assert found == below
     assert [problem.split(":")[0] for problem in problems] == ["gone.jpg", "empty", "*.gif"]
     back = "left out are links to what is there already: 1, such as deep/back to b"
@@ -135,7 +135,7 @@ def test_output_is_replaced_whole_at_the_end(folder_run, some, tmp_path, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(predict, "picture_batches", stop)
+        patch.setattr(predict, "unlabeled_batches", stop)
         assert call(predict.main, folder_run, *some, "--output", target).status == 130
     assert target.read_text() == "before"
     assert call(predict.main, folder_run, *some, "--output", target).status == 0
@@ -270,7 +270,7 @@ def test_features_that_cannot_be_had(folder_run, some, tmp_path, monkeypatch, ta
 @pytest.mark.parametrize(
     ("where", "words"),
     [
-        ("resnext.engine.train_state.place", "--device: it has no memory for the network"),
+        ("resnext.engine.train_state.to_device", "--device: it has no memory for the network"),
         ("resnext.ResNeXt.forward", "--batch-size: the device has no memory for 2 pictures"),
     ],
 )

@@ -103,9 +103,9 @@ def test_efficiency():
 
 @pytest.mark.parametrize("link", LINKS)
 def test_efficiency_falls_with_every_doubling(buckets, link):
-    shares = [scaling.efficiency(buckets, gpus, IMAGE, 32, link, 1) for gpus in scaling.GPUS]
-    assert shares[0] == 1.0
-    assert all(0 < after < before for before, after in pairwise(shares))
+    split_batch = [scaling.efficiency(buckets, gpus, IMAGE, 32, link, 1) for gpus in scaling.GPUS]
+    assert split_batch[0] == 1.0
+    assert all(0 < after < before for before, after in pairwise(split_batch))
 
 
 def test_a_floor_halves_what_more_gpus_gain(buckets):

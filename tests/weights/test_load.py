@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 import train
 from resnext.config import read_config
 from resnext.engine.checkpoint import read_checkpoint
-from resnext.engine.train_state import prepare
+from resnext.engine.train_state import build_train_state
 from resnext.engine.trainer import train_step
 from resnext.models.resnext import convert_form
 from resnext.weights.load import load_weights
@@ -25,7 +25,7 @@ def assert_close(model, reference, tolerance):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def start_from(tmp_path, finished_run, *overrides: str):
+def load_pretrained(tmp_path, finished_run, *overrides: str):
     arguments = ["--config", finished_run / "config.yaml", "--output", tmp_path / "new"]
     settings = [f"model.pretrained={finished_run}", "train.epochs=1", "optimizer.lr=1e-9", *overrides]
     result = call(train.main, *arguments, *settings)
@@ -33,7 +33,7 @@ def start_from(tmp_path, finished_run, *overrides: str):
 
 
 def test_a_run_starts_from_the_weights_of_another(tmp_path, finished_run):
-    result, before = start_from(tmp_path, finished_run)
+    result, before = load_pretrained(tmp_path, finished_run)
     assert result.status == 0, result.error
     assert "last layer included" in result.output
     after = load_weights(tmp_path / "new")[0]
@@ -45,7 +45,7 @@ def test_a_run_starts_from_the_weights_of_another(tmp_path, finished_run):
 def test_other_classes_get_a_new_last_layer(tmp_path, finished_run, folder_run):
     pictures = folder_run.parent / "pictures"
     keys = ["data.dataset=folder", f"data.dir={pictures}", "data.train_images=null", "data.val_images=null"]
-    result, before = start_from(tmp_path, finished_run, *keys, "data.mean=null", "data.std=null")
+    result, before = load_pretrained(tmp_path, finished_run, *keys, "data.mean=null", "data.std=null")
     assert result.status == 0, result.error
     assert "a new last layer of 2 classes" in result.output
     after = load_weights(tmp_path / "new")[0]
@@ -62,7 +62,7 @@ def test_other_classes_get_a_new_last_layer(tmp_path, finished_run, folder_run):
     ],
 )
 def test_weights_that_cannot_be_used(tmp_path, finished_run, overrides, words):
-    result, _ = start_from(tmp_path, finished_run, *overrides)
+    result, _ = load_pretrained(tmp_path, finished_run, *overrides)
     text = message(result)
     assert all(word in text for word in words), text
     assert not (tmp_path / "new").exists()
@@ -82,7 +82,7 @@ def tensors(model, frozen):
 )
 def test_frozen_stages_stay_to_the_bit(tmp_path, finished_run, extra):
     settings = ["train.frozen_stages=1", "optimizer.lr=0.1", *extra]
-    result, before = start_from(tmp_path, finished_run, *settings)
+    result, before = load_pretrained(tmp_path, finished_run, *settings)
     assert result.status == 0, result.error
     after = load_weights(tmp_path / "new")[0]
     assert all(torch.equal(value, tensors(before, True)[key]) for key, value in tensors(after, True).items())
@@ -104,7 +104,7 @@ def test_the_last_layer_has_a_rate_of_its_own(tmp_path, finished_run):
         config = read_config(
             finished_run / "config.yaml", ["optimizer.lr=0.01", f"optimizer.head_lr={head_lr}"]
         )
-        training = prepare(config, tuple("0123456789"), torch.device("cpu"), {})
+        training = build_train_state(config, tuple("0123456789"), torch.device("cpu"), {})
         training.model.train()
         before = {name: p.detach().clone() for name, p in training.model.named_parameters()}
         generator = torch.Generator().manual_seed(0)
@@ -118,7 +118,7 @@ def test_the_last_layer_has_a_rate_of_its_own(tmp_path, finished_run):
 
 def test_a_rate_of_the_last_layer_survives_a_resume(tmp_path, finished_run):
     settings = ["optimizer.head_lr=0.03", "optimizer.norm_weight_decay=0"]
-    assert start_from(tmp_path, finished_run, *settings, "optimizer.lr=0.01")[0].status == 0
+    assert load_pretrained(tmp_path, finished_run, *settings, "optimizer.lr=0.01")[0].status == 0
     assert call(train.main, "--resume", tmp_path / "new", "train.epochs=2").status == 0
     groups = read_checkpoint(tmp_path / "new" / "checkpoints" / "last.pt")["optimizer"]["param_groups"]
     assert [(group["weight_decay"], group["lr_scale"]) for group in groups] == [(1e-4, 1), (0, 1), (1e-4, 3)]
@@ -131,7 +131,7 @@ def test_weights_of_another_program_and_form(tmp_path, finished_run):
     model, _ = load_weights(finished_run)
     torch.save(model.state_dict(), tmp_path / "w.pth")
     settings = [f"model.pretrained={tmp_path / 'w.pth'}", "model.block=B"]
-    result, before = start_from(tmp_path, finished_run, *settings)
+    result, before = load_pretrained(tmp_path, finished_run, *settings)
     assert result.status == 0, result.error
     assert "(torchvision or timm), last layer included (the file names no classes" in result.output
     assert "warning: they are meant for data.mean=[125.3,123.0,113.9] data.std" in result.output
@@ -172,7 +172,7 @@ def test_a_file_without_a_last_layer(tmp_path, finished_run, folder_run, form):
     torch.save(backbone, tmp_path / "w.pth")
     keys = ["data.dataset=folder", f"data.dir={folder_run.parent / 'pictures'}", f"model.block={form}"]
     keys += ["data.train_images=null", "data.val_images=null", "train.frozen_stages=3", "train.ema_decay=0.5"]
-    result, _ = start_from(tmp_path, finished_run, *keys, f"model.pretrained={tmp_path / 'w.pth'}")
+    result, _ = load_pretrained(tmp_path, finished_run, *keys, f"model.pretrained={tmp_path / 'w.pth'}")
     assert result.status == 0, result.error
     assert "(torchvision or timm), a new last layer of 2 classes (the file has none)" in result.output
     after = load_weights(tmp_path / "new")[0]
@@ -190,7 +190,7 @@ def test_files_of_before_the_key_had_its_name(tmp_path, finished_run):
 
 
 def test_a_new_last_layer_for_classes_that_fit(tmp_path, finished_run):
-    result, before = start_from(tmp_path, finished_run, "model.reset_classifier=true")
+    result, before = load_pretrained(tmp_path, finished_run, "model.reset_classifier=true")
     assert result.status == 0 and "a new last layer of 10 classes" in result.output
     after = load_weights(tmp_path / "new")[0]
     assert not torch.equal(after.fc.weight, before.fc.weight)

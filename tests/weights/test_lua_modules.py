@@ -15,9 +15,9 @@ import evaluate
 import train
 from resnext import ResNeXt, UserError, load_weights
 from resnext.config import read_config
-from resnext.engine.train_state import prepare
+from resnext.engine.train_state import build_train_state
 from resnext.engine.trainer import train_step
-from resnext.engine.warm_start import continue_lua
+from resnext.engine.warm_start import resume_from_lua
 from resnext.models.resnext import build_model
 from resnext.schedule import learning_rate
 from resnext.weights.load import load_lua_run
@@ -121,8 +121,8 @@ LUA_OPTIONS = [
 def test_a_run_of_the_original_goes_on(lua_run, dtype, form):
     meta = json.loads((SHARED / "ckpt" / "meta.json").read_text())
     config = read_config(None, [*LUA_OPTIONS, "data.dataset=cifar10", f"model.block={form}"])
-    training = prepare(config, tuple("0123456789"), torch.device("cpu"), {})
-    assert continue_lua(training, load_lua_run(lua_run)) == []
+    training = build_train_state(config, tuple("0123456789"), torch.device("cpu"), {})
+    assert resume_from_lua(training, load_lua_run(lua_run)) == []
     assert (training.progress.epoch, training.progress.global_step) == (3, 6)
     training.model.to(dtype).train()
     for state in training.optimizer.state.values():
@@ -179,7 +179,7 @@ def test_a_run_as_the_lua_code_would_have_left_it(tmp_path):
         training.model.train()
         return [float(train_step(training, part, labels, 0.01)[0]) for part in pictures]
 
-    training = prepare(config, tuple("0123456789"), torch.device("cpu"), {})
+    training = build_train_state(config, tuple("0123456789"), torch.device("cpu"), {})
     steps(training, batches[:2])
     flat = share_memory(training.model)
     state = [training.optimizer.state[p]["momentum_buffer"] for p in training.model.parameters()]
@@ -188,8 +188,8 @@ def test_a_run_as_the_lua_code_would_have_left_it(tmp_path):
     (tmp_path / "optimState_7.t7").write_bytes(to_t7(optimizer, cuda=True))
     latest = {"epoch": 7, "modelFile": "checkpoints/model_7.t7", "optimFile": "checkpoints/optimState_7.t7"}
     (tmp_path / "latest.t7").write_bytes(to_t7(latest))
-    resumed = prepare(config, tuple("0123456789"), torch.device("cpu"), {})
-    assert continue_lua(resumed, load_lua_run(tmp_path)) == []
+    resumed = build_train_state(config, tuple("0123456789"), torch.device("cpu"), {})
+    assert resume_from_lua(resumed, load_lua_run(tmp_path)) == []
     assert (resumed.progress.epoch, resumed.progress.global_step) == (8, 2)
     pairs = zip(training.model.parameters(), resumed.model.parameters(), strict=True)
     for before, after in pairs:

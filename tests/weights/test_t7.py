@@ -10,7 +10,7 @@ import pytest
 import torch
 from oracle import golden
 
-from resnext.errors import Unreadable
+from resnext.errors import InvalidFileError
 from resnext.weights.t7 import Object, Table, parse_t7
 
 VALUES = golden("t7_values.json")
@@ -166,7 +166,7 @@ BAD = {
 
 @pytest.mark.parametrize("content", BAD.values(), ids=BAD)
 def test_hostile_files_are_refused(content):
-    with pytest.raises(Unreadable):
+    with pytest.raises(InvalidFileError):
         parse_t7(content)
 
 
@@ -175,7 +175,7 @@ def test_hostile_files_are_refused(content):
     [b"4\n", b"1\nabc\n", b"2\n5\nab", b"3\n1\n99999999999999999999\n", b"9\n", b"1\n", b"3\n1\n1\n", b"x"],
 )
 def test_hostile_text_files_are_refused(content):
-    with pytest.raises(Unreadable):
+    with pytest.raises(InvalidFileError):
         parse_t7(content)
 
 
@@ -189,13 +189,13 @@ def test_cut_and_changed_files_read_or_are_refused(name):
     content = FILES[f"{name}.t7"]
     generator = np.random.default_rng(0)
     for end in range(len(content) - 1):
-        with pytest.raises(Unreadable):
+        with pytest.raises(InvalidFileError):
             parse_t7(content[:end])
     for _ in range(2000):
         changed = bytearray(content)
         for place in generator.integers(0, len(content), generator.integers(1, 4)):
             changed[place] = generator.integers(256)
-        with contextlib.suppress(Unreadable):
+        with contextlib.suppress(InvalidFileError):
             parse_t7(bytes(changed))
 
 
