@@ -30,7 +30,10 @@ MAX_CONFIG_BYTES = 1 << 20
 
 
 def _key(default: Any, comment: str, **limits: float) -> Any:
-    """A configuration key: default, explanation, and limits out of at_least, at_most, above, below."""
+    """A configuration key: default, explanation, and limits out of at_least, at_most, above, below.
+
+    The annotation is the type after `complete`, which fills in keys that are null and depend on others.
+    """
     return field(default=default, metadata={"comment": comment, "limits": limits})
 
 
@@ -42,12 +45,12 @@ class ModelConfig:
     stem: Literal["imagenet", "cifar"] = _key(
         "imagenet", "imagenet: 7x7/2 and max-pool, 4 stages; cifar: 3x3, 3 stages"
     )
-    depth: int | None = _key(None, "layers: 50, 101, 152 (stem imagenet) or 9n+2 (stem cifar)", at_least=5)
-    stages: tuple[int, ...] | None = _key(
+    depth: int = _key(None, "layers: 50, 101, 152 (stem imagenet) or 9n+2 (stem cifar)", at_least=5)
+    stages: tuple[int, ...] = _key(
         None, "blocks in each stage, instead of depth: [3, 4, 6, 3]", at_least=1, at_most=1000
     )
-    cardinality: int | None = _key(None, "number of groups (paths) of a block", at_least=1, at_most=10_000)
-    base_width: int | None = _key(
+    cardinality: int = _key(None, "number of groups (paths) of a block", at_least=1, at_most=10_000)
+    base_width: int = _key(
         None, "width of a path in the first stage: 4 in '32x4d'", at_least=1, at_most=10_000
     )
     block: Literal["A", "B", "C"] = _key(
@@ -78,7 +81,7 @@ class DataConfig:
     characters: str | None = _key(None, "glyphs: the characters to draw, a class each; null: 0123456789")
     dir: str | None = _key(None, "where the data is, or is downloaded to (--data)")
     download: bool = _key(True, "fetch cifar10 and cifar100 where they are missing")
-    pipeline: Literal["memory", "fast", "torch7"] | None = _key(
+    pipeline: Literal["memory", "fast", "torch7"] = _key(
         None,
         "memory: a small set on the device; fast, torch7: files; null: memory for stem cifar",
     )
@@ -88,11 +91,9 @@ class DataConfig:
     interpolation: Literal["bilinear", "bicubic"] = _key(
         "bicubic", "fast: filter of resizing, antialiased; torch7 has its own, bicubic"
     )
-    image_size: int | None = _key(
-        None, "height and width in pixels that the network sees", at_least=8, at_most=4096
-    )
-    train_size: int | None = _key(None, "the same in training; null: image_size", at_least=8, at_most=4096)
-    resize: int | None = _key(
+    image_size: int = _key(None, "height and width in pixels that the network sees", at_least=8, at_most=4096)
+    train_size: int = _key(None, "the same in training; null: image_size", at_least=8, at_most=4096)
+    resize: int = _key(
         None,
         "fast, torch7: shorter side ahead of the evaluation crop; null: image_size * 256 / 224",
         at_least=8,
@@ -119,10 +120,8 @@ class DataConfig:
         None, "use this many training images, evenly spaced (glyphs: draw this many); null: all", at_least=1
     )
     val_images: int | None = _key(None, "likewise for validation", at_least=1)
-    mean: tuple[float, ...] | None = _key(
-        None, "per channel, in pixel values 0...255; null: the data set's own"
-    )
-    std: tuple[float, ...] | None = _key(None, "likewise", above=0)
+    mean: tuple[float, ...] = _key(None, "per channel, in pixel values 0...255; null: the data set's own")
+    std: tuple[float, ...] = _key(None, "likewise", above=0)
 
 
 @dataclass(frozen=True)
@@ -133,16 +132,16 @@ class AugmentConfig:
         "memory: pad by this many pixels of the mean colour, then crop at random; CIFAR: 4",
         at_least=0,
     )
-    min_area: float | None = _key(
+    min_area: float = _key(
         None,
         "fast, torch7: the smallest part of the picture that a crop may be; null: 0.08",
         above=0,
         at_most=1,
     )
-    jitter: float | None = _key(
+    jitter: float = _key(
         None, "fast, torch7: brightness, contrast, saturation by up to this; null: 0.4", at_least=0, at_most=1
     )
-    lighting: float | None = _key(
+    lighting: float = _key(
         None, "fast, torch7: deviation of the colour shift along ImageNet's main axes; null: 0.1", at_least=0
     )
     policy: Literal["randaugment", "trivialaugment"] | None = _key(
@@ -160,7 +159,7 @@ class AugmentConfig:
 class TrainConfig:
     epochs: int = _key(100, "passes over the training set", at_least=1)
     batch_size: int = _key(256, "the global batch: images per optimiser step", at_least=1)
-    eval_batch_size: int | None = _key(
+    eval_batch_size: int = _key(
         None,
         "images per evaluation batch of a process; changes speed only; null: batch_size",
         at_least=1,
@@ -401,7 +400,8 @@ def _read_value(section: str, key: str, node: yaml.Node, where: str) -> Any:
     if key not in known:
         raise UserError(f"{where}: unknown key {section}.{key}; {_hint(key, section)}")
     name = f"{section}.{key}"
-    value = convert(known[key].type, node, f"{where}: {name}")
+    nullable = known[key].default is None
+    value = None if nullable and is_null(node) else convert(known[key].type, node, f"{where}: {name}")
     for number in value if isinstance(value, tuple) else (value,):
         check_limits(number, known[key].metadata["limits"], f"{where}: {name}")
     return value

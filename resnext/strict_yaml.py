@@ -63,11 +63,9 @@ def unique_keys(node: yaml.MappingNode, source: str, prefix: str) -> Iterator[tu
 
 
 def convert(kind: Any, node: yaml.Node, where: str) -> Any:
-    """The value of a node as the declared type, or a UserError that says what is expected."""
+    """The value of a node as the declared type (of `X | None` as X), or a UserError that says what is expected."""
     options = get_args(kind)
     if get_origin(kind) in (Union, types.UnionType):
-        if is_null(node):
-            return None
         kind = options[0]
         options = get_args(kind)
     if get_origin(kind) is tuple:
