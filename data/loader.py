@@ -535,7 +535,7 @@ def to_device(batch: WorkerBatch, device: torch.device, stream: Any) -> WorkerBa
     """The same as tensors on the device, ready for its current stream."""
     with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
         tensors = {
-            name: on_device(getattr(batch, name), device) for name in ("labels", "mirrored", "colours")
+            name: on_device(getattr(batch, name), device) for name in ("labels", "mirrored", "colors")
         }
         tensors["images"] = batch.images.to(device, non_blocking=True)  # pinned by the loader
     if stream is not None:

@@ -102,7 +102,7 @@ def test_evaluation_does_not_choose_kernels_by_time(switches, finished_run, monk
         chosen.append(torch.backends.cudnn.benchmark)
         return evaluate_model(*arguments, **options)
 
-    monkeypatch.setattr(resnext.evaluation, "evaluate", noted)
+    monkeypatch.setattr(resnext.engine.evaluator, "evaluate", noted)
     assert call(evaluate.main, finished_run, "--device", "cpu").status == 0
     assert chosen == [False]
 

@@ -515,10 +515,10 @@ def test_every_form_of_running_out_of_memory(error, monkeypatch, finished_run, t
     step = "train.batch_size: a step on 16 images at once does not fit"
     for where, name, command, words in (
         (ResNeXt, "forward", starting, step),
-        (resnext.state, "place", starting, step),
+        (resnext.engine.train_state, "to_device", starting, step),
         (torch.optim.SGD, "load_state_dict", resuming, step),
         (ResNeXt, "forward", evaluating, "--batch-size: the device has no memory for 16 images"),
-        (resnext.state, "place", evaluating, "--device: it has no memory for the network"),
+        (resnext.engine.train_state, "to_device", evaluating, "--device: it has no memory for the network"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(where, name, full)

@@ -652,7 +652,7 @@ def test_too_little_memory_names_the_keys_that_save_some(tmp_path, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(resnext.trainer, "train_step", full)
+    monkeypatch.setattr(resnext.engine.trainer, "train_step", full)
     (tmp_path / "tiny.yaml").touch()
     result = call(train.main, "--config", tmp_path / "tiny.yaml", "--output", tmp_path / "run", *RUN)
     assert result.status == 2
