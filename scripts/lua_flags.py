@@ -26,9 +26,9 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from resnext.config import SECTIONS, STAGES_BY_DEPTH, to_text
+from resnext.config import KEYS, SECTIONS, STAGES_BY_DEPTH, to_text
+from resnext.config.parser import check_limits, convert
 from resnext.errors import UserError, command_parser, run_main
-from resnext.strict_yaml import check_limits, convert
 
 RECOMPUTE = "train.activation_checkpointing"
 
