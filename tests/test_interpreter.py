@@ -150,7 +150,7 @@ def test_benchmark_finds_its_other_modules():
 def test_a_training_where_nothing_can_be_written(tmp_path):
     result = run_without_rights(ROOT / "train.py", "--config", "demo.yaml", folder=tmp_path)
     text = message(result)
-    assert f"runs/demo: cannot be made below {tmp_path};" in text and "--output DIR" in text
+    assert f"runs/demo: cannot be created below {tmp_path};" in text and "--output DIR" in text
 
 
 def test_names_of_any_bytes(tmp_path, monkeypatch):
