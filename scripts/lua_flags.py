@@ -98,7 +98,7 @@ NOTES: list[tuple[str, Callable[[SimpleNamespace], object], str]] = [
      "C is the same function and much faster; resnext.convert_form converts weights"),
     ("shortcutType", lambda o: o.shortcutType == "A",
      "pads new channels with zeros; the original's own A could not be run"),
-    ("retrain", lambda o: o.retrain and o.resume, "not used, because -resume overrides it, as in the original"),
+    ("retrain", lambda o: o.retrain and o.resume, "not used: -resume overrides it, as in the original"),
     ("retrain", lambda o: o.retrain and not o.resume,
      "the original used the network in the file and ignored the other flags; here they must describe it"),
     ("nClasses", lambda o: o.nClasses,
@@ -119,8 +119,8 @@ NOTES: list[tuple[str, Callable[[SimpleNamespace], object], str]] = [
      "{nGPU} processes does the same; for another number of processes, choose a train.batch_size and a "
      "train.bn_group that divides it"),
     ("nGPU", lambda o: o.batchSize % o.nGPU == 0,
-     "the batch is the global one, as in the original; BatchNorm normalizes over {share} images, as on one of "
-     "the original's GPUs, on any number of processes"),
+     "the batch is the global one, as in the original; BatchNorm normalizes over {share} images, as on one "
+     "GPU of the original, on any number of processes"),
     ("precision", lambda o: o.precision == "half",
      "not the same: the original kept weights and momentum in half precision; fp16 is autocast with loss "
      "scaling"),
@@ -241,7 +241,8 @@ def check_options(o: SimpleNamespace) -> None:
             (o.optimState and not o.resume, f"-optimState: {apart}"),
             (o.epochNumber > 1 and not o.resume, f"-epochNumber: {apart}"),
             (o.momentum == 0, "-momentum 0: Nesterov momentum must be above 0, as in the original; raise it"),
-            (o.nGPU > o.batchSize, f"-nGPU {o.nGPU}: more GPUs than images (-batchSize {o.batchSize})"),
+            (o.nGPU > o.batchSize,
+             f"-nGPU {o.nGPU}: more GPUs than images (-batchSize {o.batchSize}); lower it"),
             ("depth" not in o.given,
              "-depth: missing, and the original's default of 34 layers is for basic blocks; "
              f"give {depths}{look}"),
