@@ -117,7 +117,8 @@ def test_own_file_comes_before_configs(tmp_path, monkeypatch):
 # fmt: off
 TEXTS = [
     "datasets", "/data/imagenet", "../my data", "~/data", "C:\\data", "12:30", "1e-4", "0x10", "007", ".5",
-    ".inf", ".nan", "no", "Null", "~", "y", "a: b", "a #b", "- a", "*a", "&a", "!a", "%a", "@a", "{a}", "[a]", "'a'",
+    ".inf", ".nan", "no", "Null", "~", "y", "a: b", "a #b", "- a", "*a", "&a", "!a", "%a", "@a", "{a}",
+    "[a]", "'a'",
     '"a"', "a\\nb", "line\nbreak", "tab\there", "", " ", " a ", "ümläut", "数据", "😀 data", "\x7f", "\u2028",
     "\udce9", "x" * 200, ("long words " * 30).strip(),
 ]
@@ -128,7 +129,8 @@ CHOICES = {  # valid values of keys that do not depend on others
     "data.workers": [None, 0, 256], "data.class_order": [None, "string", "natural"],
     "data.max_pixels": [1, 178_956_970, 10**12], "data.skip_broken": [True, False],
     "data.train_images": [None, 1, 50000], "data.val_images": [None, 1, 10000],
-    "data.mean": [None, [1, 2, 3], [-299.9, 1e-20, 3]], "data.std": [None, [1e-5, 1e-10, 1e5], [0.1, 99.7, 3]],
+    "data.mean": [None, [1, 2, 3], [-299.9, 1e-20, 3]], "data.std": [None, [1e-5, 1e-10, 1e5], [0.1, 99.7,
+    3]],
     "augment.mirror": [0, 1, 0.5, 1e-17], "augment.erasing": [0, 1, 0.123456789012345678],
     "augment.mixup": [0, 0.2, 8.7], "augment.cutmix": [0, 1, 1e-19], "train.epochs": [7, 1000],
     "train.frozen_stages": [None, 0, 3], "train.label_smoothing": [0, 0.1, 2 / 3],
