@@ -21,8 +21,8 @@ NETWORKS = (
     "resnext29_8x64d",
     "resnext29_16x64d",
 )
-_MODULES = dict.fromkeys(("ResNeXt", "build_model", "convert_form", *NETWORKS), "models.resnext")
-_MODULES |= {"load_weights": "weights.load", "UserError": "errors"}
+_MODULES = dict.fromkeys(("ResNeXt", "build_model", *NETWORKS), "models.resnext")
+_MODULES |= {"convert_form": "models.block_forms", "load_weights": "weights.load", "UserError": "errors"}
 __all__ = list(_MODULES)
 
 
