@@ -32,56 +32,38 @@ from resnext.engine.logger import RunLogger
 
 @dataclass(frozen=True)
 class Place:
-    """A current directory with tiny.yaml, and the setups of the tests, by name."""
+    """The current directory, with tiny.yaml, and runs to copy."""
 
     folder: Path
     finished: Path
     of_folders: Path
 
-    def images(self) -> None:
-        draw_folders(self.folder / "data", {"cat": 3, "dog": 3})
+    def prepare(self, setup: str) -> None:
+        """Create what the words of a setup name.
 
-    def one_class(self) -> None:
-        draw_folders(self.folder / "data", {"cat": 3, "dog": 0})
-
-    def three_classes(self) -> None:
-        draw_folders(self.folder / "data", {"cat": 2, "dog": 2, "zebra": 2})
-
-    def renamed_class(self) -> None:
-        draw_folders(self.folder / "data", {"cat": 2, "zebra": 2})
-
-    def truncated_jpeg(self) -> None:
-        self.images()
-        path = self.folder / "data" / "val" / "dog" / "9.jpg"
-        Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(path)
-        path.write_bytes(path.read_bytes()[:-500])
-
-    def run(self) -> None:
-        shutil.copytree(self.finished, self.folder / "run")
-
-    def two_runs(self) -> None:
-        self.run()
-        shutil.copytree(self.finished, self.folder / "other")
-
-    def run_on_images(self) -> None:
-        shutil.copytree(self.of_folders, self.folder / "run")
-
-    def run_on_three_classes(self) -> None:
-        self.run_on_images()
-        self.three_classes()
-
-    def run_on_renamed_class(self) -> None:
-        self.run_on_images()
-        self.renamed_class()
-
-    def run_inside_an_epoch(self) -> None:
-        """The last checkpoint was saved after a step of epoch 2."""
-        self.run()
-        path = self.folder / "run" / "checkpoints" / "last.pt"
-        content = torch.load(path, weights_only=True)
-        content["progress"] |= {"epoch": 2, "step": 1}
-        path.unlink()  # best.pt may be the same file
-        torch.save(content, path)
+           cat3: a class folder with 3 images in data/train and data/val; run,
+        other: a finished run in a folder of
+           that name; image_run: a run on images in run/; in_epoch: run/ was stopped after a step of epoch 2;
+           cut_jpeg: a truncated image.
+        """
+        words = setup.split()
+        classes = {word[:-1]: int(word[-1]) for word in words if word[-1].isdigit()}
+        if classes:
+            draw_folders(self.folder / "data", classes)
+        for word in {"run", "other"} & set(words):
+            shutil.copytree(self.finished, self.folder / word)
+        if "image_run" in words:
+            shutil.copytree(self.of_folders, self.folder / "run")
+        if "in_epoch" in words:
+            path = self.folder / "run" / "checkpoints" / "last.pt"
+            content = torch.load(path, weights_only=True)
+            content["progress"] |= {"epoch": 2, "step": 1}
+            path.unlink()  # best.pt may be the same file
+            torch.save(content, path)
+        if "cut_jpeg" in words:
+            path = self.folder / "data" / "val" / "dog" / "9.jpg"
+            Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(path)
+            path.write_bytes(path.read_bytes()[:-500])
 
 
 @pytest.fixture(autouse=True)
@@ -114,33 +96,35 @@ TRAIN = [  # id, setup, shell commands that spoil it, arguments of train.py, fra
      "--data DIR"),
     ("missing data", "", "", IMAGES, "data.dir DATA: no such folder", "--data DIR"),
     ("data is a file", "", "touch data", IMAGES, "data.dir DATA: is a file", "--data DIR"),
-    ("no train folder", "images", "rm -r data/train", IMAGES, "data.dir DATA: has no train/", "train/CLASS/"),
-    ("no val folder", "images", "rm -r data/val", IMAGES, "data.dir DATA: has no val/", "val/CLASS/"),
-    ("flat val", "images",
+    ("no train folder", "cat3 dog3", "rm -r data/train", IMAGES, "data.dir DATA: has no train/",
+     "train/CLASS/"),
+    ("no val folder", "cat3 dog3", "rm -r data/val", IMAGES, "data.dir DATA: has no val/", "val/CLASS/"),
+    ("flat val", "cat3 dog3",
      "cd data/val; for i in 0 1 2; do mv cat/$i.png ILSVRC2012_val_0000000$i.JPEG; done; rm -r cat dog",
      FILES,
      "DATA/val: ", "python scripts/prepare_imagenet.py TARS DATA --flat-val DATA/val"),
-    ("flat train", "images", f"mv data/train/cat/* data/train; rm data/train/dog/*; {NO_CLASSES}", FILES,
+    ("flat train", "cat3 dog3", f"mv data/train/cat/* data/train; rm data/train/dog/*; {NO_CLASSES}", FILES,
      "DATA/train: ", "class folders"),
     ("no classes", "", "mkdir -p data/train", IMAGES, "DATA/train: ", "class folders"),
-    ("empty class", "one_class", "", IMAGES, "DATA/train/dog: ", "add some"),
-    ("empty class of files", "one_class", "", FILES, "DATA/train/dog: ", "add some"),
-    ("class of other files", "one_class", "echo text > data/train/dog/notes.txt", IMAGES,
+    ("empty class", "cat3 dog0", "", IMAGES, "DATA/train/dog: ", "add some"),
+    ("empty class of files", "cat3 dog0", "", FILES, "DATA/train/dog: ", "add some"),
+    ("class of other files", "cat3 dog0", "echo text > data/train/dog/notes.txt", IMAGES,
      "DATA/train/dog: ", "(JPEG, PNG, WebP, GIF"),
-    ("class only in val", "images", "mkdir data/val/zebra", IMAGES, "DATA/val: class folder 'zebra'"),
-    ("class only in val of files", "images", "mkdir data/val/zebra", FILES, "DATA/val: class folder 'zebra'"),
-    ("other number of classes", "images", "", f"{IMAGES} model.classes=3",
+    ("class only in val", "cat3 dog3", "mkdir data/val/zebra", IMAGES, "DATA/val: class folder 'zebra'"),
+    ("class only in val of files", "cat3 dog3", "mkdir data/val/zebra", FILES,
+     "DATA/val: class folder 'zebra'"),
+    ("other number of classes", "cat3 dog3", "", f"{IMAGES} model.classes=3",
      "model.classes: 3", "the data has 2 classes"),
     ("other number of glyphs", "", "", f"{TINY} model.classes=100", "model.classes: 100",
      "the data has 10 classes"),
-    ("no JPEG at all", "images", "echo GARBAGE > data/train/cat/9.JPEG", IMAGES,
+    ("no JPEG at all", "cat3 dog3", "echo GARBAGE > data/train/cat/9.JPEG", IMAGES,
      "DATA/train/cat/9.JPEG: cannot be decoded", "replace or remove the file"),
-    ("truncated JPEG", "truncated_jpeg", "", IMAGES, "DATA/val/dog/9.jpg: cannot be decoded"),
-    ("empty image", "images", "touch data/train/dog/9.png", IMAGES,
+    ("truncated JPEG", "cat3 dog3 cut_jpeg", "", IMAGES, "DATA/val/dog/9.jpg: cannot be decoded"),
+    ("empty image", "cat3 dog3", "touch data/train/dog/9.png", IMAGES,
      "DATA/train/dog/9.png: cannot be decoded"),
-    ("dangling link", "images", "ln -s nowhere.png data/train/dog/9.png", IMAGES,
+    ("dangling link", "cat3 dog3", "ln -s nowhere.png data/train/dog/9.png", IMAGES,
      "DATA/train/dog/9.png: cannot be read", "No such file"),
-    ("images larger than memory", "images", "", f"{IMAGES} data.image_size=1000000", "data.image_size"),
+    ("images larger than memory", "cat3 dog3", "", f"{IMAGES} data.image_size=1000000", "data.image_size"),
     ("glyphs larger than memory", "", "", f"{TINY} data.image_size=10000000", "data.image_size"),
     ("more glyphs than memory", "", "", f"{TINY} data.train_images=10000000000000", "data.train_images"),
     ("CIFAR missing", "", "", CIFAR, "data.dir DATA: cifar10 is missing", "data.download=true"),
@@ -168,7 +152,7 @@ TRAIN = [  # id, setup, shell commands that spoil it, arguments of train.py, fra
     ("resume in a folder of other files", "", "mkdir mine; touch mine/thesis.tex",
      f"{TINY} --output mine --resume",
      "--output mine: is in use already"),
-    ("resume of another run into a used one", "two_runs", "",
+    ("resume of another run into a used one", "run other", "",
      "--output run --resume other/checkpoints/last.pt",
      "--output run: is in use already"),
     ("resume of an earlier checkpoint into its run", "run", "",
@@ -179,7 +163,7 @@ TRAIN = [  # id, setup, shell commands that spoil it, arguments of train.py, fra
     ("resume nowhere with a config", "", "", f"{TINY} --resume nowhere",
      "--resume nowhere: no such run directory"),
     ("resume an empty folder", "", "mkdir folder", "--resume folder", "--resume folder: ", "no config.yaml"),
-    ("resume a folder of images", "images", "", f"{TINY} --resume data",
+    ("resume a folder of images", "cat3 dog3", "", f"{TINY} --resume data",
      "--resume data: not a run directory"),
     ("resume a checkpoint to nowhere", "run", "", "--resume run/checkpoints/best.pt", "best.pt",
      "--output DIR"),
@@ -189,15 +173,15 @@ TRAIN = [  # id, setup, shell commands that spoil it, arguments of train.py, fra
      "model.depth: the checkpoint has 11, the configuration 20"),
     ("resume with another number of classes", "run", "", "--resume run model.classes=3",
      "model.classes: 3", "the data has 10 classes"),
-    ("resume on other data", "run_on_three_classes", "", "--resume run --data data", "last.pt: ",
+    ("resume on other data", "image_run cat2 dog2 zebra2", "", "--resume run --data data", "last.pt: ",
      "other classes"),
-    ("resume on renamed data", "run_on_renamed_class", "", "--resume run --data data", "last.pt: ",
+    ("resume on renamed data", "image_run cat2 zebra2", "", "--resume run --data data", "last.pt: ",
      "other classes"),
-    ("another batch inside an epoch", "run_inside_an_epoch", "", "--resume run train.batch_size=8",
+    ("another batch inside an epoch", "run in_epoch", "", "--resume run train.batch_size=8",
      "train.batch_size: the checkpoint has 16, the configuration 8"),
-    ("another seed inside an epoch", "run_inside_an_epoch", "", "--resume run run.seed=1",
+    ("another seed inside an epoch", "run in_epoch", "", "--resume run run.seed=1",
      "run.seed: the checkpoint has 0, the configuration 1"),
-    ("fewer images inside an epoch", "run_inside_an_epoch", "", "--resume run data.train_images=30",
+    ("fewer images inside an epoch", "run in_epoch", "", "--resume run data.train_images=30",
      "data.train_images: the checkpoint has 40, the configuration 30"),
     ("resume with a new average", "run", "", "--resume run train.ema_decay=0.9",
      "train.ema_decay: the checkpoint has null, the configuration 0.9"),
@@ -213,10 +197,10 @@ EVALUATE = [
     ("result in a missing folder", "run", "", "run --json nowhere/result.json",
      "--json nowhere/result.json: "),
     ("result is a folder", "run", "", "run --json run", "--json run: cannot be written"),
-    ("evaluate on missing data", "run_on_images", "", "run --data data", "data: no such folder"),
-    ("evaluate on other classes", "run_on_three_classes", "", "run --data data",
+    ("evaluate on missing data", "image_run", "", "run --data data", "data: no such folder"),
+    ("evaluate on other classes", "image_run cat2 dog2 zebra2", "", "run --data data",
      "--data data: its classes (3)"),
-    ("evaluate on renamed classes", "run_on_renamed_class", "", "run --data data",
+    ("evaluate on renamed classes", "image_run cat2 zebra2", "", "run --data data",
      "--data data: its classes"),
 ]
 # fmt: on
@@ -229,8 +213,7 @@ EVALUATE = [
 )
 def test_bad_command_line(main, row, place):
     _, setup, spoil, arguments, *fragments = row
-    if setup:
-        getattr(place, setup)()
+    place.prepare(setup)
     subprocess.run(spoil, shell=True, cwd=place.folder, check=True, stdout=subprocess.DEVNULL)
     text = refused(place.folder, main, *shlex.split(arguments))
     expect(text, [fragment.replace("DATA", str(place.folder / "data")) for fragment in fragments])
@@ -247,7 +230,7 @@ def test_a_split_is_not_mistaken_for_a_class(place):
     """If train/ or val/ is missing, the message does not take the other for a class folder."""
     data, expected = place.folder / "data", "it must hold train/CLASS/*.jpg and val/CLASS/*.jpg"
     for missing, other in (("train", "val"), ("val", "train")):
-        place.images()
+        place.prepare("cat3 dog3")
         shutil.rmtree(data / missing)
         text = refused(place.folder, train.main, *arguments_of(IMAGES))
         assert text == f"data.dir {data}: has no {missing}/; {expected}"
@@ -257,7 +240,7 @@ def test_a_split_is_not_mistaken_for_a_class(place):
 @pytest.mark.parametrize("words", [IMAGES, FILES], ids=["memory", "files"])
 def test_class_only_in_train(words, place):
     """A warning names the class, and errors are those of the images that exist."""
-    place.images()
+    place.prepare("cat3 dog3")
     shutil.rmtree("data/val/dog")
     result = call(train.main, *arguments_of(words, "train.epochs=1"))
     assert result.status == 0, result.error
@@ -283,7 +266,7 @@ def test_name_too_long(words):
 
 def test_simplejpeg_is_not_installed(place, monkeypatch):
     monkeypatch.setattr("data.decode.simplejpeg", None)
-    place.images()
+    place.prepare("cat3 dog3")
     text = message(call(train.main, *arguments_of(FILES)))
     expect(text, ("data.decoder: simplejpeg is not installed", "pip install simplejpeg", "pillow"))
     result = call(train.main, *arguments_of(FILES, "data.decoder=pillow", "train.epochs=1", "--resume"))
@@ -291,7 +274,7 @@ def test_simplejpeg_is_not_installed(place, monkeypatch):
 
 
 def test_more_workers_than_shared_memory(place):
-    place.images()
+    place.prepare("cat3 dog3")
     large = ("data.workers=256", "train.batch_size=10000", "data.image_size=1024")
     text = message(call(train.main, *arguments_of(FILES, *large)))
     expect(text, ("data.workers: 256 workers need", "/dev/shm has", "lower data.workers", "--shm-size"))
@@ -303,7 +286,7 @@ def test_more_workers_than_shared_memory(place):
 )
 def test_broken_file_found_during_training(workers, split, skip, place):
     """The error names the file and the fix; data.skip_broken skips training files, not validation files."""
-    place.images()
+    place.prepare("cat3 dog3")
     path = place.folder / "data" / split / "dog" / "1.png"
     whole = path.read_bytes()
     path.write_bytes(whole[:-60])
@@ -321,7 +304,7 @@ def test_broken_file_found_during_training(workers, split, skip, place):
 
 
 def test_image_too_thin_to_be_resized(place):
-    place.images()
+    place.prepare("cat3 dog3")
     Image.new("RGB", (60_000, 1)).save("data/val/dog/9.png")
     text = message(call(train.main, *arguments_of(FILES, "data.workers=0")))
     expect(text, ("data/val/dog/9.png: 60000x1 pixels", "replace or remove the file"))
@@ -335,7 +318,7 @@ def test_image_too_thin_to_be_resized(place):
     ("main", "words"), [(train.main, f"{TINY} run.device=cuda"), (evaluate.main, "run --device cuda")]
 )
 def test_no_gpu(main, words, place):
-    place.run()
+    place.prepare("run")
     expect(refused(place.folder, main, *arguments_of(words)), ("run.device: cuda", "use auto or cpu"))
 
 
@@ -347,7 +330,7 @@ def test_incomplete_torchrun_environment(place, monkeypatch):
 
 def test_stray_rank_variables_are_ignored(place, monkeypatch):
     """A used directory is still protected, and messages still appear."""
-    place.run()
+    place.prepare("run")
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.setenv(name, "1")
     expect(refused(place.folder, train.main, *arguments_of(TINY, "--output", "run")), ("is in use already",))
@@ -367,7 +350,7 @@ def test_killed_before_its_configuration(name, status):
 @pytest.mark.parametrize("name", ["checkpoints/last.pt", "metrics.jsonl", "config.yaml"])
 @pytest.mark.parametrize("option", ["--json", "--csv"])
 def test_results_do_not_replace_a_run(option, name, place):
-    place.run()
+    place.prepare("run")
     text = refused(place.folder, evaluate.main, place.folder / "run", option, place.folder / "run" / name)
     expect(text, (option, "the name of a run file"))
 
@@ -383,7 +366,7 @@ def test_results_do_not_replace_a_run(option, name, place):
     ],
 )
 def test_used_directory_does_not_change(words, place):
-    place.run()
+    place.prepare("run")
     refused(place.folder, train.main, *arguments_of(words.replace("FOLDER", str(place.folder))))
 
 
@@ -526,11 +509,11 @@ def test_process_bad_configuration(place):
     ("setup", "words", "fragment"),
     [
         ("run", f"{TINY} --output run", "--output run: is in use already"),
-        ("truncated_jpeg", IMAGES, "data/val/dog/9.jpg: cannot be decoded"),
+        ("cat3 dog3 cut_jpeg", IMAGES, "data/val/dog/9.jpg: cannot be decoded"),
     ],
 )
 def test_process_of_train(setup, words, fragment, place):
-    getattr(place, setup)()
+    place.prepare(setup)
     before = snapshot(place.folder)
     result = run_script("train.py", *arguments_of(words), cwd=place.folder)
     assert fragment in message(result)
@@ -538,7 +521,7 @@ def test_process_of_train(setup, words, fragment, place):
 
 
 def test_process_hostile_checkpoint(place):
-    place.run()
+    place.prepare("run")
     checkpoint = place.folder / "run" / "checkpoints" / "best.pt"
     make_hostile(checkpoint)
     before = snapshot(place.folder)

@@ -28,12 +28,10 @@ def _complete_model(model: ModelConfig) -> ModelConfig:
     layers = 3 * sum(stages) + 2
     if len(stages) != count:
         raise UserError(
-            f"model.stages: stem {model.stem} has {count} stages (got {len(stages)}); give {count} numbers"
+            f"model.stages: stem {model.stem} has {count} stages (got {len(stages)}); give {count}"
         )
     if model.depth not in (None, layers):
-        raise UserError(
-            f"model.stages: gives {layers} layers, but model.depth is {model.depth}; remove one of the two"
-        )
+        raise UserError(f"model.stages: gives {layers} layers, but model.depth is {model.depth}; remove one")
     plain = model.architecture == "resnet"
     cardinality = model.cardinality or (1 if plain else 32)
     base_width = model.base_width or (64 if plain else 4)
@@ -51,9 +49,7 @@ def _stages_by_depth(depth: int | None, stem: str) -> tuple[int, ...]:
     if stem == "imagenet":
         depth = depth or 50
         if depth not in STAGES_BY_DEPTH:
-            raise UserError(
-                f"model.depth: must be 50, 101 or 152 (got {depth}); for others, set model.stages"
-            )
+            raise UserError(f"model.depth: must be 50, 101 or 152 (got {depth}); else set model.stages")
         return STAGES_BY_DEPTH[depth]
     depth = depth or 29
     if depth < 11 or depth % 9 != 2:
@@ -121,13 +117,10 @@ def _complete_augment(augment: AugmentConfig, data: DataConfig) -> AugmentConfig
                     "remove the key, or set data.pipeline=fast"
                 )
         if augment.padding >= data.image_size:
-            raise UserError(
-                f"augment.padding: must be below data.image_size, {data.image_size} (got {augment.padding}); "
-                "lower it"
-            )
+            raise UserError(f"augment.padding: must be below data.image_size, {data.image_size}; lower it")
     elif augment.padding:
         raise UserError(
-            f"augment.padding: {data.pipeline} does not pad; remove the key, or set data.pipeline=memory"
+            f"augment.padding: {data.pipeline} does not pad; remove it, or set data.pipeline=memory"
         )
     if augment.policy and data.pipeline == "torch7":
         raise UserError("augment.policy: needs 8-bit images; remove the key, or set data.pipeline=fast")
@@ -143,7 +136,7 @@ def _check_train(train: TrainConfig) -> None:
     batch, steps, ghost = train.batch_size, train.accumulation_steps, train.bn_group
     if batch % steps:
         raise UserError(
-            f"train.accumulation_steps: {steps} does not divide train.batch_size, {batch}; change one"
+            f"train.accumulation_steps: must divide train.batch_size, {batch} (got {steps}); change it"
         )
     if ghost is not None and batch // steps % ghost:
         raise UserError(
@@ -162,17 +155,11 @@ def _check_schedule(config: Config) -> None:
     if multistep and not milestones:
         raise UserError("schedule.milestones: missing for multistep; give a list such as [150, 225]")
     if milestones and not multistep:
-        raise UserError(
-            f"schedule.milestones: not used by {schedule.name}; remove it, or set schedule.name=multistep"
-        )
+        raise UserError(f"schedule.milestones: {schedule.name} has none; remove it, or use multistep")
     if milestones != sorted(set(milestones)):
-        raise UserError(
-            f"schedule.milestones: must ascend strictly (got {milestones}); sort them and remove duplicates"
-        )
+        raise UserError(f"schedule.milestones: must ascend strictly (got {milestones}); sort them")
     if schedule.name == "cosine" and schedule.min_lr > optimizer.lr:
-        raise UserError(
-            f"schedule.min_lr: must be at most optimizer.lr, {optimizer.lr} (got {schedule.min_lr}); lower it"
-        )
+        raise UserError(f"schedule.min_lr: must be at most optimizer.lr, {optimizer.lr}; lower it")
     warmup = schedule.warmup_epochs
     if warmup and warmup >= epochs:
         raise UserError(
