@@ -24,7 +24,7 @@ import plot_curves
 SCRIPTS = [
     path
     for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")])
-    if "run_command(main)" in path.read_text(encoding="utf-8")
+    if "run_main(main)" in path.read_text(encoding="utf-8")
 ]
 STRICT = ("-W", "error", "-P")  # warnings are errors, and the script's folder is not searched for modules
 STRICT_BY_ENVIRONMENT = {"PYTHONWARNINGS": "error", "PYTHONSAFEPATH": "1"}

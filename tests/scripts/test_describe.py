@@ -111,7 +111,7 @@ def test_memory_of_training_is_what_the_layers_keep():
         (["resnext50_32x4"], "did you mean resnext50_32x4d.yaml"),
         (["nowhere/best.pt"], "nowhere/best.pt: no such"),
         (["demo", "--json", "no/such/folder.json"], "--json"),
-        (["demo", "--json", "best.pt"], "called as"),
+        (["demo", "--json", "best.pt"], "the name of a run file"),
     ],
 )
 def test_mistakes(arguments, words):
