@@ -18,7 +18,7 @@ from torchvision.datasets import ImageFolder
 
 from data.image_folder import ImageFolderDataset, list_set
 from data.in_memory import ArrayDataset
-from data.loader import FileTrainLoader, InMemoryTrainLoader, make_train_loader
+from data.loaders import FileTrainLoader, InMemoryTrainLoader, make_train_loader
 from resnext.config import Config, parse_config
 from resnext.device import choose_precision, configure_backends, select_device
 from resnext.engine.train_state import build_train_state

@@ -19,7 +19,7 @@ from data import augment
 from data.augment import box_mask, erase, erased_boxes, on_device
 from data.datasets import load_set
 from data.in_memory import ArrayDataset
-from data.loader import make_eval_loader, make_train_loader
+from data.loaders import make_eval_loader, make_train_loader
 from data.rng import RngStream, random_uint64
 from resnext.config import parse_config
 

@@ -22,8 +22,9 @@ from PIL import Image
 import data.loader
 from data.augment import erase, jitter, mirror, mix, sample_color_params, sample_flips
 from data.image_folder import ImageFolderDataset, list_set
-from data.loader import FileEvalLoader, FileTrainLoader, make_eval_loader, make_train_loader
-from data.rng import RngStream, epoch_order, random_uint64, random_uniform
+from data.loaders import FileEvalLoader, FileTrainLoader, make_eval_loader, make_train_loader
+from data.rng import RngStream, random_uint64, random_uniform
+from data.sampler import epoch_order
 from data.transforms import CROP_DRAWS, apply_policy, eval_images, train_image
 from resnext.config import Config, parse_config
 from resnext.engine.train_state import build_train_state
@@ -484,7 +485,7 @@ WITH_WORKERS = """
 import sys, time
 import torch
 from data.folder import list_set
-from data.loader import train_batches
+from data.loaders import train_batches
 from resnext.config import parse_config
 
 text = f"data: {{dir: {sys.argv[1]}, image_size: 16, workers: 2}}"

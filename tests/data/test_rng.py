@@ -13,8 +13,9 @@ import torch
 
 from data.augment import sample_cifar_crops
 from data.in_memory import ArrayDataset
-from data.loader import InMemoryTrainLoader, make_eval_loader
-from data.rng import RngStream, epoch_order, random_uint64, random_uniform
+from data.loaders import InMemoryTrainLoader, make_eval_loader
+from data.rng import RngStream, random_uint64, random_uniform
+from data.sampler import epoch_order
 from resnext.config import AugmentConfig, Config, DataConfig, RunConfig, TrainConfig
 
 IMAGES = np.arange(1000)
