@@ -18,7 +18,9 @@ from torch import nn
 import resnext
 from resnext.config import CONFIG_FOLDER, ModelConfig, read_config
 from resnext.errors import UserError
-from resnext.models.resnext import ResNeXt, build_model, complexity, convert_form
+from resnext.models.block_forms import convert_form
+from resnext.models.complexity import complexity
+from resnext.models.resnext import ResNeXt, build_model
 
 META = torch.device("meta")
 
