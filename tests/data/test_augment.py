@@ -284,7 +284,7 @@ CLASSES = 12
 
 
 def mixed(step, seed=1, epoch=1, count=8, **augment):
-    """Return a batch of constant images of as many classes, the same mixed, and the share of the own labels."""
+    """Return a batch of constant images, the same mixed, and the shares that their own labels keep."""
     images = torch.arange(1, count + 1).float()[:, None, None, None].expand(count, 3, 16, 16).contiguous()
     augment = AugmentConfig(**augment)
     out, labels = mix(images.clone(), torch.arange(count), augment, CLASSES, seed, epoch, step)
