@@ -66,7 +66,7 @@ def calls(monkeypatch):
 
 
 def network(short=False, groups=2, **options):
-    """A network and pictures; `short`: with its first stage only."""
+    """A network and images; `short`: with its first stage only."""
     torch.manual_seed(3)
     made = ResNeXt((2 if short else 1, 1, 1), 2, 4, None, stem="cifar", **options)
     if short:

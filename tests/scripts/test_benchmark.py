@@ -65,9 +65,7 @@ def test_networks(tmp_path, what):
 
 def test_layers(tmp_path):
     tables = benchmark(tmp_path, "convolutions", *LAYERS)
-    assert len(tables) == 7 and all(
-        len(table["rows"]) == 4 for table in tables
-    )  # 3 have stride 2
+    assert len(tables) == 7 and all(len(table["rows"]) == 4 for table in tables)  # 3 have stride 2
     tables = benchmark(tmp_path, "norms", *LAYERS)
     assert all(len(table["rows"]) == 3 for table in tables)
     counts = [int(table["title"].split(", ")[-1].split()[0]) for table in tables]
