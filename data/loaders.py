@@ -112,9 +112,7 @@ class TrainLoader:
 class InMemoryTrainLoader(TrainLoader):
     """Training batches of a dataset in memory, with CIFAR's augmentation; the last batch may be smaller."""
 
-    def __init__(
-        self, image_set: ArrayDataset, config: Config, device: torch.device, share: LocalIndices = np.arange
-    ):
+    def __init__(self, image_set: ArrayDataset, config: Config, device: torch.device, share: LocalIndices):
         super().__init__(image_set, config, device, share)
         self.pixels = torch.from_numpy(image_set.images).to(device)
         self.labels = torch.from_numpy(image_set.labels).to(device)

@@ -116,7 +116,7 @@ def in_memory(batch_size: int, seed: int = 0, images: int = 50, padding: int = 2
     config = Config(
         data=DATA, augment=augment, train=TrainConfig(batch_size=batch_size), run=RunConfig(seed=seed)
     )
-    return InMemoryTrainLoader(numbered(images), config, CPU)
+    return InMemoryTrainLoader(numbered(images), config, CPU, np.arange)
 
 
 def from_files(root: Path, batch_size: int, seed: int = 3, more: str = ""):
