@@ -141,7 +141,7 @@ def label(record):
 
 
 def difference(ours, reference, record):
-    """Largest difference of (H, W, 3) to a record: its samples, and means over the whole picture."""
+    """Largest difference of (H, W, 3) to a record: its samples, and means over the whole image."""
     ours = np.asarray(ours).transpose(2, 0, 1)
     assert list(ours.shape) == record["shape"]
     theirs = reference.stored(record["key"])
@@ -216,7 +216,7 @@ def test_bicubic_weights(source, target):
 
 
 def test_scaling_is_not_clamped():
-    """An edge overshoots, as in the original's float pictures."""
+    """An edge overshoots, as in the original's float images."""
     image = np.zeros((8, 8, 3), np.float32)
     image[:, 4:] = 255
     scaled = torch7_resize(image, 32, 32)
