@@ -158,7 +158,7 @@ def normalized(crop):
     return normalize(torch.from_numpy(np.ascontiguousarray(crop))[None], MEAN, STD)[0].permute(1, 2, 0)
 
 
-def test_the_drawn_pictures_are_the_originals():
+def test_the_drawn_images_are_the_originals():
     for record in GOLDEN.facts["images"]:
         assert difference(GOLDEN.pixels(record["file"]) * UNIT, GOLDEN, record) < 1e-7
 

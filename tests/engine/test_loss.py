@@ -13,7 +13,7 @@ from resnext.engine.trainer import train_step
     "smoothing, mixed, parts", [(0.0, False, 1), (0.1, False, 2), (0.0, True, 2), (0.1, True, 1)]
 )
 def test_loss_of_smoothed_and_mixed_labels(smoothing, mixed, parts):
-    """-Σ target·log softmax, with a part of the target spread over all classes; the larger share is the hit."""
+    """-Σ target·log softmax, a part of the target spread over all classes; the larger share is the hit."""
     config = parse_config(
         f"""
         model: {{stem: cifar, depth: 11, cardinality: 1, base_width: 1}}
