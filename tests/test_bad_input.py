@@ -839,7 +839,7 @@ def evaluate_before_the_first_epoch(place):
     return ["run"]
 
 
-@line(evaluate.main, "--batch-size: must be at least 1, not 0")
+@line(evaluate.main, "--batch-size: must be from 1 to 1048576 (got 0)")
 def evaluate_batches_of_none(place):
     return [place.run(), "--batch-size", "0"]
 

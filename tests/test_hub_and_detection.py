@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from commands import ROOT
-from test_export import SMALL, write_weights
+from networks import SMALL, write_weights
 
 import resnext
 from resnext import UserError, load_weights
