@@ -1,4 +1,4 @@
-"""predict.py and extract_features.py: the outputs of evaluation for any images, and what is wrong with some."""
+"""predict.py and extract_features.py: the outputs of evaluation, for any images, and what is refused."""
 
 import csv
 import io
