@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for python -P
-from data.evaluation import DATA_OPTIONS, evaluation_data
+from data.evaluation import evaluation_data
 from data.subsets import find_members, load_scored, read_classes, read_splits
 from resnext.arguments import CLASS_NAMES_HELP, add_inference_options, check_limits
 from resnext.errors import UserError, command_parser, run_main
@@ -40,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = command_parser(__doc__)
     add = parser.add_argument
     add("source", metavar="RUN|CHECKPOINT|WEIGHTS", help="a run directory, or a file of weights")
-    add("--data", dest="folder", metavar="DIR", help="where the data is; default: where it was")
+    add("--data", metavar="DIR", help="where the data is; default: where it was")
     add("--ten-crop", action="store_true", help="sum the logits of ten crops per image (image files)")
     add("--image-size", type=int, metavar="N", help="crop N pixels; default: the run's (image files)")
     add("--resize", type=int, metavar="N", help="shorter side before the crop; default: in the run's ratio")
@@ -90,8 +90,7 @@ def main() -> None:
     if arguments.class_order and info.classes is not None and outputs is None:
         raise UserError(f"--class-order: {info.file} names its classes; omit the option")
     settings = InferenceSettings.of(info)
-    options = {name: getattr(arguments, name) for name in DATA_OPTIONS}
-    data = evaluation_data(info.config, classes_known=info.classes is not None, **options)
+    data = evaluation_data(info.config, info.classes is not None, arguments)
     info = replace(info, config=replace(info.config, data=data))
     with process_group(settings.timeout):
         run(model, info, settings, wanted, splits, arguments)

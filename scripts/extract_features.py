@@ -16,7 +16,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,22 +52,15 @@ def main() -> None:
         print(line, file=sys.stderr)
     named = len(paths) + len(broken)
 
-    from resnext.engine import inference
+    from resnext.engine.inference import check_all_read, run_images
     from resnext.weights.load import load_weights
 
     model, info = load_weights(arguments.weights)
-    inference.print_preprocessing(info)
-    settings = inference.InferenceSettings.of(info)
-    network = inference.to_inference(model, settings, arguments.device, arguments.precision)
-    data = info.config.data
-    max_pixels = arguments.max_pixels or data.max_pixels
-    data = replace(data, workers=arguments.workers, max_pixels=max_pixels)
-    latest = watch(network.model, arguments.layer, pool=not arguments.no_pool)
-    batches = unlabeled_batches(paths, data, arguments.batch_size, network.device)
-    logits = inference.run_images(network, batches, len(paths), arguments.batch_size, broken, hide_bar=False)
+    latest = watch(model, arguments.layer, pool=not arguments.no_pool)
+    logits = run_images(model, info, paths, arguments, unlabeled_batches, broken)
     shape = write_features(logits, latest, arguments.output, arguments.layer)
     print(f"wrote {arguments.output}: {' x '.join(map(str, shape))}, {arguments.layer}")
-    inference.check_all_read(broken, named)
+    check_all_read(broken, named)
 
 
 def check_format(output: str) -> None:

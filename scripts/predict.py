@@ -15,7 +15,6 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -55,15 +54,8 @@ def main() -> None:
     from resnext.engine import inference
 
     model, info = inference.load_classifier(arguments.weights, outputs, arguments.class_names)
-    inference.print_preprocessing(info)
-    settings = inference.InferenceSettings.of(info)
-    network = inference.to_inference(model, settings, arguments.device, arguments.precision)
-    data = info.config.data
-    max_pixels = arguments.max_pixels or data.max_pixels
-    data = replace(data, workers=arguments.workers, max_pixels=max_pixels)
-    batches = unlabeled_batches(paths, data, arguments.batch_size, network.device)
     hide_bar = not arguments.output and sys.stdout.isatty()  # the rows themselves show the progress
-    logits = inference.run_images(network, batches, len(paths), arguments.batch_size, broken, hide_bar)
+    logits = inference.run_images(model, info, paths, arguments, unlabeled_batches, broken, hide_bar)
     suffix = Path(arguments.output or "").suffix.lower().removeprefix(".")
     to_text = FORMATS[arguments.format or (suffix if suffix in FORMATS else "table")]
     with writer(arguments.output) as write:

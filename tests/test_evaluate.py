@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import threading
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +21,7 @@ from torchvision.transforms.v2 import functional as tv
 
 import evaluate
 import train
-from data.evaluation import DATA_OPTIONS, evaluation_data
+from data.evaluation import evaluation_data
 from resnext.config import parse_config
 from resnext.weights.load import load_weights
 
@@ -192,9 +193,10 @@ def test_crops_and_sizes(options, size, resize, trained, tmp_path):
     assert (trained.outputs()[0].argmax(1) != outputs.argmax(1)).any(), "the images tell the two apart"
 
 
-def test_ratio_of_imagenet():
+def test_ratio_of_imagenet(monkeypatch):
     """320 pixels come from 365 as 224 come from 256."""
-    data = evaluation_data(parse_config("", "default"), **dict.fromkeys(DATA_OPTIONS) | {"image_size": 320})
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "RUN", "--image-size", "320"])
+    data = evaluation_data(parse_config("", "default"), True, evaluate.parse_arguments())
     assert (data.image_size, data.resize) == (320, 365)
     assert parse_config("data: {image_size: 320}", "larger").data.resize == 365
 

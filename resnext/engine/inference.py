@@ -1,15 +1,17 @@
 """A trained network on its device, as evaluation, prediction, and feature extraction run it."""
 
+import argparse
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ..classes import name_classes
+from ..config import DataConfig
 from ..device import (
     choose_precision,
     configure_backends,
@@ -23,6 +25,8 @@ from ..models.resnext import ResNeXt
 from ..weights.load import WeightsInfo, check_classifier, load_weights, preprocessing
 from .evaluator import EvalResult, PredictionCollector, Predictions, evaluate, promote_to_float32
 from .train_state import autocast, memory_layout
+
+ImageBatch = tuple[list[str], Tensor, list[str]]  # paths, normalized images, why others could not be read
 
 
 @dataclass(frozen=True)
@@ -76,12 +80,6 @@ def load_classifier(
     return model, info
 
 
-def print_preprocessing(info: WeightsInfo) -> None:
-    """Print the preprocessing that is assumed for weights of another program, to standard error."""
-    if info.origin != "this program":
-        print(preprocessing(info), file=sys.stderr)
-
-
 def to_inference(
     model: ResNeXt, settings: InferenceSettings, device_name: str, precision: str | None
 ) -> InferenceNetwork:
@@ -124,26 +122,40 @@ def evaluate_batches(
 
 
 def run_images(
-    network: InferenceNetwork,
-    batches: Iterable[tuple[list[str], Tensor, list[str]]],
-    images: int,
-    batch_size: int,
+    model: ResNeXt,
+    info: WeightsInfo,
+    paths: list[str],
+    options: argparse.Namespace,
+    make_batches: Callable[[list[str], DataConfig, int, torch.device], Iterable[ImageBatch]],
     broken: list[str],
-    hide_bar: bool,
+    hide_bar: bool = False,
 ) -> Iterator[tuple[list[str], Tensor]]:
-    """Yield (paths, logits) of each batch of (paths, normalized images, why others could not be read).
+    """Return an iterator over (paths, logits) of batches of image files.
 
-    Each problem is printed as a warning and added to `broken`. `images` is the length of the progress bar.
+    `options` are those of `image_parser`, `make_batches` is data.unlabeled.unlabeled_batches. If an image
+    cannot be read, the reason is printed as a warning and added to `broken`.
     """
-    explained = f"--batch-size: no memory for {batch_size} images; lower it"
-    with tqdm(total=images, unit=" images", leave=False, disable=hide_bar or None) as bar:
-        for paths, pixels, problems in batches:
+    if info.origin != "this program":
+        print(preprocessing(info), file=sys.stderr)
+    network = to_inference(model, InferenceSettings.of(info), options.device, options.precision)
+    max_pixels = options.max_pixels or info.config.data.max_pixels
+    data = replace(info.config.data, workers=options.workers, max_pixels=max_pixels)
+    batches = make_batches(paths, data, options.batch_size, network.device)
+    bar = tqdm(total=len(paths), unit=" images", leave=False, disable=hide_bar or None)
+    return run_batches(network, batches, options.batch_size, broken, bar)
+
+
+def run_batches(
+    network: InferenceNetwork, batches: Iterable[ImageBatch], batch_size: int, broken: list[str], bar: tqdm
+) -> Iterator[tuple[list[str], Tensor]]:
+    with bar:
+        for paths, images, problems in batches:
             for problem in problems:
                 bar.write(f"warning: {problem}", file=sys.stderr)
             broken += problems
             if paths:
-                with explain_out_of_memory(explained):
-                    logits = network.logits(pixels)
+                with explain_out_of_memory(f"--batch-size: no memory for {batch_size} images; lower it"):
+                    logits = network.logits(images)
                 yield paths, logits
             bar.update(len(paths) + len(problems))
 

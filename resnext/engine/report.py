@@ -16,6 +16,7 @@ from .metrics import most_confused, per_class, precision_recall_f1, wilson_inter
 
 FEW_CLASSES = 20  # up to this many class folders get a table without --per-class
 SHOWN_CLASSES, SHOWN_PAIRS = 20, 10
+DATA_KEYS = ("dataset", "pipeline", "interpolation", "mean", "std", "image_size", "resize")
 SHARES = ("precision", "recall", "f1")
 
 Row = dict[str, Any]  # a JSON object
@@ -79,14 +80,8 @@ def result_row(
         "weights": info.weights,
         "global_step": info.steps,
         **score_row(score),
-        "dataset": data.dataset,
         "data": data.dir,
-        "pipeline": data.pipeline,
-        "interpolation": data.interpolation,
-        "mean": data.mean,
-        "std": data.std,
-        "image_size": data.image_size,
-        "resize": data.resize,
+        **{key: getattr(data, key) for key in DATA_KEYS},
         "crops": crops,
         "precision": network.precision,
         "device": network.device.type,
@@ -175,10 +170,8 @@ def footnotes(result: Row) -> list[str]:
     lines = []
     if result["classes_file"]:
         empty = sum(row["images"] == 0 for row in result["per_class"])
-        lines.append(
-            f"{result['classes_file']}: {result['classes']:,} of the network's {result['network_classes']:,} "
-            f"classes compete, {empty:,} of them without images"
-        )
+        competing = f"{result['classes']:,} of the network's {result['network_classes']:,} classes compete"
+        lines.append(f"{result['classes_file']}: {competing}, {empty:,} of them without images")
     for key, text in (
         ("images_in_no_split", "images in no split"),
         ("unused_split_lines", "lines that name no scored image"),
@@ -192,11 +185,7 @@ def class_table(result: Row) -> list[str]:
     """Return the worst classes and the average of all as lines."""
     present = [row for row in result["per_class"] if row["images"]]
     worst = sorted(present, key=lambda row: -row["top1_error"])[:SHOWN_CLASSES]
-    average = result["macro_average"] | {
-        "class": "macro average",
-        "images": result["images"],
-        "top1_errors": result["top1_errors"],
-    }
+    average = result | result["macro_average"] | {"class": "macro average"}
     table = [["class", "images", "errors", "top-1 error", "precision", "recall", "F1"]]
     for row in [*worst, average]:
         shares = [100 - row["recall"], *(row[key] for key in SHARES)]
