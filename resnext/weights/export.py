@@ -14,7 +14,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..config import Config, network_name, to_yaml
 from ..errors import UserError
-from ..models.resnext import ResNeXt, build_model, convert_form
+from ..models.block_forms import convert_form
+from ..models.resnext import ResNeXt, build_model
 from .load import EXPORTED, WeightsInfo
 
 TOLERANCE = 1e-4  # of the largest logit
