@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -117,8 +118,7 @@ def evaluate_batches(
             columns=torch.tensor(columns, device=network.device) if columns else None,
             recorder=recorder,
         )
-        assert score is not None  # nothing stops it
-        return score, recorder.predictions()
+        return cast(EvalResult, score), recorder.predictions()  # nothing stops the evaluation
 
 
 def run_images(

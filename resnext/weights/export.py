@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +130,7 @@ def to_onnx(model: nn.Module, facts: dict[str, str], images: Tensor) -> bytes:
         output_names=["logits"],
         verbose=False,
     )
-    assert program is not None  # as with dynamo=False
+    program = cast(torch.onnx.ONNXProgram, program)  # None only without dynamo
     program.model.metadata_props.update(facts)
     return program.model_proto.SerializeToString()
 
