@@ -21,7 +21,6 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for python -P
 from data.evaluation import evaluation_data
@@ -29,11 +28,6 @@ from data.subsets import find_members, load_scored, read_classes, read_splits
 from resnext.arguments import CLASS_NAMES_HELP, add_inference_options, check_limits
 from resnext.errors import UserError, command_parser, run_main
 from resnext.files import check_source, check_target, write_file
-
-if TYPE_CHECKING:
-    from resnext.engine.inference import InferenceSettings
-    from resnext.models.resnext import ResNeXt
-    from resnext.weights.load import WeightsInfo
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -83,56 +77,47 @@ def main() -> None:
     outputs = read_classes("--class-names", arguments.class_names) if arguments.class_names else None
     splits = read_splits(arguments.splits) if arguments.splits else []
 
-    from resnext.distributed import process_group
-    from resnext.engine.inference import InferenceSettings, load_classifier
+    from data.loader import make_eval_loader
+    from resnext.distributed import local_rank0_first, process_group, rank, world_size
+    from resnext.engine.inference import InferenceSettings, evaluate_batches, load_classifier, to_inference
+    from resnext.engine.report import result_row, split_rows, to_csv
 
     model, info = load_classifier(arguments.source, outputs, arguments.class_names)
     if arguments.class_order and info.classes is not None and outputs is None:
         raise UserError(f"--class-order: {info.file} names its classes; omit the option")
-    settings = InferenceSettings.of(info)
+    settings, crops = InferenceSettings.of(info), 10 if arguments.ten_crop else 1
+    batch_size = arguments.batch_size or max(1, settings.batch_size // crops)
     data = evaluation_data(info.config, info.classes is not None, arguments)
     info = replace(info, config=replace(info.config, data=data))
     with process_group(settings.timeout):
-        run(model, info, settings, wanted, splits, arguments)
+        network = to_inference(model, settings, arguments.device, arguments.precision)
+        with local_rank0_first():  # it downloads what is missing
+            val_set, names, columns, notes = load_scored(info, wanted, arguments.classes)
+        for note in notes if rank() == 0 else ():
+            print(note, file=sys.stderr)
+        members = find_members(splits, names, arguments.splits) if splits else {}
+        shares = (arguments.ten_crop, rank(), world_size())
+        batches = make_eval_loader(val_set, data, batch_size, network.device, *shares)
+        score, predictions = evaluate_batches(network, batches, batches.steps, batch_size, crops, columns)
+        if rank() == 0:
+            classes = val_set.classes
+            result = result_row(info, network, crops, classes, arguments.classes, score, predictions)
+            result |= split_rows(arguments.splits, splits, members, predictions)
+            key = "path" if data.dataset == "folder" else "index"
+            rows = to_csv(key, names, predictions, classes) if arguments.csv else ""
+            write_results(arguments, result, rows)
 
 
-def run(
-    model: "ResNeXt",
-    info: "WeightsInfo",
-    settings: "InferenceSettings",
-    wanted: dict[str, int] | None,
-    splits: list[tuple[int, str, str]],
-    arguments: argparse.Namespace,
-) -> None:
-    """Evaluate on each rank; rank 0 reports."""
-    from data.loader import make_eval_loader
-    from resnext.distributed import local_rank0_first, rank, world_size
-    from resnext.engine.inference import evaluate_batches, to_inference
-    from resnext.engine.report import report, result_row, split_rows, to_csv
+def write_results(arguments: argparse.Namespace, result: dict[str, object], rows: str) -> None:
+    """Write the result files and print the report."""
+    from resnext.engine.report import report
 
-    data, crops = info.config.data, 10 if arguments.ten_crop else 1
-    network = to_inference(model, settings, arguments.device, arguments.precision)
-    with local_rank0_first():  # it downloads what is missing
-        val_set, names, columns, notes = load_scored(info, wanted, arguments.classes)
-    for note in notes if rank() == 0 else ():
-        print(note, file=sys.stderr)
-    members = find_members(splits, names, arguments.splits) if splits else {}
-    batch_size = arguments.batch_size or max(1, settings.batch_size // crops)
-    batches = make_eval_loader(
-        val_set, data, batch_size, network.device, arguments.ten_crop, rank(), world_size()
-    )
-    score, predictions = evaluate_batches(network, batches, batches.steps, batch_size, crops, columns)
-    if rank() != 0:
-        return
-    result = result_row(info, network, crops, val_set.classes, arguments.classes, score, predictions)
-    result |= split_rows(arguments.splits, splits, members, predictions)
     try:
         if arguments.csv:
-            key = "path" if data.dataset == "folder" else "index"
-            write_file("--csv", arguments.csv, to_csv(key, names, predictions, val_set.classes))
+            write_file("--csv", arguments.csv, rows)
         if arguments.json:
             write_file("--json", arguments.json, json.dumps(result, indent=2) + "\n")
-    finally:  # print the results even if writing a file failed
+    finally:  # print the report even if writing a file failed
         print(report(result, arguments.per_class), flush=True)
 
 
