@@ -13,7 +13,7 @@ RUN_FILES = ("config.yaml", "metrics.jsonl", "log.txt")
 
 
 def check_source(source: str) -> None:
-    """A UserError where load_weights has nothing to look at; costs no import of torch."""
+    """Raise UserError if there is nothing that load_weights could read; does not import torch."""
     if not source.startswith("torchvision:") and not Path(source).expanduser().exists():
         raise UserError(f"{source}: no such run directory or file of weights; check the path")
 
@@ -21,7 +21,7 @@ def check_source(source: str) -> None:
 def check_target(option: str, path: Path, inputs: Iterable[str | Path] = ()) -> None:
     """Raise UserError before the work if the result cannot be written, or would replace an input."""
     if path.suffix in (".pt", ".pth", ".pyth", ".tar", ".t7") or path.name in RUN_FILES:
-        raise UserError(f"{option} {path}: is called as a file of a run; name another file for the result")
+        raise UserError(f"{option} {path}: has the name of a run file; choose another name for the result")
     if path.exists() and not path.is_file() and not path.is_dir():
         writable = os.access(path, os.W_OK)  # a pipe or device
     else:

@@ -1008,7 +1008,7 @@ def test_results_do_not_replace_a_run(name, place):
     before = snapshot(place.folder)
     for option in ("--json", "--csv"):
         text = message(call(evaluate.main, place.folder / "run", option, place.folder / "run" / name))
-        expect(text, (option, "called as a file of a run"))
+        expect(text, (option, "the name of a run file"))
     assert snapshot(place.folder) == before
 
 

@@ -121,7 +121,7 @@ def test_mistakes(arguments, words):
 def test_what_is_described_is_not_overwritten(finished_run):
     before = snapshot(finished_run)
     config = finished_run / "config.yaml"
-    assert "called as a file of a run" in message(call(describe.main, config, "--json", config))
+    assert "the name of a run file" in message(call(describe.main, config, "--json", config))
     assert snapshot(finished_run) == before
 
 

