@@ -113,7 +113,7 @@ class TrainState:
 
     @property
     def layout(self) -> torch.memory_format:
-        return memory_layout(self.config, self.device)
+        return memory_layout(self.config.train.channels_last, self.config.train.precision, self.device)
 
     @property
     def exchanges(self) -> bool:
@@ -142,17 +142,20 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, kind) if kind else contextlib.nullcontext()
 
 
-def memory_layout(config: Config, device: torch.device) -> torch.memory_format:
-    """That of the network, and of images ahead of its forward pass: else convolutions convert one of them."""
-    channels_last = config.train.channels_last
+def memory_layout(channels_last: bool | None, precision: str, device: torch.device) -> torch.memory_format:
+    """Return the layout of the network and its input images, which must agree or convolutions convert one.
+
+    `channels_last` is the configuration key; None chooses by precision and device.
+    """
     if channels_last is None:  # 1.5x faster on a CPU (docs/results.md)
-        channels_last = device.type == "cpu" or config.train.precision in ("bf16", "fp16")
+        channels_last = device.type == "cpu" or precision in ("bf16", "fp16")
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def to_device(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
     """Move a network to the device in the configured memory layout."""
-    return model.to(device=device, memory_format=memory_layout(config, device))
+    train = config.train
+    return model.to(device=device, memory_format=memory_layout(train.channels_last, train.precision, device))
 
 
 def build_train_state(

@@ -10,7 +10,7 @@ from commands import Result, call, run_python, tiny
 
 import evaluate
 import resnext.device
-import resnext.engine.evaluator
+import resnext.engine.inference
 import train
 from resnext.config import parse_config
 from resnext.device import choose_precision, has_instructions, slow_precision
@@ -96,13 +96,13 @@ def test_switches(switches):
 def test_evaluation_does_not_choose_kernels_by_time(switches, finished_run, monkeypatch):
     torch.backends.cudnn.benchmark = True
     chosen = []
-    evaluate_model = resnext.engine.evaluator.evaluate
+    evaluate_model = resnext.engine.inference.evaluate
 
     def noted(*arguments, **options):
         chosen.append(torch.backends.cudnn.benchmark)
         return evaluate_model(*arguments, **options)
 
-    monkeypatch.setattr(resnext.engine.evaluator, "evaluate", noted)
+    monkeypatch.setattr(resnext.engine.inference, "evaluate", noted)
     assert call(evaluate.main, finished_run, "--device", "cpu").status == 0
     assert chosen == [False]
 

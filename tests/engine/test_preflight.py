@@ -28,6 +28,7 @@ from PIL import Image
 from torchrun import Ended, Processes, Torchrun
 
 import evaluate
+import resnext.engine.inference
 import resnext.engine.train_state
 import train
 from resnext import preflight
@@ -517,8 +518,8 @@ def test_every_form_of_running_out_of_memory(error, monkeypatch, finished_run, t
         (ResNeXt, "forward", starting, step),
         (resnext.engine.train_state, "to_device", starting, step),
         (torch.optim.SGD, "load_state_dict", resuming, step),
-        (ResNeXt, "forward", evaluating, "--batch-size: the device has no memory for 16 images"),
-        (resnext.engine.train_state, "to_device", evaluating, "--device: it has no memory for the network"),
+        (ResNeXt, "forward", evaluating, "--batch-size: no memory for 16 images"),
+        (resnext.engine.inference, "InferenceNetwork", evaluating, "--device: no memory for the network"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(where, name, full)
