@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data.subsets import imagenet_classes, read_classes
-from data.unlabeled import find_images, unlabeled_batches
+from data.unlabeled import find_images
 from resnext.classes import name_classes
 from resnext.errors import UserError, command_parser, run_main
 from resnext.files import check_source, check_target
@@ -173,6 +173,7 @@ def scores(
     import torch
     from tqdm import tqdm
 
+    from data.unlabeled_loader import unlabeled_batches
     from resnext.device import explain_out_of_memory
     from resnext.engine.evaluator import promote_to_float32
     from resnext.engine.train_state import autocast, memory_layout

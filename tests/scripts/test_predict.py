@@ -105,8 +105,8 @@ def test_which_pictures(tmp_path, monkeypatch):
     found, problems, notes = find_images(["gone.jpg", "b", "empty", "*.gif"], [])
     assert found == below
     assert [problem.split(":")[0] for problem in problems] == ["gone.jpg", "empty", "*.gif"]
-    back = "left out are links to what is there already: 1, such as deep/back to b"
-    unknown = "left out are files of no known format: 1 (no ending 1), such as x"
+    back = "skipped links to files or folders that are included already: 1, such as deep/back to b"
+    unknown = "skipped files of unsupported formats: 1 (no extension 1), such as x"
     assert notes == [f"warning: b: {back}", f"warning: empty: {unknown}; convert them to JPEG or PNG"]
 
 
@@ -135,7 +135,7 @@ def test_output_is_replaced_whole_at_the_end(folder_run, some, tmp_path, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(predict, "unlabeled_batches", stop)
+        patch.setattr("data.unlabeled_loader.unlabeled_batches", stop)
         assert call(predict.main, folder_run, *some, "--output", target).status == 130
     assert target.read_text() == "before"
     assert call(predict.main, folder_run, *some, "--output", target).status == 0
