@@ -178,7 +178,10 @@ def test_download_fails(cifar, tmp_path, monkeypatch, how):
         port = {"missing": cifar.server.server_port, "no network": 1, "silent": silent.getsockname()[1]}[how]
         monkeypatch.setattr(cifar.reader, "url", f"http://127.0.0.1:{port}{cifar.server.path}")
         cifar.server.path = "/other"
-        text = cifar.refuse(tmp_path, "404" if how == "missing" else "could not be downloaded")
+        end = threading.Timer(10, silent.close)  # without a timeout, the download would wait forever
+        end.start()
+        text = cifar.refuse(tmp_path, {"missing": "404", "no network": "refused", "silent": "timed out"}[how])
+        end.cancel()
     assert f"get {cifar.reader.url}, put {cifar.reader.filename} into {tmp_path}" in text
     assert socket.getdefaulttimeout() is None, "the timeout is for this download only"
     requests = list(cifar.server.requests)
