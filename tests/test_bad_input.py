@@ -507,7 +507,7 @@ def flat_val(place):
     return place.on_files()
 
 
-@line(train.main, "DATA/train: holds no class folders", "put pictures into")
+@line(train.main, "DATA/train: contains no class folders", "put images into")
 def flat_train(place):
     train = place.pictures() / "train"
     for path in sorted(train.rglob("*.png")):
@@ -517,37 +517,37 @@ def flat_train(place):
     return place.on_files()
 
 
-@line(train.main, "DATA/train/dog: holds no pictures", "add some")
+@line(train.main, "DATA/train/dog: contains no images", "add some")
 def empty_class_of_files(place):
     place.pictures(dog=0)
     return place.on_files()
 
 
-@line(train.main, "DATA/val: class folder 'zebra' is not in train/", "must be the same")
+@line(train.main, "DATA/val: class folder 'zebra' is not in train/", "use the same classes")
 def class_only_in_val_of_files(place):
     (place.pictures() / "val" / "zebra").mkdir()
     return place.on_files()
 
 
-@line(train.main, "DATA/train: holds no class folders", "put pictures into")
+@line(train.main, "DATA/train: contains no class folders", "put images into")
 def no_classes(place):
     (place.folder / "data" / "train").mkdir(parents=True)
     return place.on_pictures()
 
 
-@line(train.main, "DATA/train/dog: holds no pictures", "add some")
+@line(train.main, "DATA/train/dog: contains no images", "add some")
 def empty_class(place):
     place.pictures(dog=0)
     return place.on_pictures()
 
 
-@line(train.main, "DATA/train/dog: holds no pictures (JPEG, PNG, WebP, GIF")
+@line(train.main, "DATA/train/dog: contains no images (JPEG, PNG, WebP, GIF")
 def class_of_other_files(place):
     (place.pictures(dog=0) / "train" / "dog" / "notes.txt").write_text("no picture")
     return place.on_pictures()
 
 
-@line(train.main, "DATA/val: class folder 'zebra' is not in train/", "must be the same")
+@line(train.main, "DATA/val: class folder 'zebra' is not in train/", "use the same classes")
 def class_only_in_val(place):
     (place.pictures() / "val" / "zebra").mkdir()
     return place.on_pictures()
@@ -880,7 +880,7 @@ def test_bad_command_line(main, prepare, fragments, place):
 
 def test_a_split_is_not_taken_for_a_class(place):
     """The message on a missing train/ or val/ asks of other folders whether they are classes."""
-    data, wanted = place.folder / "data", "it must hold train/CLASS/*.jpg and val/CLASS/*.jpg"
+    data, wanted = place.folder / "data", "put images into train/CLASS/ and val/CLASS/"
     for missing, other in (("train", "val"), ("val", "train")):
         shutil.rmtree(place.pictures() / missing)
         text = refused(place.folder, train.main, *place.on_pictures())
@@ -895,7 +895,7 @@ def test_class_only_in_train(place):
     for arguments in (place.on_pictures(train__epochs="1"), place.on_files(train__epochs="1")):
         result = call(train.main, *arguments)
         assert result.status == 0, result.error
-        told = f"warning: {val}: has no pictures of 1 of 2 classes (dog); errors are over the others"
+        told = f"warning: {val}: has no images of 1 of 2 classes (dog); errors are computed over the others"
         assert result.output.splitlines().count(told) == 1
         assert "folder: 6 training and 3 validation images, 2 classes" in result.output
         assert re.search(r"^last validation error: top-1 \S+ \([0-3]/3\)", result.output, re.MULTILINE)

@@ -354,8 +354,8 @@ def test_data_of_some_classes_and_without_train(trained, tmp_path):
     outputs, labels = trained.outputs()
 
     def told(absent, names):
-        absent = f"{data / 'val'}: has no pictures of {absent} classes ({names})"
-        return f"warning: {absent}; errors are over the others\n"
+        absent = f"{data / 'val'}: has no images of {absent} classes ({names})"
+        return f"warning: {absent}; errors are computed over the others\n"
 
     whole = told("9 of 12", "n00, n01, n05, n06, …")
     result, rows, _ = run(tmp_path, trained.run, "--data", data, told=whole)
@@ -515,12 +515,12 @@ BAD = {
     ),
     "quite another class": (
         ["RUN", "--classes", "file"],
-        ["'zebra'", "the first that it knows is 'n00'"],
+        ["'zebra'", "its first class is 'n00'"],
         "zebra\n",
     ),
     "a class twice": (
         ["RUN", "--classes", "file"],
-        ["file, line 3: 'n01' is on line 1 too"],
+        ["file, line 3: 'n01' is also on line 1"],
         "n01\nn02\nn01 # \n",
     ),
     "binary classes": (["RUN", "--classes", "file"], ["file, line 1", "unknown"], b"\xff\xfe\x00n" * 900),
@@ -528,17 +528,17 @@ BAD = {
     "no splits": (["RUN", "--splits", "file"], ["--splits file: the first line must be path,split"], ""),
     "splits without a header": (
         ["RUN", "--splits", "file"],
-        ["must be path,split, not 'a.jpg,clean'"],
+        ["must be path,split (got 'a.jpg,clean')"],
         "a.jpg,clean\n",
     ),
-    "splits of a header only": (["RUN", "--splits", "file"], ["names no picture"], "path,split\n"),
+    "splits of a header only": (["RUN", "--splits", "file"], ["names no image"], "path,split\n"),
     "split without a name": (["RUN", "--splits", "file"], ["file, line 2: needs"], "path,split\n0.jpg,\n"),
     "split called all": (
         ["RUN", "--splits", "file"],
-        ["line 3", "all is taken"],
+        ["line 3", "other than 'all'"],
         "path,split\na,b\n0.jpg,all\n",
     ),
-    "line of one column": (["RUN", "--splits", "file"], ["line 2: too few columns"], "path,split\n0.jpg\n"),
+    "line of one column": (["RUN", "--splits", "file"], ["line 2: needs a path and a short split name"], "path,split\n0.jpg\n"),
     "open quotation": (
         ["RUN", "--splits", "file"],
         ["--splits file, line", "write path,split"],
@@ -546,27 +546,27 @@ BAD = {
     ),
     "exchanged columns": (
         ["RUN", "--splits", "file"],
-        ["more than 50 splits", "exchanged"],
+        ["more than 50 splits", "order of its columns"],
         "split,path\n" + "".join(f"{i}.jpg,clean\n" for i in range(51)),
     ),
     "several of this name": (
         ["RUN", "--splits", "file"],
-        ["line 3: there are several '0.jpg'", "CLASS/NAME"],
+        ["line 3: '0.jpg' is the name of several images", "CLASS/NAME"],
         "path,split\nn01_1.jpg,a\n0.jpg,b\n",
     ),
     "a picture twice": (
         ["RUN", "--splits", "file"],
-        ["line 4: 'n01_1.jpg' is in 'a' since line 2", "keep one"],
+        ["line 4: 'n01_1.jpg' is also in 'a' on line 2", "keep one"],
         "path,split\nn01/n01_1.jpg,a\nn01/n01_1.jpg,b\nn01_1.jpg,a\n",
     ),
     "other pictures": (
         ["RUN", "--splits", "file"],
-        ["none of its 2 pictures, such as 'x.jpg', is scored", "such as 'n00/0.jpg'"],
+        ["none of its 2 images, such as 'x.jpg', is scored", "such as 'n00/0.jpg'"],
         "path,split\nx.jpg,a\nval/n01/n01_1.jpg,b\n",
     ),
     "data of other classes": (
         ["RUN", "--data", "other"],
-        ["--data other: its classes (2)", "trained on (12), such as 'zebra'", "give the data of the run"],
+        ["--data other: its classes (2)", "trained on (12), such as 'zebra'", "use the data of the run"],
     ),
     "some classes of other data": (
         ["RUN", "--data", "other", "--classes", "file"],
@@ -575,10 +575,10 @@ BAD = {
     ),
     "data without val": (["RUN", "--data", "empty"], ["data.dir empty: has no val/"]),
     "no data": (["RUN", "--data", "nowhere"], ["nowhere: no such folder", "--data DIR"]),
-    "val without folders": (["RUN", "--data", "flat"], ["flat/val: holds pictures outside class folders"]),
+    "val without folders": (["RUN", "--data", "flat"], ["flat/val: contains images outside class folders"]),
     "no picture of the classes": (
         ["RUN", "--data", "partial", "--classes", "file"],
-        ["--classes file: the data has no picture of these classes"],
+        ["--classes file: the data has no image of these classes"],
         "n05\nn06\n",
     ),
 }
@@ -614,4 +614,4 @@ def test_what_is_wrong_at_once_costs_no_torch(tmp_path):
         "try: evaluate.main()\nexcept Exception as error: print(error, 'torch' in sys.modules)"
     )
     result = run_python("-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT))
-    assert result.output == "--classes classes.txt: names no class; write one name a line False\n"
+    assert result.output == "--classes classes.txt: names no class; write one name per line False\n"

@@ -1,4 +1,4 @@
-"""Which output belongs to which class folder: orders, origins, the user's choice, a network that proves it."""
+"""Which output belongs to which class folder: orders, origins, the user's choice, and a network as proof."""
 
 import argparse
 import json
@@ -49,7 +49,7 @@ def test_orders_are_those_of_timm_and_torchvision(tmp_path):
         (["Mango", "apple", "10", "2"], "natural", ("2", "10", "apple", "Mango")),
         (["Mango", "apple", "10", "2"], None, ("10", "2", "Mango", "apple")),
         (list(map(str, range(12))), None, tuple(map(str, range(12)))),
-        (list(map(str, range(3))) + ["10"], "string", ("0", "1", "10", "2")),
+        (["0", "1", "2", "10"], "string", ("0", "1", "10", "2")),
         (NATURAL, None, STRING),  # they do not start with 0
     ],
 )
@@ -161,11 +161,8 @@ def numbered(tmp_path_factory) -> Path:
         ("timm.pth.tar", ".", "", 0, None),
         ("torchvision.pth", ".", "", 22, None),  # as torchvision would count
         ("bare.pth", ".", "--class-order natural", 0, None),
-        ("bare.pth", ".", "--class-order string", 22, None),
         ("bare.pth", ".", "--class-names names.txt", 0, None),
         ("bare.pth", "v2", "", 0, "(0, 1, 2, 3, …) are interpreted as numbers of the network's outputs"),
-        ("torchvision.pth", "v2", "--class-order natural", 0, None),
-        ("timm.pth.tar", "v2", "", 0, None),
         ("words.pth", "v2", "", 0, "0…11 are interpreted as numbers of the network's outputs, a, b, c, d, …"),
     ],
 )
@@ -175,7 +172,7 @@ def test_evaluation(weights, data, options, errors, warning, numbered, tmp_path,
     result = call(evaluate.main, weights, "--data", data, *options.split(), "--json", target, "--device=cpu")
     assert result.status == 0, result.error
     assert json.loads(target.read_text())["top1_errors"] == errors
-    assert warning in result.error if warning else not result.error.startswith("warning"), result.error
+    assert warning in result.error if warning else result.error == ""
 
 
 @pytest.mark.parametrize(
@@ -183,7 +180,6 @@ def test_evaluation(weights, data, options, errors, warning, numbered, tmp_path,
     [
         ("bare.pth", ".", "", ["--class-order natural (timm) or --class-order string", "--class-names"]),
         ("bare.pth", ".", "--class-names few.txt", ["names 5 classes", "has 12"]),
-        ("torchvision.pth", "v2", "", ["--class-order natural (numbers) or --class-order string"]),
         ("numbers.pth", "v2", "", ["are not those that the network was trained on"]),
         ("numbers.pth", ".", "--class-order natural", ["names its classes"]),
     ],

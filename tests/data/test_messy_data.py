@@ -30,6 +30,7 @@ from resnext.weights.load import load_weights
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import check_data
+import export
 import predict
 
 FORMATS = "JPEG, PNG, WebP, GIF, TIFF, BMP, PNM, JPEG 2000, AVIF"
@@ -153,8 +154,7 @@ def test_evaluation_of_a_present_class_has_no_warning(folder):
     assert trained().status == 0
     Path("ships.txt").write_text("ship\n")
     assert warnings(call(evaluate.main, "run", "--classes", "ships.txt").error) == []
-    done = run_script("scripts/export.py", "run", "bare.pth", cwd=".")  # without class names
-    assert done.status == 0, done.error
+    assert call(export.main, "run", "bare.pth").status == 0  # a file without class names
     result = call(evaluate.main, "bare.pth", "--data", "data", "--json", "r.json")
     assert json.loads(Path("r.json").read_text())["images"] == 11, result.error
     assert warnings(result.error)[-1].startswith("data/val: has no images of 1 of 3 classes (cat)")
@@ -308,16 +308,17 @@ def test_names_of_any_bytes(folder):
         os.rename(place + b"/cat", place + b"/" + strange)
         os.rename(place + b"/" + strange + b"/0.png", place + b"/" + strange + b"/\xff 0.png")
     Path("tiny.yaml").touch()
+    ascii = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     results = {}
-    for name, environment in {
-        "utf8": {"LC_ALL": "C.UTF-8"},
-        "ascii": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    for name, run in {
+        "utf8": lambda script, *arguments: call(
+            {"train": train, "evaluate": evaluate}[script].main, *arguments
+        ),
+        "ascii": lambda script, *arguments: run_script(f"{script}.py", *arguments, cwd=".", **ascii),
     }.items():
-        run = ["--config", "tiny.yaml", "--data", "data", "--output", name, *settings()]
-        done = run_script("train.py", *run, cwd=".", **environment)
-        assert done.status == 0 and "Traceback" not in done.error, done.error
-        files = ("--csv", f"{name}.csv", "--json", f"{name}.json")
-        done = run_script("evaluate.py", name, *files, cwd=".", **environment)
+        done = run("train", "--config", "tiny.yaml", "--data", "data", "--output", name, *settings())
+        assert done.status == 0, done.error
+        done = run("evaluate", name, "--csv", f"{name}.csv", "--json", f"{name}.json")
         assert (done.status, done.error) == (0, "") and "15 images" in done.output
         results[name] = load_weights(name)[1].classes, Path(f"{name}.csv").read_bytes()
     assert results["utf8"] == results["ascii"]
@@ -394,7 +395,7 @@ def test_validation_files_are_tried_once_per_run(folder, monkeypatch):
     assert resumed("run", "train.epochs=2").status == 0 and tried == [15]
 
 
-# ---------------------------------------------------------------------------- the last batch, a longer schedule
+# ---------------------------------------------------------------------------- last batch, longer schedule
 
 IMAGENET = FAST | {"model__stem": "imagenet", "model__depth": None, "model__stages": "[1,1,1,1]"}
 SIZES = ("data__image_size", "data__resize")
