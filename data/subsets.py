@@ -176,7 +176,7 @@ def other_classes(
     example = "".join(f", such as {name!r}" for name in sorted(set(found) - set(classes))[:1])
     return UserError(
         f"--data {root}: its classes ({len(found)}) are not those that the network was trained on "
-        f"({len(classes)}){example}; {hint or 'use the data of the run'}"
+        f"({len(classes)}){example}; {hint or 'give the data of the run'}"
     )
 
 

@@ -566,7 +566,7 @@ BAD = {
     ),
     "data of other classes": (
         ["RUN", "--data", "other"],
-        ["--data other: its classes (2)", "trained on (12), such as 'zebra'", "use the data of the run"],
+        ["--data other: its classes (2)", "trained on (12), such as 'zebra'", "give the data of the run"],
     ),
     "some classes of other data": (
         ["RUN", "--data", "other", "--classes", "file"],
