@@ -164,7 +164,7 @@ def list_split(folder: Path, classes: tuple[str, ...]) -> Listing:
         what = f"images outside class folders: {len(loose):,} ({abbreviate(loose)})"
         notes.insert(0, f"warning: {folder}: skipped {what}")
     empty = [name for name in classes if not images[name]]
-    errors = _layout_errors(folder, loose, present - set(classes)) + _walk_errors(folder, found)
+    errors = _errors(folder, found, loose, present - set(classes))
     if len(empty) == len(classes):
         errors.append(f"{folder}: contains no images of the known classes; check the path")
     elif empty and folder.name == "train":
@@ -175,8 +175,8 @@ def list_split(folder: Path, classes: tuple[str, ...]) -> Listing:
     return Listing(paths, labels, notes, errors, found)
 
 
-def _layout_errors(folder: Path, loose: list[str], strangers: set[str]) -> list[str]:
-    """Return errors about images outside class folders and about unknown classes."""
+def _errors(folder: Path, found: Found, loose: list[str], strangers: set[str]) -> list[str]:
+    """Return errors for everything but images in known class folders, the most serious first."""
     errors = []
     if loose and folder.name == "val":
         errors.append(
@@ -187,12 +187,8 @@ def _layout_errors(folder: Path, loose: list[str], strangers: set[str]) -> list[
     if strangers:
         hint = one_folder_too_many(folder, strangers) or "use the same classes in train/ and val/"
         errors.append(f"{folder}: class folder {min(strangers)!r} is not in train/; {hint}")
-    return errors
-
-
-def _walk_errors(folder: Path, found: Found) -> list[str]:
-    """Return errors about unreadable folders, and about class folders that are the same."""
-    errors = [f"{os.fsdecode(path)}: cannot be read ({e.strerror})" for path, e in found.unreadable.items()]
+    for path, error in found.unreadable.items():
+        errors.append(f"{os.fsdecode(path)}: cannot be read ({error.strerror})")
     for path, first in found.repeated:
         if os.path.dirname(path) == os.fsencode(folder):
             same = f"{os.fsdecode(path)}: is the same folder as {os.fsdecode(first)}"

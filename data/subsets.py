@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
@@ -20,9 +20,6 @@ from .datasets import load_set
 from .image_folder import ImageDataset, class_folders, list_set, one_folder_too_many, read_set, split_folder
 from .in_memory import ArrayDataset
 from .walk import to_text
-
-if TYPE_CHECKING:
-    from resnext.weights.load import WeightsInfo
 
 MAX_SPLITS = 50
 IMAGENET_WNIDS = Path(__file__).with_name("imagenet_wnids.txt")  # in the order of the outputs
@@ -84,15 +81,15 @@ def imagenet_classes() -> tuple[str, ...]:
 
 
 def load_scored(
-    info: "WeightsInfo", wanted: dict[str, int] | None, classes_file: str | None
+    info: Any, wanted: dict[str, int] | None, classes_file: str | None
 ) -> tuple[ImageDataset, Sequence[str], list[int] | None, list[str]]:
-    """Load what evaluation scores with weights that have a last layer.
+    """Load what evaluation scores with weights of which a weights.load.WeightsInfo, `info`, is known.
 
     Return (images, their names, the outputs that compete or None for all, warnings).
     """
     data, classes, notes, columns = info.config.data, info.classes, list[str](), None
     if classes is None:
-        classes, notes = known_classes(data, info.outputs or 0, info.origin)
+        classes, notes = known_classes(data, info.outputs, info.origin)
     if wanted:
         columns = find_columns(wanted, classes, f"--classes {classes_file}")
     val_set, names = load_val(data, classes, columns)

@@ -11,16 +11,9 @@ from resnext.config import Config
 from resnext.distributed import all_gather_objects, local_rank0_first, rank, world_size
 from resnext.errors import UserError
 
+from . import loader
 from .datasets import check_classes, load_set, training_classes
 from .image_folder import ImageDataset
-from .loader import (
-    FileEvalLoader,
-    FileTrainLoader,
-    InMemoryEvalLoader,
-    InMemoryTrainLoader,
-    make_eval_loader,
-    make_train_loader,
-)
 
 
 def load_sets(config: Config, start: object) -> tuple[ImageDataset, ImageDataset, str]:
@@ -53,10 +46,13 @@ def make_batches(
     val_set: ImageDataset,
     device: torch.device,
     warn: Callable[[str], None],
-) -> tuple[InMemoryTrainLoader | FileTrainLoader, InMemoryEvalLoader | FileEvalLoader]:
+) -> tuple[
+    loader.InMemoryTrainLoader | loader.FileTrainLoader, loader.InMemoryEvalLoader | loader.FileEvalLoader
+]:
     """Return this rank's training and validation batches."""
     share = partial(local_indices, train=config.train)
-    train_batches = make_train_loader(train_set, config, device, warn, share)
     batch_size = config.train.eval_batch_size
-    val_batches = make_eval_loader(val_set, config.data, batch_size, device, rank=rank(), ranks=world_size())
-    return train_batches, val_batches
+    return (
+        loader.make_train_loader(train_set, config, device, warn, share),
+        loader.make_eval_loader(val_set, config.data, batch_size, device, rank=rank(), ranks=world_size()),
+    )

@@ -8,12 +8,9 @@ classes, so if the two orders differ one must know which program trained them.
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 from .errors import UserError
-
-if TYPE_CHECKING:
-    from .weights.load import WeightsInfo  # imports torch
 
 # The order per origin of weights. "torchvision or timm", which share parameter names, is undecided.
 ORDERS = dict.fromkeys(("torchvision", "mmpretrain", "pycls", "bearpaw", "prlz77", "Torch7"), "string")
@@ -91,8 +88,8 @@ def abbreviate(names: Sequence[str]) -> str:
     return ", ".join(name[:40] for name in names[:4]) + (", …" if len(names) > 4 else "")
 
 
-def name_classes(info: "WeightsInfo", names: tuple[str, ...], file: str) -> "WeightsInfo":
-    """Return `info` with the user's names for the outputs. Raise UserError if they cannot be."""
+def name_classes(info: Any, names: tuple[str, ...], file: str) -> Any:
+    """Return a weights.load.WeightsInfo with the user's names for the outputs. Raise UserError if wrong."""
     if info.classes is not None:
         raise UserError(f"--class-names: {info.file} names its classes; remove the option")
     if len(names) != info.outputs:
