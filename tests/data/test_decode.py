@@ -100,11 +100,12 @@ def test_exif_rotation_is_ignored(value):
     assert decoded[:, 4, 0].min() > 230 and decoded[:, 28, 0].max() < 20
 
 
-def test_truncated_anywhere():
+def test_files_that_cannot_be_decoded():
     content = encode(noise(40, 40, 3), "JPEG")
-    for length in range(0, len(content) - 20, 7):
+    truncated = [content[:length] for length in range(0, len(content) - 20, 7)]
+    for broken in (*truncated, b"\0", b"GIF89a", b"text\n" * 100, b"\x89PNG\r\n"):
         with pytest.raises(UserError, match=r"^a/b\.jpg: cannot be decoded .*; replace or remove"):
-            decode(content[:length], "a/b.jpg")
+            decode(broken, "a/b.jpg")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "GIF", "PPM"])
@@ -119,12 +120,6 @@ def test_damaged_anywhere(kind):
             assert decode(bytes(damaged), "a.png").ndim == 3
         except UserError as error:
             assert "a.png" in str(error)
-
-
-@pytest.mark.parametrize("content", [b"", b"\0", b"GIF89a", b"\xff\xd8\xff", b"text\n" * 100, b"\x89PNG\r\n"])
-def test_not_an_image(content):
-    with pytest.raises(UserError, match=r"^a\.png: cannot be decoded"):
-        decode(content, "a.png")
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
