@@ -73,10 +73,6 @@ def checked(*options: str) -> tuple[int, dict]:
     }
 
 
-def predicted(*names: str) -> Result:
-    return call(predict.main, "run", *names, "--top", "1", "--format", "csv")
-
-
 # ---------------------------------------------------------------------------- skipped
 
 ALL = "folder: 15 training and 15 validation images, 3 classes"
@@ -121,7 +117,7 @@ def test_all_commands_agree(name, folder):
     assert status == 0 and report["pictures"] == {"train": 15, "val": images}
     assert [re.sub(r"\S*/data/|^data/", "data/", line) for line in report["warnings"]] == expected
     for names in ("data/train", "data/train/*"):
-        result = predicted(names)
+        result = call(predict.main, "run", names, "--top", "1", "--format", "csv")
         assert result.status == 0 and len(result.output.splitlines()) >= 16, result.error
 
 
