@@ -538,7 +538,11 @@ BAD = {
         ["line 3", "other than 'all'"],
         "path,split\na,b\n0.jpg,all\n",
     ),
-    "line of one column": (["RUN", "--splits", "file"], ["line 2: needs a path and a short split name"], "path,split\n0.jpg\n"),
+    "line of one column": (
+        ["RUN", "--splits", "file"],
+        ["line 2: needs a path and a short split name"],
+        "path,split\n0.jpg\n",
+    ),
     "open quotation": (
         ["RUN", "--splits", "file"],
         ["--splits file, line", "write path,split"],
