@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import numpy as np
 
-from data.unlabeled import find_images, unlabeled_batches
+from data.unlabeled import find_images
 from resnext.arguments import check_limits, image_parser
 from resnext.errors import UserError, run_main
 from resnext.files import check_source, check_target, whole_file
@@ -52,6 +52,7 @@ def main() -> None:
         print(line, file=sys.stderr)
     named = len(paths) + len(broken)
 
+    from data.unlabeled_loader import unlabeled_batches
     from resnext.engine.inference import check_all_read, run_images
     from resnext.weights.load import load_weights
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data.subsets import imagenet_classes, read_classes
-from data.unlabeled import find_images, unlabeled_batches
+from data.unlabeled import find_images
 from resnext.arguments import CLASS_NAMES_HELP, check_limits, image_parser
 from resnext.errors import UserError, run_main
 from resnext.files import check_source, check_target, whole_file
@@ -51,6 +51,7 @@ def main() -> None:
         print(line, file=sys.stderr)
     named = len(paths) + len(broken)
 
+    from data.unlabeled_loader import unlabeled_batches
     from resnext.engine import inference
 
     model, info = inference.load_classifier(arguments.weights, outputs, arguments.class_names)

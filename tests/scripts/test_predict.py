@@ -105,7 +105,7 @@ def test_which_images(tmp_path, monkeypatch):
     assert found == below
     assert [problem.split(":")[0] for problem in problems] == ["gone.jpg", "empty", "*.gif"]
     assert [note.split(":")[1] for note in notes] == [" b", " empty"]
-    assert "deep/back" in notes[0] and "no ending 1" in notes[1]
+    assert "deep/back" in notes[0] and "no extension 1" in notes[1]
 
 
 def test_standard_input_and_broken_files(folder_run, some, tmp_path, monkeypatch):
@@ -134,7 +134,7 @@ def test_output_is_replaced_at_the_end(folder_run, some, tmp_path, monkeypatch):
         yield
 
     with monkeypatch.context() as patch:
-        patch.setattr(predict, "unlabeled_batches", stop)
+        patch.setattr("data.unlabeled_loader.unlabeled_batches", stop)
         assert call(predict.main, folder_run, *some, "--output", target).status == 130
     assert target.read_text() == "before"
     assert call(predict.main, folder_run, *some, "--output", target).status == 0
