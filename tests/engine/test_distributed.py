@@ -25,20 +25,15 @@ import torch.nn.functional as F
 import yaml
 from commands import ROOT, call, snapshot
 from PIL import Image
+from runs import assert_same_run, digest, fingerprint, read, rows, tensors
 from torch import nn
 from torchrun import (
     Ended,
     Processes,
     Torchrun,
-    assert_same_run,
-    digest,
     error_lines,
-    fingerprint,
     marked,
-    read,
-    rows,
     seen_pictures,
-    tensors,
     wait_for,
 )
 

@@ -15,15 +15,13 @@ from pathlib import Path
 
 import pytest
 from commands import ROOT, draw_folders
+from runs import assert_same_run, read, rows
 from torchrun import (
     Ended,
     Job,
     Processes,
     Torchrun,
     assert_no_survivors,
-    assert_same_run,
-    read,
-    rows,
     surroundings,
     wait_for,
 )

@@ -13,13 +13,12 @@ import uuid
 from pathlib import Path
 
 import pytest
+from runs import assert_same_run, rows
 from torchrun import (
     MARK,
     ROOT,
     assert_no_survivors,
-    assert_same_run,
     kill_marked,
-    rows,
     surroundings,
     wait_for,
 )

@@ -8,7 +8,6 @@ environment, by which survivors are found.
 """
 
 import atexit
-import hashlib
 import importlib
 import json
 import os
@@ -23,6 +22,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
+
+from runs import digest
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "RESNEXT_TEST_JOB"
@@ -424,57 +425,6 @@ def seen_pictures(folder: Path) -> list[dict[str, Any]]:
         assert all(other == common[0] for other in common)
         found.append(common[0] | {"pictures": [picture for row in rows for picture in row["pictures"]]})
     return found
-
-
-# ---------------------------------------------------------------------------- what a run leaves
-
-
-def digest(tensors: Iterable[Any]) -> str:
-    """Hash of tensors, bit for bit."""
-    found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()
-
-
-def rows(output: Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl without the times, the only part that may differ."""
-    lines = (output / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "time"} for line in lines]
-
-
-def read(output: Path, name: str = "last.pt") -> dict[str, Any]:
-    import torch
-
-    return torch.load(output / "checkpoints" / name, weights_only=True)
-
-
-def tensors(content: dict[str, Any]) -> dict[str, Any]:
-    """Weights, running statistics, momentum and averages of a checkpoint, by name."""
-    found = {f"model/{name}": tensor for name, tensor in content["model"].items()}
-    found |= {f"ema/{name}": tensor for name, tensor in (content["ema"] or {}).items()}
-    for number, entry in content["optimizer"]["state"].items():
-        found[f"momentum/{number}"] = entry["momentum_buffer"]
-    return found
-
-
-def fingerprint(output: Path, name: str = "last.pt") -> str:
-    """Hash of all `tensors` of a checkpoint."""
-    return digest(tensors(read(output, name)).values())
-
-
-def assert_same_run(ours: Path, theirs: Path) -> None:
-    """Two finished runs agree in every row and every bit."""
-    assert rows(ours) == rows(theirs)
-    for name in ("last.pt", "best.pt"):
-        first, second = read(ours, name), read(theirs, name)
-        a, b = tensors(first), tensors(second)
-        assert a.keys() == b.keys()
-        different = [name for name in a if digest([a[name]]) != digest([b[name]])]
-        assert not different, f"{name}: {different}"
-        progress = [{k: v for k, v in c["progress"].items() if k != "seconds"} for c in (first, second)]
-        assert progress[0] == progress[1]
 
 
 if __name__ == "__main__":
