@@ -23,7 +23,6 @@ from torchrun import Ended, Torchrun, error_lines, marked, wait_for
 from resnext.config import parse_config
 from resnext.engine.resume import batchnorm_change_warning
 
-
 # ---------------------------------------------------------------------------- whole runs
 
 
