@@ -23,10 +23,15 @@ from resnext.engine.logger import NullLogger
 from resnext.engine.train_state import TrainState, build_train_state, checkpoint_content, restore
 from resnext.engine.trainer import train_step, validate, zero_loss
 
-SMALL = (
-    "model.stem=cifar model.depth=11 model.cardinality=2 model.base_width=4 "
-    "data.dataset=glyphs data.image_size=8 train.batch_size=16"
-).split()
+SMALL = [
+    "model.stem=cifar",
+    "model.depth=11",
+    "model.cardinality=2",
+    "model.base_width=4",
+    "data.dataset=glyphs",
+    "data.image_size=8",
+    "train.batch_size=16",
+]
 
 
 def state_of(*overrides: str) -> TrainState:
@@ -235,9 +240,6 @@ def test_every_convolution_sees_the_configured_layout(channels_last, arriving):
         assert len(seen) >= len(convolutions) and all(seen)
 
 
-# ---------------------------------------------------------------------------- the fused step, as on a GPU
-
-
 @pytest.fixture
 def fused(monkeypatch):
     """Let SGD take its fused step, as on a GPU; new memory is NaN."""
@@ -296,9 +298,6 @@ def test_momenta_that_start_at_zero_give_the_bits_of_torch_s_first_step():
     plain.optimizer.state.clear()
     step(training, plain, training, plain)
     assert all(map(torch.equal, training.model.parameters(), plain.model.parameters()))
-
-
-# ---------------------------------------------------------------------------- compiled
 
 
 class Graphs:
