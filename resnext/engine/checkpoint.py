@@ -20,6 +20,13 @@ FORMAT = "resnext checkpoint"
 VERSION = 1
 
 
+class RngStates(TypedDict):
+    """States of torch's generators; cuda None for a run on a CPU."""
+
+    cpu: Tensor
+    cuda: Tensor | None
+
+
 class Checkpoint(TypedDict):
     """What a checkpoint holds beside its format and version."""
 
@@ -28,7 +35,7 @@ class Checkpoint(TypedDict):
     scaler: dict[str, Any] | None  # likewise; None if not used
     ema: dict[str, Tensor] | None  # likewise
     progress: dict[str, Any]  # train_state.TrainProgress
-    rng: dict[str, Tensor | None]  # generator states of torch
+    rng: RngStates
     config: str  # the resolved configuration as YAML
     classes: list[str]  # names in the order of the outputs
     preprocessing: dict[str, Any]  # image_size, mean, std (of pixel values 0...255)
@@ -166,7 +173,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     version = content.get("version")
     if isinstance(version, int) and version != VERSION:
         raise UserError(
-            f"{path}: checkpoint version {version}, this program reads {VERSION}; use the program that wrote it"
+            f"{path}: checkpoint version {version}, this program reads {VERSION}; use the program that "
+            "wrote it"
         )
     for key, kind in KEYS.items():
         if key not in content:

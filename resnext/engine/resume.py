@@ -39,31 +39,39 @@ def read_start(config: Config, source: Path | None, device: torch.device) -> tup
     `source` is a checkpoint, a file of a Lua run, or None. The configuration's precision is no longer `auto`:
     a resumed run keeps the one it had.
     """
+    if source is not None and source.suffix != ".t7":
+        return read_resumed(config, source, device)
     start: Start = None
-    precision, lines = config.train.precision, []
-    if source is None:
-        if config.model.pretrained:
-            from ..weights.load import load_weights
-
-            with local_rank0_first():  # it downloads what is missing
-                start = load_weights(config.model.pretrained)
-    elif source.suffix == ".t7":
+    if source is not None:
         from ..weights.load import load_lua_run
 
         start = broadcast_from_rank0(lambda: load_lua_run(source.parent))
-    else:
-        start, lines = broadcast_from_rank0(lambda: (read_latest(source, lines.append), lines))
-        before = parse_config(start["config"], str(source))
-        if precision == "auto":
-            precision = before.train.precision
+    elif config.model.pretrained:
+        from ..weights.load import load_weights
+
+        with local_rank0_first():  # it downloads what is missing
+            start = load_weights(config.model.pretrained)
+    config, lines = set_precision(config, config.train.precision, device)
+    return config, start, lines
+
+
+def read_resumed(config: Config, source: Path, device: torch.device) -> tuple[Config, Checkpoint, list[str]]:
+    """Do the same for a checkpoint; raise UserError if the run cannot continue with this configuration."""
+    warnings: list[str] = []
+    content, warnings = broadcast_from_rank0(lambda: (read_latest(source, warnings.append), warnings))
+    before, precision = parse_config(content["config"], str(source)), config.train.precision
+    config, slow = set_precision(config, before.train.precision if precision == "auto" else precision, device)
+    changes = check_resume(before, config, content["progress"]["step"])
+    with torch.device("meta"):  # costs no memory
+        check_state(build_model(config.model, len(content["classes"])), content["model"], source)
+    return config, content, [*warnings, *slow, *changes]
+
+
+def set_precision(config: Config, precision: str, device: torch.device) -> tuple[Config, list[str]]:
+    """Return the configuration with this precision, if it is `auto` with the device's, and warnings."""
     precision = choose_precision(precision, device)
     config = replace(config, train=replace(config.train, precision=precision))
-    lines += slow_precision(precision, device, "train.precision=")
-    if isinstance(start, dict):
-        lines += check_resume(before, config, start["progress"]["step"])
-        with torch.device("meta"):  # costs no memory
-            check_state(build_model(config.model, len(start["classes"])), start["model"], source)
-    return config, start, lines
+    return config, slow_precision(precision, device, "train.precision=")
 
 
 def check_resume(old: Config, new: Config, step: int) -> list[str]:
@@ -83,8 +91,8 @@ def check_resume(old: Config, new: Config, step: int) -> list[str]:
             raise UserError(f"{changed}; it can neither start nor end inside a run; start another run")
         if step and key in FIXED_INSIDE_EPOCH:
             raise UserError(
-                f"{changed}; it was saved after step {step} of an epoch, which must be finished with the same "
-                "value"
+                f"{changed}; it was saved after step {step} of an epoch, which must be finished with the "
+                "same value"
             )
         lines.append(f"changed since the checkpoint: {key} {before} → {now}")
     return lines
@@ -141,8 +149,9 @@ def restore(training: TrainState, content: Checkpoint, path: Path) -> None:
     check_state(training.model, content["model"], path)
     training.model.load_state_dict(content["model"])
     if training.ema:
-        check_state(training.ema, content["ema"], path)
-        training.ema.load_state_dict(content["ema"])
+        average = content["ema"] or {}
+        check_state(training.ema, average, path)
+        training.ema.load_state_dict(average)
     optimizer = training.optimizer
     try:
         training.progress = TrainProgress.from_dict(content["progress"])
@@ -192,6 +201,6 @@ def batchnorm_change_warning(config: Config, before: str) -> list[str]:
         return []
     images = train.batch_size // train.accumulation_steps
     return [
-        f"warning: BatchNorm's statistics were over {images // int(before)} images and are over {images // now} "
-        "now; train.bn_group keeps them the same on any number of processes"
+        f"warning: BatchNorm's statistics were over {images // int(before)} images and are over "
+        f"{images // now} now; train.bn_group keeps them the same on any number of processes"
     ]
