@@ -257,7 +257,10 @@ class _Unpickler(pickle._Unpickler):
     In Python, because the one in C allocates as many entries of a memo as a damaged file says.
     """
 
-    dispatch: ClassVar = {
+    stack: list[Any]  # this and the next two are the base class's, and not in its stubs
+    append: Callable[[object], None]
+    pop_mark: Callable[[], list[Any]]
+    dispatch: ClassVar[dict[int, Any]] = {
         code: load for code, load in pickle._Unpickler.dispatch.items() if code not in REFUSED_OPCODES
     }
 

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -186,7 +186,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise UserError(f"{path}: damaged, its progress counters are not integers; use another checkpoint")
     if not content["classes"] or not all(isinstance(name, str) for name in content["classes"]):
         raise UserError(f"{path}: damaged, its classes are not names; use another checkpoint")
-    return content
+    return cast(Checkpoint, content)
 
 
 def check_state(module: torch.nn.Module, state: Mapping[str, object], path: Path | str) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 
@@ -70,8 +70,8 @@ def read_resumed(config: Config, source: Path, device: torch.device) -> tuple[Co
 def set_precision(config: Config, precision: str, device: torch.device) -> tuple[Config, list[str]]:
     """Return the configuration with this precision, if it is `auto` with the device's, and warnings."""
     precision = choose_precision(precision, device)
-    config = replace(config, train=replace(config.train, precision=precision))
-    return config, slow_precision(precision, device, "train.precision=")
+    train = replace(config.train, precision=cast(Any, precision))
+    return replace(config, train=train), slow_precision(precision, device, "train.precision=")
 
 
 def check_resume(old: Config, new: Config, step: int) -> list[str]:
@@ -119,6 +119,7 @@ def make_training(
 
         return training, load_pretrained(training, *start)
     if isinstance(start, dict):
+        assert source is not None
         restore(training, start, source)
         lines = [
             f"warning: {name} was {old} and is {versions.get(name)}; the bits may differ from here on"

@@ -33,7 +33,8 @@ from resnext.batch_plan import split_batch
 from resnext.config import parse_config
 from resnext.engine.checkpoint import read_checkpoint
 from resnext.engine.logger import NullLogger
-from resnext.engine.train_state import build_train_state, checkpoint_content, restore
+from resnext.engine.resume import restore
+from resnext.engine.train_state import build_train_state, checkpoint_content
 from resnext.engine.trainer import train_step, validate, zero_loss
 from resnext.stop_signal import StopSignal
 from resnext.weights.load import load_weights
