@@ -80,7 +80,7 @@ def open_archive(path: Path) -> Iterator[zipfile.ZipFile]:
     except (InvalidFileError, OSError):
         raise
     except Exception as error:  # zipfile raises many kinds on damaged archives
-        raise InvalidFileError(f"damaged or cut off ({type(error).__name__}: {error})") from None
+        raise InvalidFileError(f"damaged or cut off ({error or type(error).__name__})") from None
 
 
 def read_archive(path: Path, strict: bool = False) -> Any:
