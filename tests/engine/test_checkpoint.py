@@ -1,6 +1,7 @@
 """Checkpoints: plain on disk, whole at every instant, verified when read, harmless whatever is in them."""
 
 import errno
+import functools
 import io
 import itertools
 import os
@@ -198,19 +199,17 @@ def test_folder_cannot_be_made(tmp_path):
 @pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
 @pytest.mark.parametrize("function", ["fsync", "link", "replace", "open"])
 def test_killed_at_any_call(function, links, tmp_path):
-    """End a process before its n-th call of a function, for every n there is; then once more, while saving."""
+    """End a process before its n-th call of a function, for every n there is, and later ones while saving."""
+
+    def write(folder: Path) -> None:
+        write_checkpoint(content_number(3), folder, ["last.pt", "best.pt"])
+
     with pytest.MonkeyPatch.context() as patch:
         if not links:
             always_fail(patch, os, "link", NO_LINKS)
         for call_number in itertools.count(1):
             folder = write_before(tmp_path / str(call_number))
-            names = ["last.pt", "best.pt"]
-            killed = run_killed(
-                lambda: write_checkpoint(content_number(3), folder, names),
-                os,
-                function,
-                call_number,  # noqa: B023
-            )
+            killed = run_killed(functools.partial(write, folder), os, function, call_number)
             expect_whole_after_kill(folder)
             if not killed:
                 break
