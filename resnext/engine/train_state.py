@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -14,12 +13,10 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..batch_plan import check_world_size, ghost_batches
 from ..config import Config, OptimizerConfig, to_yaml
-from ..device import is_out_of_memory
 from ..distributed import gradient_group, world_size
 from ..errors import UserError
 from ..models.ghost_batchnorm import kernels_work, use_ghost_batchnorm
 from ..models.resnext import ResNeXt, build_model
-from .checkpoint import check_state
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -259,50 +256,6 @@ def init_momentum(optimizer: torch.optim.SGD) -> None:
             state = optimizer.state[parameter]
             fresh, before = torch.zeros_like(parameter), state.get("momentum_buffer")
             state["momentum_buffer"] = fresh if before is None else fresh.copy_(before)
-
-
-def check_network(config: Config, content: dict[str, Any], path: Path) -> None:
-    """A UserError where a checkpoint's weights are not those of the configured network; costs no memory."""
-    with torch.device("meta"):
-        check_state(build_model(config.model, len(content["classes"])), content["model"], path)
-
-
-def restore(training: TrainState, content: dict[str, Any], path: Path) -> None:
-    """Bring a fresh Training to the state of a checkpoint (see checkpoint.read_checkpoint)."""
-    if tuple(content["classes"]) != training.classes:
-        raise UserError(
-            f"{path}: was trained on other classes ({len(content['classes'])} of them) than the "
-            f"data has ({len(training.classes)}); give the data of the run with --data"
-        )
-    check_state(training.model, content["model"], path)
-    training.model.load_state_dict(content["model"])
-    if training.ema:
-        check_state(training.ema, content["ema"], path)
-        training.ema.load_state_dict(content["ema"])
-    try:
-        training.progress = TrainProgress.from_dict(content["progress"])
-        fused = training.optimizer.defaults["fused"]
-        training.optimizer.load_state_dict(content["optimizer"])
-        for parameter, state in training.optimizer.state.items():
-            if state["momentum_buffer"] is not None and state["momentum_buffer"].shape != parameter.shape:
-                raise ValueError("the momentum does not fit the weights")
-        if content["scaler"] is not None:
-            training.scaler.load_state_dict(content["scaler"])
-        torch.set_rng_state(content["rng"]["cpu"])
-        if training.device.type == "cuda" and content["rng"]["cuda"] is not None:
-            torch.cuda.set_rng_state(content["rng"]["cuda"])
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise UserError(f"{path}: damaged, its state cannot be restored ({error!r}); use another") from error
-    config = training.config.optimizer
-    fresh = parameter_groups(training.model, config)
-    for group, own in zip(training.optimizer.param_groups, fresh, strict=True):
-        group["momentum"], group["nesterov"] = config.momentum, config.nesterov
-        group["weight_decay"] = own["weight_decay"]  # the configuration wins, as it was logged
-        group["lr_scale"] = own["lr_scale"]
-        group["fused"] = fused  # this device's
-    init_momentum(training.optimizer)
 
 
 def checkpoint_content(training: TrainState) -> dict[str, Any]:

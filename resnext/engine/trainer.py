@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -82,7 +82,7 @@ def train_epoch(
     timer.start_row()
     batches = timer.wait_for(loader.epoch(progress.epoch, progress.step))
     title = f"epoch {progress.epoch}/{epochs}"
-    for images, labels in with_bar(title, batches, logger, steps, progress.step):
+    for images, labels in logger.with_bar(batches, title, steps, progress.step):
         position = progress.epoch, progress.step, steps
         rate = learning_rate(config.schedule, config.optimizer.lr, epochs, *position)
         total = min(size, loader.images - progress.step * size)
@@ -192,28 +192,15 @@ def validate(
     What is evaluated is what is saved: all ranks use the running statistics of rank 0.
     """
     training.broadcast_buffers()
-    batches = with_bar("validation", loader, logger, loader.steps)
+    batches = logger.with_bar(loader, "validation", loader.steps)
     return evaluate(training.evaluated_model, batches, training.autocast, should_stop, layout=training.layout)
 
 
 def read_through(loader: ValLoader, logger: Logger, should_stop: Callable[[], bool]) -> None:
     """Decode all validation files once, to find a broken one now and not after the first epoch."""
-    for _ in with_bar("trying the validation files", loader, logger, loader.steps):
+    for _ in logger.with_bar(loader, "trying the validation files", loader.steps):
         if should_stop():
             return
-
-
-def with_bar(
-    title: str, batches: Iterable[Batch], logger: Logger, steps: int, done: int = 0
-) -> Iterator[Batch]:
-    """Yield the batches with a progress bar on a terminal."""
-    logger.open_bar(title, steps, done)
-    try:
-        for batch in batches:
-            yield batch
-            logger.advance()
-    finally:
-        logger.close_bar()
 
 
 def finish_epoch(training: TrainState, result: EvalResult, logger: Logger, timer: Timer) -> None:

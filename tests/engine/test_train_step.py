@@ -20,7 +20,8 @@ from torch.profiler import ProfilerActivity, profile
 from resnext import preflight
 from resnext.config import parse_config
 from resnext.engine.logger import NullLogger
-from resnext.engine.train_state import TrainState, build_train_state, checkpoint_content, restore
+from resnext.engine.resume import restore
+from resnext.engine.train_state import TrainState, build_train_state, checkpoint_content
 from resnext.engine.trainer import train_step, validate, zero_loss
 
 SMALL = [
