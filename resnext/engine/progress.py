@@ -81,8 +81,8 @@ class StepMetrics:
                 good = f"the last good checkpoint is {last}" if last.exists() else "nothing was saved yet"
                 raise UserError(
                     f"the loss is {loss} at epoch {self.progress.epoch}, step {step}; {good}; lower "
-                    "optimizer.lr, add schedule.warmup_epochs or train.clip_grad_norm, or use train.precision "
-                    "bf16 or fp32"
+                    "optimizer.lr, add schedule.warmup_epochs or train.clip_grad_norm, or use "
+                    "train.precision bf16 or fp32"
                 )
             for sums in (self.progress.interval, self.progress.epoch_sums):
                 sums.add(loss, top1, top5, images)

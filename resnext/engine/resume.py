@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 
+from ..batch_plan import micro_batch_size
 from ..config import Config, differences, parse_config, to_text
 from ..device import choose_precision, is_out_of_memory, slow_precision
 from ..distributed import broadcast_from_rank0, local_rank0_first, world_size
@@ -200,7 +201,7 @@ def batchnorm_change_warning(config: Config, before: str) -> list[str]:
     train, now = config.train, world_size()
     if before == str(now) or train.bn_group is not None or train.sync_bn or not before.isdigit():
         return []
-    images = train.batch_size // train.accumulation_steps
+    images = micro_batch_size(train)
     return [
         f"warning: BatchNorm's statistics were over {images // int(before)} images and are over "
         f"{images // now} now; train.bn_group keeps them the same on any number of processes"
