@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import draw_jpegs, share_of
+from batches import draw_jpegs
+from ranks import share_of
 from torch import Tensor
 
 from data.image_folder import ImageFolderDataset, list_set
 from data.in_memory import ArrayDataset
-from data.loader import FileEvalLoader, make_eval_loader, make_train_loader
+from data.loaders import FileEvalLoader, make_eval_loader, make_train_loader
 from resnext.batch_plan import check_world_size
 from resnext.config import TrainConfig, parse_config
 

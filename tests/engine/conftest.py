@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from batches import draw_jpegs
 from rank_runs import Runs
-from ranks import draw_jpegs
 from torchrun import Processes
 
 

@@ -10,7 +10,6 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from PIL import Image
 from runs import digest
 
 from resnext.batch_plan import local_indices
@@ -80,15 +79,3 @@ def seen_images(folder: Path) -> list[dict[str, Any]]:
         assert all(row == rows[0] for row in rows)
         found.append(rows[0] | {"images": images})
     return found
-
-
-def draw_jpegs(root: Path, classes: dict[str, int]) -> Path:
-    """Draw this many JPEG images of 40x50 pixels per class below train/ and val/, all different."""
-    generator = np.random.default_rng(0)
-    for split in ("train", "val"):
-        for name, count in classes.items():
-            (root / split / name).mkdir(parents=True)
-            for number in range(count):
-                small = Image.fromarray(generator.integers(0, 256, (6, 5, 3), np.uint8))
-                small.resize((40, 50)).save(root / split / name / f"{number}.jpg", quality=90)
-    return root
