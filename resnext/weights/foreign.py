@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..config import Config, DataConfig, ModelConfig, complete
 from ..errors import InvalidFileError
-from ..safe_pickle import Placeholder, TensorRef
+from ..safe_pickle import Placeholder
 
 # Keys under which trainers keep a state_dict; averaged weights ahead of the others, as in our evaluation.
 AVERAGED = ("state_dict_ema", "model_ema")
@@ -93,8 +93,8 @@ def find_state(content: Any) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
         which, found = "averaged weights", others["ema_state"]
     state = {}
     for key, value in found.items():
-        if isinstance(key, str) and isinstance(value, TensorRef) and not IGNORED.fullmatch(unwrapped(key)):
-            add(state, unwrapped(key), value.tensor)
+        if isinstance(key, str) and isinstance(value, Tensor) and not IGNORED.fullmatch(unwrapped(key)):
+            add(state, unwrapped(key), value)
     if not state:
         raise InvalidFileError("holds no state_dict with tensors")
     return state, which, others

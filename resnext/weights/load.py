@@ -8,7 +8,6 @@ executed, and a small file takes little memory. The network is inferred from the
 import contextlib
 import json
 import sys
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from .. import safe_pickle
 from ..config import Config, complete, network_name, parse_config
-from ..engine.checkpoint import FORMAT, check_state, find_checkpoint, read_checkpoint, verify_archive
+from ..engine.checkpoint import FORMAT, Checkpoint, check_state, find_checkpoint, read_checkpoint
 from ..errors import InvalidFileError, UserError
 from ..models.resnext import ResNeXt, build_model
 from . import foreign, lua_modules, t7
@@ -167,7 +166,6 @@ def _read(path: Path) -> tuple[dict[str, Any], WeightsInfo]:
     with open(path, "rb") as file:
         head = file.read(64)
     if head.startswith(b"PK"):
-        verify_archive(path)
         return _own(path) if _is_own(path) else _pickled(path, safe_pickle.read_archive(path))
     if head.startswith(safe_pickle.LEGACY_START):
         return _pickled(path, safe_pickle.read_legacy(path.read_bytes()))
@@ -182,7 +180,7 @@ def _read(path: Path) -> tuple[dict[str, Any], WeightsInfo]:
 
 def _is_own(path: Path) -> bool:
     """Whether it is a checkpoint of this program, as far as a glance tells."""
-    with zipfile.ZipFile(path) as archive:
+    with safe_pickle.open_archive(path) as archive:
         names_ = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         return any(FORMAT.encode() in archive.read(name) for name in names_)
 
@@ -195,7 +193,7 @@ def _own(path: Path) -> tuple[dict[str, Any], WeightsInfo]:
     return evaluated_state(content), WeightsInfo(str(path), "this program", averaged, config, classes, steps)
 
 
-def evaluated_state(content: dict[str, Any]) -> dict[str, Any]:
+def evaluated_state(content: Checkpoint) -> dict[str, Any]:
     """The state_dict that validation speaks of: the average's where there is one."""
     if content["ema"] is None:
         return dict(content["model"])

@@ -134,7 +134,7 @@ def test_weights_of_another_program_and_form(tmp_path, finished_run):
     result, before = load_pretrained(tmp_path, finished_run, *settings)
     assert result.status == 0, result.error
     assert "(torchvision or timm), last layer included (the file names no classes" in result.output
-    assert "warning: they are meant for data.mean=[125.3,123.0,113.9] data.std" in result.output
+    assert "warning: these weights expect data.mean=[125.3,123.0,113.9] data.std" in result.output
     after, info = load_weights(tmp_path / "new")
     assert info.config.model.block == "B"
     state = convert_form(after.state_dict(), 1, "B", "C")
