@@ -87,7 +87,8 @@ def totals(name: str, config: Config, model: Any = None) -> tuple[dict[str, Any]
     """(the costs of a network as JSON holds them, the network); `model` defaults to `config`'s, on meta."""
     import torch
 
-    from resnext.models.resnext import build_model, complexity
+    from resnext.models.complexity import complexity
+    from resnext.models.resnext import build_model
 
     if model is None:
         with torch.device("meta"):

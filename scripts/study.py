@@ -124,7 +124,8 @@ def report(plan: list[tuple[str, Config, int, str]], output: Path) -> None:
     """table.md and curves.png."""
     import torch
 
-    from resnext.models.resnext import build_model, complexity
+    from resnext.models.complexity import complexity
+    from resnext.models.resnext import build_model
 
     lines = [
         "| configuration | parameters | multiply-adds | top-1 error (%) | top-5 error (%) | seeds | time |",

@@ -9,7 +9,8 @@ from commands import ROOT, call, message, run_python, snapshot
 from test_resnext import CONFIG_COUNTS
 
 from resnext.config import parse_config
-from resnext.models.resnext import ResNeXt, build_model, complexity
+from resnext.models.complexity import complexity
+from resnext.models.resnext import ResNeXt, build_model
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import describe
