@@ -1,12 +1,25 @@
-"""Networks as other programs define them, small, and with their names: what load_weights is compared with."""
+"""Small networks as other programs define and save them, and their comparison with load_weights."""
 
 from collections import OrderedDict
 
+import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from oracle import relative_error
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import BatchNorm2d
+
+from resnext import load_weights
+
+
+def save_legacy(content, path):
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+SAVERS = {"zip": torch.save, "legacy": save_legacy, "safetensors": save_file}
+zip_and_legacy = pytest.mark.parametrize("save", [torch.save, save_legacy], ids=["zip", "legacy"])
 
 
 def randomize_norms(model, seed=0):
@@ -135,3 +148,17 @@ class Mmpretrain(nn.Module):
 
     def forward(self, x):
         return self.head.fc(self.backbone(x))
+
+
+@torch.no_grad()
+def check(path, theirs, size=64):
+    """Compare the outputs of the loaded network with theirs, and return what is known about the weights."""
+    found, info = load_weights(path)
+    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    assert relative_error(found(x), theirs(x.flip(1) if isinstance(theirs, Pycls) else x)) <= 1e-5
+    return info
+
+
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())

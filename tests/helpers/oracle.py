@@ -6,6 +6,7 @@ norm, sum, projection on the hash, and values at 64 places.
 """
 
 import json
+import lzma
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,12 @@ def golden(name):
         return json.loads(path.read_text())
     with np.load(path) as arrays:
         return dict(arrays)
+
+
+def unpack(source, target):
+    """Write an .xz file's content to `target`, and return `target`."""
+    target.write_bytes(lzma.decompress(source.read_bytes()))
+    return target
 
 
 def h(i):

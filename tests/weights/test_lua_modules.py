@@ -1,38 +1,21 @@
 """Networks of the Lua code read from .t7: the oracle's, and variants written from random networks."""
 
 import io
-import json
 import lzma
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from commands import call, draw_folders
 from damage import check_damaged
 from lua_files import Module, convolution, find, network_tree, pool, relu, sequential, share_memory, to_t7
-from oracle import GOLDEN, SHARED, fill_parameters, golden, network_input, relative_error
+from oracle import GOLDEN, SHARED, fill_parameters, golden, network_input, relative_error, unpack
 
-import evaluate
-import train
 from resnext import ResNeXt, UserError, load_weights
-from resnext.config import read_config
-from resnext.engine.train_state import build_train_state
-from resnext.engine.trainer import train_step
-from resnext.engine.warm_start import resume_from_lua
 from resnext.models.resnext import build_model
-from resnext.schedule import learning_rate
-from resnext.weights.load import load_lua_run
 
 FACTS = golden("oracle.json")["models"]
 MODELS = [*sorted(GOLDEN.glob("*.t7.xz")), *sorted((SHARED / "models").glob("*/model*.t7.xz"))]
-needs_oracle = pytest.mark.skipif(not SHARED.exists(), reason="the reference files are missing")
-
-
-def unpack(source, target):
-    target.write_bytes(lzma.decompress(source.read_bytes()))
-    return target
 
 
 def write_t7(tmp_path, value, **options):
@@ -81,154 +64,6 @@ def test_models_of_the_original(source, tmp_path):
     for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert relative_error(model.double()(images), golden(f"{name}.npz")["logits_eval"]) <= 1e-6
-
-
-@pytest.fixture(scope="module")
-def lua_run(tmp_path_factory):
-    """The original's checkpoint directory after epoch 2."""
-    folder = tmp_path_factory.mktemp("lua")
-    for name in ("model_2.t7", "optimState_2.t7"):
-        unpack(SHARED / "ckpt" / f"{name}.xz", folder / name)
-    (folder / "latest.t7").write_bytes((SHARED / "ckpt" / "latest.t7").read_bytes())
-    return folder
-
-
-LUA_OPTIONS = ["model.stem=cifar", "model.depth=11", "model.cardinality=2", "model.base_width=8"]
-LUA_OPTIONS += ["train.epochs=4", "train.batch_size=8", "optimizer.weight_decay=5e-4"]
-LUA_OPTIONS += ["schedule.name=cifar_step", "run.device=cpu", "run.tensorboard=false"]
-
-
-def lua_training(*options):
-    config = read_config(None, [*LUA_OPTIONS, "data.dataset=cifar10", *options])
-    return config, build_train_state(config, tuple("0123456789"), torch.device("cpu"), {})
-
-
-@needs_oracle
-@pytest.mark.parametrize(
-    ("dtype", "form", "bound"),
-    [(torch.float64, "C", 1e-12), (torch.float32, "C", 1e-5), (torch.float64, "B", 1e-12)],
-)
-def test_resume_a_run_of_the_original(lua_run, dtype, form, bound):
-    meta = json.loads((SHARED / "ckpt" / "meta.json").read_text())
-    config, training = lua_training(f"model.block={form}")
-    assert resume_from_lua(training, load_lua_run(lua_run)) == []
-    assert (training.progress.epoch, training.progress.global_step) == (3, 6)
-    training.model.to(dtype).train()
-    for state in training.optimizer.state.values():
-        state["momentum_buffer"] = state["momentum_buffer"].to(dtype)
-    expected = meta["resumed_f64_epochs" if dtype == torch.float64 else "epochs"][-1]
-
-    def batch(facts):
-        images = network_input(meta["batch_shape"], facts["input_offset"]).to(dtype)
-        return images, torch.tensor(facts["target"]) - 1
-
-    losses = []
-    for step, facts in enumerate(meta["train_batches"]):
-        rate = learning_rate(config.schedule, config.optimizer.lr, 4, 3, step, 3)
-        assert rate == expected["lr"]
-        losses.append(float(train_step(training, *batch(facts), rate)[0]))
-    assert relative_error(losses, expected["losses"]) <= bound
-    images, labels = batch(meta["eval_batch"])
-    with torch.no_grad():
-        loss = F.cross_entropy(training.model.eval()(images), labels)
-    assert relative_error(float(loss), expected["test_loss"]) <= bound
-
-
-@needs_oracle
-def test_resume_a_lua_run_by_command(lua_run, tmp_path):
-    images = draw_folders(tmp_path / "images", {f"{number}": 2 for number in range(10)}, size=32)
-    (tmp_path / "lua.yaml").touch()
-    arguments = ["--config", tmp_path / "lua.yaml", "--data", images, "--resume", lua_run]
-    output, before = tmp_path / "run", sorted(lua_run.iterdir())
-    result = call(train.main, *arguments, "--output", output, *LUA_OPTIONS, "train.epochs=3")
-    assert result.status == 0, result.error
-    assert "epoch 3, 0 steps done" in result.output and "* epoch 3/3" in result.output
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    assert {row["epoch"] for row in rows} == {3} and rows[-1]["global_step"] == 6 + 3
-    assert sorted(lua_run.iterdir()) == before
-    assert call(train.main, "--resume", output, "train.epochs=4").status == 0
-    changed = [*LUA_OPTIONS, "optimizer.weight_decay=1e-4"]
-    result = call(train.main, *arguments, "--output", tmp_path / "b", *changed)
-    said = result.output.replace("5.0e-4", "0.0005").replace("1.0e-4", "0.0001")
-    assert "optimizer.weight_decay=0.0005, this has 0.0001" in said
-    wrong = [*arguments, *LUA_OPTIONS, "model.cardinality=4"]
-    for words, command in (("model.cardinality=2", wrong), ("--config", [*arguments[2:], *LUA_OPTIONS])):
-        result = call(train.main, *command, "--output", tmp_path / "c")
-        assert result.status == 2 and words in result.error
-    assert not (tmp_path / "c").exists()
-
-
-def test_resume_a_run_written_as_the_lua_code_does(tmp_path):
-    """Train, write checkpoints.lua's files, resume from them, and continue as if never stopped."""
-    options = ["model.depth=20", "optimizer.lr=0.01"]
-    generator = torch.Generator().manual_seed(0)
-    batches = [torch.randn(8, 3, 32, 32, generator=generator) for _ in range(4)]
-
-    def steps(training, batches):
-        training.model.train()
-        return [float(train_step(training, images, torch.arange(8), 0.01)[0]) for images in batches]
-
-    def momenta(training):
-        return [training.optimizer.state[p]["momentum_buffer"] for p in training.model.parameters()]
-
-    training = lua_training(*options)[1]
-    steps(training, batches[:2])
-    share_memory(training.model)
-    flat = torch.cat([momentum.reshape(-1) for momentum in momenta(training)])
-    optimizer = {"dfdx": flat, "evalCounter": 2, "momentum": 0.9}
-    (tmp_path / "model_7.t7").write_bytes(to_t7(network_tree(training.model, nested=True), cuda=True))
-    (tmp_path / "optimState_7.t7").write_bytes(to_t7(optimizer, cuda=True))
-    latest = {"epoch": 7, "modelFile": "checkpoints/model_7.t7", "optimFile": "checkpoints/optimState_7.t7"}
-    (tmp_path / "latest.t7").write_bytes(to_t7(latest))
-    resumed = lua_training(*options)[1]
-    assert resume_from_lua(resumed, load_lua_run(tmp_path)) == []
-    assert (resumed.progress.epoch, resumed.progress.global_step) == (8, 2)
-    for part in (momenta, lambda training: training.model.parameters()):
-        assert all(map(torch.equal, part(training), part(resumed)))
-    assert relative_error(steps(resumed, batches[2:]), steps(training, batches[2:])) <= 1e-3
-    changes = (
-        ({"dfdx": flat[:-1]}, "momentum"),
-        ({"evalCounter": 0.5}, "step count"),
-        ([], "optimizer's state"),
-    )
-    for change, words in changes:
-        content = optimizer | change if isinstance(change, dict) else "text"
-        (tmp_path / "optimState_7.t7").write_bytes(to_t7(content))
-        with pytest.raises(UserError, match=words):
-            load_lua_run(tmp_path)
-    (tmp_path / "optimState_7.t7").unlink()
-    with pytest.raises(UserError, match=r"optimState_7\.t7.* is missing"):
-        load_lua_run(tmp_path)
-    for change, words in (({"epoch": 0}, "finished epochs"), ({"optimFile": 1}, "names no optimFile")):
-        (tmp_path / "latest.t7").write_bytes(to_t7(latest | change))
-        with pytest.raises(UserError, match=words):
-            load_lua_run(tmp_path)
-
-
-def test_a_single_lua_file_is_not_resumed(tmp_path):
-    file = tmp_path / "model_1.t7"
-    file.write_bytes(b"")
-    result = call(train.main, "--config", "demo.yaml", "--resume", file, "--output", tmp_path / "a")
-    assert result.status == 2 and "a single Lua file" in result.error
-    for option in ("--json", "--csv"):
-        result = call(evaluate.main, tmp_path, option, file)
-        assert result.status == 2 and option in result.error
-    assert file.read_bytes() == b""
-
-
-@needs_oracle
-def test_evaluate_a_lua_file_and_directory(lua_run, tmp_path):
-    images = draw_folders(tmp_path / "images", {f"{number}": 2 for number in range(10)}, size=32)
-    for source in (lua_run, lua_run / "model_2.t7"):
-        result = call(evaluate.main, source, "--data", images)
-        assert result.status == 0, result.error
-        assert "weights of Torch7: resnext-11 (2x8d), 10 classes" in result.output
-        assert "mean 125.3" in result.output and "20 images" in result.output
-    (images / "val" / "9").rename(images / "val" / "other")
-    assert call(evaluate.main, lua_run, "--data", images).status == 0  # the file names no classes
-    draw_folders(tmp_path / "three", {"a": 1, "b": 1, "c": 1}, size=32)
-    result = call(evaluate.main, lua_run, "--data", tmp_path / "three")
-    assert result.status == 2 and "3 class folders" in result.error
 
 
 # ---------------------------------------------------------------------------- variants
