@@ -346,7 +346,7 @@ def test_output_in_use(content, run_copy):
 
 def test_output_below_a_file():
     Path("file").write_text("mine")
-    only_error(checked("--output", "file/out"), "--output file/out: cannot be made", "choose another")
+    only_error(checked("--output", "file/out"), "--output file/out: cannot be created", "choose another")
 
 
 def test_checkpoint_of_another_network(run_copy):

@@ -111,7 +111,7 @@ def test_memory_of_training_is_what_the_layers_keep():
         (["resnext50_32x4"], "did you mean resnext50_32x4d.yaml"),
         (["nowhere/best.pt"], "nowhere/best.pt: no such"),
         (["demo", "--json", "no/such/folder.json"], "--json"),
-        (["demo", "--json", "best.pt"], "called as"),
+        (["demo", "--json", "best.pt"], "the name of a run file"),
     ],
 )
 def test_mistakes(arguments, words):
@@ -121,7 +121,7 @@ def test_mistakes(arguments, words):
 def test_what_is_described_is_not_overwritten(finished_run):
     before = snapshot(finished_run)
     config = finished_run / "config.yaml"
-    assert "called as a file of a run" in message(call(describe.main, config, "--json", config))
+    assert "the name of a run file" in message(call(describe.main, config, "--json", config))
     assert snapshot(finished_run) == before
 
 
