@@ -28,13 +28,13 @@ from torch.profiler import ProfilerActivity, profile
 import evaluate
 import resnext.engine.trainer
 import train
-from resnext import preflight
 from resnext.batch_plan import split_batch
 from resnext.config import parse_config
 from resnext.engine.checkpoint import read_checkpoint
 from resnext.engine.logger import NullLogger
 from resnext.engine.train_state import build_train_state, checkpoint_content, restore
 from resnext.engine.trainer import train_step, validate, zero_loss
+from resnext.preflight import measure
 from resnext.stop_signal import StopSignal
 from resnext.weights.load import load_weights
 
@@ -227,8 +227,8 @@ def test_every_convolution_sees_the_configured_layout(channels_last, arriving):
     for work in (
         lambda: train_step(training, images, labels, 0.1),
         lambda: zero_loss(training, images),
-        lambda: preflight.try_part(training, images, labels, len(images)),
-        lambda: preflight.measure_validation(training, images),
+        lambda: measure.try_micro_batch(training, images, labels, len(images)),
+        lambda: measure.measure_validation(training, images),
         lambda: validate(training, Batches([(images, labels)]), NullLogger(), lambda: False),
     ):
         seen.clear()
