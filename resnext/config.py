@@ -320,8 +320,8 @@ def all_keys(config: Config) -> Iterator[tuple[str, str, Any]]:
 # ---------------------------------------------------------------------------- reading
 
 
-def find_config(name: str) -> Path:
-    """The file that --config names: a path, or a name looked up in configs/."""
+def find_config(name: str, option: str = "--config") -> Path:
+    """Return the file that `option` names: a path, or a name looked up in configs/."""
     path = Path(name)
     if path.parent == Path() and not path.is_file():
         path = CONFIG_FOLDER / path
@@ -333,7 +333,7 @@ def find_config(name: str) -> Path:
         hint = (
             f"did you mean {close[0]}.yaml?" if close else f"{CONFIG_FOLDER} has {len(known)} to choose from"
         )
-        raise UserError(f"--config {name}: no such file; {hint}")
+        raise UserError(f"{option} {name}: no such file; {hint}")
     return path
 
 
