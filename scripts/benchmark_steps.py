@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from benchmark_data import CIFAR, Table, Variant
+from count_step import Traffic
 from torch import Tensor, nn
-from traffic import Traffic
 
 from resnext.config import Config, parse_config, to_yaml
 from resnext.device import choose_precision, configure_backends, has_instructions, select_device
@@ -78,7 +78,7 @@ def networks(overrides: list[str], training: bool) -> Iterator[Table]:
 def traffic_note(
     step: Callable[[], object], images: int, device: torch.device, compiled: bool
 ) -> Callable[[float], str]:
-    """What a step moves through memory, counted (see traffic.py; not where it is compiled), and its peak."""
+    """What a step moves through memory, counted (not if it is compiled), and its peak."""
     if device.type == "cuda":
         step()
         torch.cuda.synchronize()
