@@ -1,7 +1,7 @@
-# make demo: set everything up, train a small ResNeXt (a minute, no download), evaluate it, draw its curve.
-# make test: set everything up, check the style, run the tests (some minutes on 2 cores).
-# make gpu: set everything up, run the GPU tests and measure, for MINUTES=25 at most (docs/gpu.md).
-# make test-avx2: those of reduced precision once more, as on a CPU without AVX-512 and bf16 instructions.
+# make demo: set everything up, train a small ResNeXt (a minute, no download), evaluate it, plot its curve.
+# make test: set everything up, check style and types, run the tests (about 20 minutes on 2 cores).
+# make gpu: set everything up, run the GPU tests and measurements within MINUTES=25 (docs/gpu.md).
+# make test-avx2: run the reduced-precision tests as on a CPU without AVX-512 and bf16 instructions.
 
 PYTHON ?= python3
 MINUTES ?= 25
@@ -15,6 +15,7 @@ demo: .venv/ready
 test: .venv/ready-for-tests
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/mypy
 	$(RUN) -m pytest
 
 test-avx2: .venv/ready-for-tests

@@ -534,9 +534,7 @@ def raise_if_worker_died() -> Iterator[None]:
 def to_device(batch: WorkerBatch, device: torch.device, stream: Any) -> WorkerBatch:
     """The same as tensors on the device, ready for its current stream."""
     with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
-        tensors = {
-            name: on_device(getattr(batch, name), device) for name in ("labels", "mirrored", "colors")
-        }
+        tensors = {name: on_device(getattr(batch, name), device) for name in ("labels", "mirrored", "colors")}
         tensors["images"] = batch.images.to(device, non_blocking=True)  # pinned by the loader
     if stream is not None:
         current = torch.cuda.current_stream(device)

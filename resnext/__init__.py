@@ -11,7 +11,7 @@ import importlib
 _MODULES = {
     "ResNeXt": "models.resnext",
     "build_model": "models.resnext",
-    "convert_form": "models.resnext",
+    "convert_form": "models.block_forms",
     "resnet50": "models.resnext",
     "resnet101": "models.resnext",
     "resnet152": "models.resnext",

@@ -1,27 +1,23 @@
-"""What benchmark.py measures of the input: files to batches, on one core, and on to optimiser steps."""
+"""The input benchmarks of benchmark.py: files to batches on one core, and to optimizer steps."""
 
-import io
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
-import numpy as np
 import torch
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from data.image_folder import ImageFolderDataset, list_set
-from data.in_memory import ArrayDataset
-from data.loader import FileTrainLoader, InMemoryTrainLoader, make_train_loader
-from resnext.config import Config, parse_config
+from data.augment import EIGENVALUES, EIGENVECTORS
+from data.image_folder import list_set
+from data.loader import FileTrainLoader, make_train_loader
+from resnext.config import parse_config
 from resnext.device import choose_precision, configure_backends, select_device
-from resnext.engine.train_state import build_train_state
+from resnext.engine.train_state import TrainState, build_train_state
 from resnext.engine.trainer import train_step
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -30,7 +26,7 @@ PLAIN = ("augment.jitter=0", "augment.lighting=0")
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of a table: `run` handles `images` pictures; `note` is made from seconds per picture."""
+    """A row of a table: `run` processes `images` images; `note` gets the median seconds per image."""
 
     name: str
     images: int
@@ -41,83 +37,68 @@ class Variant:
 Table = tuple[str, list[Variant]]
 
 
-# ---------------------------------------------------------------------------- files, on one core
-
-
 def pipelines(folder: str, overrides: list[str]) -> Iterator[Table]:
-    """In one loader worker on a core of its own; then in process on one core."""
+    """Compare training input in one DataLoader worker on its own core, then in process on one core."""
     cores = sorted(os.sched_getaffinity(0))
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as scratch:
-        small = reencode(Path(folder), Path(scratch))
-        base = ["data.workers=0", "train.batch_size=32", *overrides]
+    base = ["data.workers=0", "train.batch_size=32", *overrides]
+    os.sched_setaffinity(0, cores[:1])
+    if len(cores) > 1:  # before the variants in process: workers inherit their settings
+        one = [*base, "data.workers=1"]
+        variants = [
+            Reference(folder, workers=1).variant("torchvision: PIL, ImageFolder"),
+            ours("fast", folder, [*one, *PLAIN]),
+            Reference(folder, photometric=True, workers=1).variant("torchvision, color and lighting"),
+            ours("fast, color and lighting", folder, one),
+        ]
+        for variant in variants:  # forks the worker, which stays on this first core
+            variant.run()
+        os.sched_setaffinity(0, cores[1:])
+        yield "one DataLoader worker on its own core", variants
         os.sched_setaffinity(0, cores[:1])
-        if len(cores) > 1:  # ahead of what is done in process, whose settings workers would inherit
-            variants = in_worker(folder, str(small), base)
-            for variant in variants:  # forks the worker, which stays on this first core
-                variant.run()
-            os.sched_setaffinity(0, cores[1:])
-            yield "one loader worker on a core of its own", variants
-            os.sched_setaffinity(0, cores[:1])
-        yield "in process, one core", in_process(folder, str(small), base)
-        yield "reading and decoding alone, one core", decoding(folder)
-        os.sched_setaffinity(0, cores)
-
-
-def in_process(folder: str, small: str, base: list[str]) -> list[Variant]:
-    reference = Reference(folder)
-    colors = Reference(folder, photometric=True)
-    variants = [
-        reference.variant("torchvision's way: PIL, ImageFolder"),
-        ours("fast", folder, [*base, *PLAIN]),
-        ours("fast, bilinear", folder, [*base, *PLAIN, "data.interpolation=bilinear"]),
-        ours("fast, Pillow decoder", folder, [*base, *PLAIN, "data.decoder=pillow"]),
-        ours("torch7", folder, [*base, *PLAIN, "data.pipeline=torch7"]),
-        Reference(small).variant("torchvision's way, files of 500 px, q90"),
-        ours("fast, files of 500 px, q90", small, [*base, *PLAIN]),
-        colors.variant("torchvision's way, colours and lighting"),
-        ours("fast, colours and lighting", folder, base),
-    ]
-    return variants + timm_variants(folder)
-
-
-def in_worker(folder: str, small: str, base: list[str]) -> list[Variant]:
-    one = [*base, "data.workers=1"]
-    return [
-        Reference(folder, workers=1).variant("torchvision's way: PIL, ImageFolder"),
-        ours("fast", folder, [*one, *PLAIN]),
-        Reference(small, workers=1).variant("torchvision's way, files of 500 px, q90"),
-        ours("fast, files of 500 px, q90", small, [*one, *PLAIN]),
-        Reference(folder, photometric=True, workers=1).variant("torchvision's way, colours and lighting"),
-        ours("fast, colours and lighting", folder, one),
-    ]
+    yield (
+        "in process, one core",
+        [
+            Reference(folder).variant("torchvision: PIL, ImageFolder"),
+            ours("fast", folder, [*base, *PLAIN]),
+            ours("fast, bilinear", folder, [*base, *PLAIN, "data.interpolation=bilinear"]),
+            ours("fast, Pillow decoder", folder, [*base, *PLAIN, "data.decoder=pillow"]),
+            ours("torch7", folder, [*base, *PLAIN, "data.pipeline=torch7"]),
+            Reference(folder, photometric=True).variant("torchvision, color and lighting"),
+            ours("fast, color and lighting", folder, base),
+        ],
+    )
+    os.sched_setaffinity(0, cores)
 
 
 def ours(name: str, folder: str, overrides: list[str]) -> Variant:
     config = parse_config("", "benchmark", [f"data.dir={folder}", *overrides])
     files = list_set(folder, "train")
-    stream = FileTrainLoader(files, config, torch.device("cpu"), print)
-    return Variant(name, len(files), lambda: [None for _ in stream.epoch(1)])
+    loader = FileTrainLoader(files, config, torch.device("cpu"), print)
+    return Variant(name, len(files), lambda: [None for _ in loader.epoch(1)])
 
 
 class Reference:
-    """torchvision's reference training input (references/classification/presets.py), and with colours."""
+    """The training input of torchvision's references/classification/presets.py, optionally with color."""
 
-    def __init__(self, folder: str, photometric: bool = False, workers: int = 0):
-        colors = [transforms.ColorJitter(0.4, 0.4, 0.4)] if photometric else []
-        lighting = [Lighting()] if photometric else []
+    def __init__(self, folder: str, photometric: bool = False, workers: int = 0, batch_size: int = 32):
         steps = [
             transforms.RandomResizedCrop(224),
             transforms.RandomHorizontalFlip(),
-            *colors,
+            *([transforms.ColorJitter(0.4, 0.4, 0.4)] if photometric else []),
             transforms.PILToTensor(),
             transforms.ConvertImageDtype(torch.float),
-            *lighting,
+            *([Lighting()] if photometric else []),
             transforms.Normalize(MEAN, STD),
         ]
         self.files = ImageFolder(Path(folder) / "train", transforms.Compose(steps))
         self.loader = DataLoader(
-            self.files, 32, shuffle=True, num_workers=workers, persistent_workers=workers > 0
+            self.files,
+            batch_size,
+            shuffle=True,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=workers > 0,
         )
 
     def variant(self, name: str) -> Variant:
@@ -125,83 +106,15 @@ class Reference:
 
 
 class Lighting:
-    """The original's colour shift, a picture at a time."""
+    """The original's PCA color shift, per image."""
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        from data.augment import EIGENVALUES, EIGENVECTORS
-
         alphas = torch.randn(3) * 0.1 * torch.tensor(EIGENVALUES)
         return image + (torch.tensor(EIGENVECTORS) @ alphas)[:, None, None]
 
 
-def timm_variants(folder: str) -> list[Variant]:
-    """timm's training input, if timm is installed."""
-    try:
-        from timm.data import create_transform
-    except ImportError:
-        return []
-    files = ImageFolder(Path(folder) / "train", create_transform(224, is_training=True, color_jitter=None))
-    loader = DataLoader(files, 32, shuffle=True)
-    return [Variant("timm's transforms", len(files), lambda: [None for _ in loader])]
-
-
-def decoding(folder: str) -> list[Variant]:
-    """Whole pictures to RGB, by each library that is installed."""
-    import simplejpeg
-
-    files = list_set(folder, "train")
-    indices = range(len(files))
-
-    def pillow(content: bytes) -> None:
-        np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
-
-    def half(content: bytes) -> None:
-        image = Image.open(io.BytesIO(content))
-        image.draft("RGB", (image.width // 2, image.height // 2))
-        np.asarray(image.convert("RGB"))
-
-    readers = {
-        "Pillow": pillow,
-        "Pillow, halved by draft": half,
-        "simplejpeg": simplejpeg.decode_jpeg,
-        "simplejpeg, halved": lambda content: simplejpeg.decode_jpeg(content, min_height=120, min_factor=2),
-    }
-    try:
-        import cv2
-    except ImportError:
-        pass
-    else:
-        cv2.setNumThreads(0)
-        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-        readers["OpenCV"] = lambda content: cv2.imdecode(np.frombuffer(content, np.uint8), flags)
-    return [
-        Variant(name, len(files), lambda read=read: [read(files.read(i)) for i in indices])
-        for name, read in readers.items()
-    ]
-
-
-def reencode(folder: Path, scratch: Path) -> Path:
-    """The training pictures with their longer side at most 500, as JPEG of quality 90."""
-    for path in sorted((folder / "train").rglob("*")):
-        target = scratch / path.relative_to(folder)
-        if path.is_dir():
-            target.mkdir(parents=True)
-            continue
-        try:
-            image = Image.open(path).convert("RGB")
-        except OSError:
-            shutil.copyfile(path, target)
-            continue
-        image.thumbnail((500, 500), Image.Resampling.LANCZOS)
-        image.save(target.with_suffix(".jpg"), quality=90)
-    return scratch
-
-
-# ---------------------------------------------------------------------------- files to optimiser steps
-
-
 def end_to_end(folder: str, overrides: list[str]) -> Iterator[Table]:
-    """Training on files; the same on one batch that lies on the device; with torchvision's input."""
+    """Compare training on one batch held on the device, on files, and with torchvision's input."""
     base = [f"data.dir={folder}", "train.precision=auto", "train.batch_size=32", *overrides]
     config = parse_config("", "benchmark", base)
     device = select_device(config.run.device)
@@ -211,27 +124,19 @@ def end_to_end(folder: str, overrides: list[str]) -> Iterator[Table]:
     files = list_set(folder, "train")
     training = build_train_state(config, files.classes, device, {})
     training.model.train()
-    stream = make_train_loader(files, config, device, print)
-    workers = stream.loader.num_workers
-    reference = Reference(folder)
-    loader = DataLoader(
-        reference.files,
-        config.train.batch_size,
-        shuffle=True,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        persistent_workers=workers > 0,
-    )
-    held = next(stream.epoch(1))
+    loader = make_train_loader(files, config, device, print)
+    workers = loader.loader.num_workers
+    reference = Reference(folder, workers=workers, batch_size=config.train.batch_size).loader
+    held = next(loader.epoch(1))
 
-    def from_loader() -> Iterator:
-        for images, labels in loader:
+    def from_reference() -> Iterator:
+        for images, labels in reference:
             yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
     sources = {
-        "one batch, held on the device": lambda: iter([held] * stream.steps),
-        f"files, fast, {workers} workers": lambda: stream.epoch(1),
-        f"files, torchvision's way, {workers} workers": from_loader,
+        "one batch, held on the device": lambda: iter([held] * loader.steps),
+        f"files, fast, {workers} workers": lambda: loader.epoch(1),
+        f"files, torchvision, {workers} workers": from_reference,
     }
     yield (
         f"{config.model.depth} layers, batch {config.train.batch_size}, files to steps",
@@ -239,7 +144,7 @@ def end_to_end(folder: str, overrides: list[str]) -> Iterator[Table]:
     )
 
 
-def steps_over(name: str, source: Callable[[], Iterator], training, images: int) -> Variant:
+def steps_over(name: str, source: Callable[[], Iterator], training: TrainState, images: int) -> Variant:
     waits: list[float] = []
 
     def run() -> None:
@@ -256,137 +161,4 @@ def steps_over(name: str, source: Callable[[], Iterator], training, images: int)
             torch.cuda.synchronize()
         waits.append(waited / (time.perf_counter() - begun))
 
-    return Variant(name, images, run, lambda _: f"waits {100 * float(np.median(waits)):.1f} % of the time")
-
-
-# ---------------------------------------------------------------------------- CIFAR
-
-
-class PerPicture(Dataset):
-    """The usual way: one PIL picture at a time through torchvision's transforms."""
-
-    def __init__(self, images: ArrayDataset, config: Config):
-        self.images = images
-        mean, std = (tuple(v / 255 for v in values) for values in (config.data.mean, config.data.std))
-        self.transform = transforms.Compose(
-            [
-                transforms.RandomCrop(32, padding=4),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize(mean, std),
-            ]
-        )
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int):
-        return self.transform(Image.fromarray(self.images.images[index])), self.images.labels[index]
-
-
-CIFAR = (
-    "model.stem=cifar",
-    "model.depth=11",
-    "model.cardinality=4",
-    "model.base_width=16",
-    "data.dataset=cifar10",
-    "data.dir=unused",
-    "augment.padding=4",
-    "train.batch_size=128",
-)
-
-
-def cifar(overrides: list[str]) -> Iterator[Table]:
-    """An epoch of 25,600 random 32x32 pictures, delivered to the device."""
-    config = parse_config("", "benchmark", [*CIFAR, *overrides])
-    device = select_device(config.run.device)
-    count = 25_600
-    generator = np.random.default_rng(0)
-    pictures = generator.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-    images = ArrayDataset(pictures, generator.integers(0, 10, count), tuple("0123456789"))
-    batches = InMemoryTrainLoader(images, config, device)
-
-    def loader(workers: int) -> Callable:
-        per_picture = DataLoader(
-            PerPicture(images, config),
-            config.train.batch_size,
-            shuffle=True,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=device.type == "cuda",
-        )
-
-        def run() -> None:
-            for x, y in per_picture:
-                x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-
-        return run
-
-    workers = len(os.sched_getaffinity(0))
-    yield (
-        "25,600 pictures of 32x32",
-        [
-            Variant(f"PIL loader, {workers} workers", count, loader(workers)),
-            Variant("PIL loader in process", count, loader(0)),
-            Variant("batches on the device", count, lambda: [None for _ in batches.epoch(1)]),
-        ],
-    )
-
-
-# ---------------------------------------------------------------------------- memory of the file list
-
-
-def memory(images: int = 1_281_167, workers: int = 2) -> None:
-    """Memory of loader workers that have gone through a list of as many files as ImageNet's, no pictures."""
-    classes = tuple(f"n{number:08d}" for number in range(1000))
-    labels = np.arange(images) * len(classes) // images
-    names = [f"{classes[label]}/{classes[label]}_{i}.JPEG" for i, label in enumerate(labels.tolist())]
-    array = np.array([name.encode() for name in names])
-    files = ImageFolderDataset(Path("datasets/imagenet/train"), array, labels, classes)
-    samples = [
-        (f"datasets/imagenet/train/{name}", int(label)) for name, label in zip(names, labels, strict=True)
-    ]
-    del names
-    print(f"{images:,} files, {workers} workers, after a pass over all of them\n")
-    print("| list | worker, private MiB | worker, resident MiB |\n|---|---|---|")
-    lists = {
-        "FileSet: one array": lambda i: (files.path(i), int(files.labels[i])),
-        "ImageFolder: list of (path, label)": lambda i: samples[i],
-    }
-    for name, get in lists.items():
-        loader = DataLoader(
-            Names(get, images),
-            8192,
-            shuffle=True,
-            num_workers=workers,
-            multiprocessing_context="fork",
-            collate_fn=last,
-        )
-        private, resident = max(loader)
-        print(f"| {name} | {private / 1024:.0f} | {resident / 1024:.0f} |", flush=True)
-
-
-class Names(Dataset):
-    """Path and label of each file; an item is (private, resident) KiB of the process that made it."""
-
-    def __init__(self, get: Callable[[int], tuple[str, int]], images: int):
-        self.get, self.images = get, images
-
-    def __len__(self) -> int:
-        return self.images
-
-    def __getitems__(self, indices: list[int]) -> tuple[int, int]:
-        for i in indices:
-            self.get(i)
-        return resident_memory()
-
-
-def last(item: tuple[int, int]) -> tuple[int, int]:
-    return item
-
-
-def resident_memory() -> tuple[int, int]:
-    """(private, resident) KiB of this process (Linux)."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
-    sizes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
-    return sizes["Private_Clean"] + sizes["Private_Dirty"], sizes["Rss"]
+    return Variant(name, images, run, lambda _: f"waits {100 * median(waits):.1f}% of the time")

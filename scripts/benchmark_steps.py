@@ -1,131 +1,102 @@
-"""What benchmark.py measures of networks: steps of training and evaluation on pictures on the device."""
+"""The network benchmarks of benchmark.py: whole steps, grouped convolutions, BatchNorm."""
 
-import copy
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 import torchvision
-from benchmark_data import CIFAR, Table, Variant
-from count_step import Traffic
+from benchmark_data import Table, Variant
 from torch import Tensor, nn
 
 from resnext.config import Config, parse_config, to_yaml
-from resnext.device import choose_precision, configure_backends, has_instructions, select_device
+from resnext.device import choose_precision, configure_backends, select_device
 from resnext.engine.train_state import autocast, build_train_state
 from resnext.engine.trainer import train_step
 from resnext.errors import UserError
+from resnext.models.ghost_batchnorm import GhostBatchNorm2d, kernels_work, norm_relu
+from resnext.models.resnext import build_model
 
 CLASSES = 1000
 GROUP = 32  # images, the recipe's bn_group
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def networks(overrides: list[str], training: bool) -> Iterator[Table]:
-    """torchvision's network in its reference loop, timm's, ours: each as its users run it."""
+def configured(overrides: list[str], training: bool = True) -> tuple[Config, torch.device]:
     base = ["data.dir=unused", "train.precision=auto", "train.batch_size=32", *overrides]
     config = parse_config("", "benchmark", base)
     device = select_device(config.run.device)
-    config = replace(
-        config, train=replace(config.train, precision=choose_precision(config.train.precision, device))
-    )
-    configure_backends(config.train.precision, config.run.deterministic, training)
+    precision = choose_precision(config.train.precision, device)
+    configure_backends(precision, config.run.deterministic, training)
+    return parse_config(to_yaml(config), "benchmark", [f"train.precision={precision}"]), device
+
+
+# ---------------------------------------------------------------------------- steps
+
+
+def networks(overrides: list[str], training: bool) -> Iterator[Table]:
+    """Compare torchvision's network in its reference loop, timm's, and ours, each as its users run it."""
+    config, device = configured(overrides, training)
     size, pixels = config.train.batch_size, config.data.image_size
     images = torch.randn(size, 3, pixels, pixels, device=device)
     labels = torch.arange(size, device=device) % CLASSES
     loop = reference_step if training else evaluation_step
     steps: dict[str, Callable[[], object]] = {}
-    for name, network in foreign_networks(config):
-        for channels_last in (False, True) if name == "torchvision" else (True,):
-            compiled = name == "timm" and device.type == "cuda"
-            place_as = [f"train.channels_last={channels_last}".lower(), f"train.compile={compiled}".lower()]
-            varied = parse_config(to_yaml(config), "benchmark", place_as)
-            placed = place(copy.deepcopy(network), varied, device)
-            layout = "channels_last" if channels_last else "NCHW"
-            pictures = images.contiguous(memory_format=torch.channels_last) if channels_last else images
-            name_of_row = f"{name}, {layout}{', compiled' if compiled else ''}"
-            steps[name_of_row] = loop(placed, config, device, pictures, labels)
+    for name, make, layout, compiled in references(config, device):
+        network = make().to(device=device, memory_format=layout)
+        network = torch.compile(network) if compiled else network
+        steps[name] = loop(network, config, device, images.contiguous(memory_format=layout), labels)
     own = {"ours": []}
     if training and size % GROUP == 0 and size > GROUP:
         own[f"ours, train.bn_group={GROUP}"] = [f"train.bn_group={GROUP}"]
     if device.type == "cuda":
         own["ours, train.compile=true"] = ["train.compile=true"]
     for name, changes in own.items():
-        run = build_train_state(
-            parse_config(to_yaml(config), "benchmark", changes), tuple(map(str, range(CLASSES))), device, {}
-        )
-        run.model.train(training)
-        pictures = images.to(memory_format=run.layout)
+        varied = parse_config(to_yaml(config), "benchmark", changes)
+        state = build_train_state(varied, tuple(map(str, range(CLASSES))), device, {})
+        state.model.train(training)
+        laid_out = images.to(memory_format=state.layout)
         if training:
-            steps[name] = partial(train_step, run, pictures, labels, 1e-4)
+            steps[name] = partial(train_step, state, laid_out, labels, 1e-4)
         else:
-            steps[name] = evaluation_step(run.forward, config, device, pictures, labels)
+            steps[name] = evaluation_step(state.model, config, device, laid_out, labels)
     model = config.model
-    network = f"{model.architecture}-{model.depth} {model.cardinality}x{model.base_width}d"
+    network_name = f"{model.architecture}-{model.depth} {model.cardinality}x{model.base_width}d"
     what = "training" if training else "evaluation"
-    copies = memory_bandwidth(device) / 1e12
     yield (
-        f"{what} step, {network}, {config.train.precision}, batch {size}; copies run at {copies:.3g} TB/s",
-        [
-            Variant(name, size, step, traffic_note(step, size, device, "compile" in name))
-            for name, step in steps.items()
-        ],
+        f"{what} step, {network_name}, {config.train.precision}, batch {size}",
+        [Variant(name, size, step, partial(peak_memory, step, device)) for name, step in steps.items()],
     )
 
 
-def traffic_note(
-    step: Callable[[], object], images: int, device: torch.device, compiled: bool
-) -> Callable[[float], str]:
-    """What a step moves through memory, counted (not if it is compiled), and its peak."""
-    if device.type == "cuda":
-        step()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    moved = 0
-    if not compiled:  # which hides its operations, and would be compiled anew inside the counter
-        with Traffic() as counter:
-            step()
-        moved = sum(counter.bytes.values())
-    peak = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else ""
-
-    def note(seconds: float) -> str:
-        speed = (
-            f"{moved / 1e9:.3g} GB at {moved / images / seconds / 1e12:.2g} TB/s" if moved else "not counted"
-        )
-        return speed + peak
-
-    return note
-
-
-def foreign_networks(config: Config) -> Iterator[tuple[str, nn.Module]]:
-    """torchvision's network of the same configuration, and timm's if it is installed."""
+def references(
+    config: Config, device: torch.device
+) -> Iterator[tuple[str, Callable[[], nn.Module], torch.memory_format, bool]]:
+    """Yield (name, constructor, layout, compiled) of the networks to compare with; timm's if installed."""
     model = config.model
-    arguments = {"groups": model.cardinality, "width_per_group": model.base_width}
     if model.stem != "imagenet" or model.depth not in (50, 101, 152):
-        raise UserError("model: torchvision has no such network to compare with; use depth 50, 101 or 152")
-    yield "torchvision", getattr(torchvision.models, f"resnet{model.depth}")(**arguments)
+        raise UserError("model.depth: torchvision has no such network; use 50, 101 or 152 and stem imagenet")
+    make = partial(
+        getattr(torchvision.models, f"resnet{model.depth}"),
+        groups=model.cardinality,
+        width_per_group=model.base_width,
+    )
+    yield "torchvision, NCHW", make, torch.contiguous_format, False
+    yield "torchvision, channels_last", make, torch.channels_last, False
     try:
         from timm.models.resnet import Bottleneck, ResNet
     except ImportError:
         return
-    yield (
-        "timm",
-        ResNet(Bottleneck, list(model.stages), cardinality=model.cardinality, base_width=model.base_width),
-    )
-
-
-def place(network: nn.Module, config: Config, device: torch.device) -> nn.Module:
-    layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
-    network = network.to(device=device, memory_format=layout)
-    return torch.compile(network) if config.train.compile else network
+    widths = {"cardinality": model.cardinality, "base_width": model.base_width}
+    compiled = device.type == "cuda"
+    name = f"timm, channels_last{', compiled' if compiled else ''}"
+    yield name, partial(ResNet, Bottleneck, list(model.stages), **widths), torch.channels_last, compiled
 
 
 def reference_step(
     network: nn.Module, config: Config, device: torch.device, images: Tensor, labels: Tensor
 ) -> Callable[[], None]:
-    """A step as in torchvision's references/classification/train.py, its meters included."""
+    """Return a step of torchvision's references/classification/train.py, including its meters."""
     optimizer = torch.optim.SGD(network.parameters(), 1e-4, momentum=0.9, weight_decay=1e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
     network.train()
@@ -146,10 +117,9 @@ def reference_step(
 
 
 def evaluation_step(
-    network: Callable, config: Config, device: torch.device, images: Tensor, labels: Tensor
+    network: nn.Module, config: Config, device: torch.device, images: Tensor, labels: Tensor
 ) -> Callable[[], None]:
-    if isinstance(network, nn.Module):
-        network.eval()
+    network.eval()
 
     def step() -> None:
         with torch.inference_mode(), autocast(device, config.train.precision):
@@ -158,41 +128,123 @@ def evaluation_step(
     return step
 
 
-# ---------------------------------------------------------------------------- the limit
+def peak_memory(step: Callable[[], object], device: torch.device, _: float) -> str:
+    if device.type != "cuda":
+        return ""
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
 
 
-def memory_bandwidth(device: torch.device) -> float:
-    """Bytes a second of copying 256 MiB, read and written; the best of 10."""
-    source = torch.ones(1 << 26, device=device)
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(10):
-        start = time.perf_counter()
-        target.copy_(source)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return 2 * source.nbytes / min(times)
+# ---------------------------------------------------------------------------- layers
 
 
-# ---------------------------------------------------------------------------- BatchNorm groups
+def inputs_of(config: Config, kind: type[nn.Module]) -> dict[str, tuple[nn.Module, torch.Size]]:
+    """Return {name: (layer, input shape)} of all layers of a kind, in execution order, on the meta device."""
+    found = {}
+    with torch.device("meta"), torch.no_grad():
+        model = build_model(config.model, CLASSES).eval()
+        for name, module in model.named_modules():
+            if isinstance(module, kind):
+                module.register_forward_pre_hook(
+                    lambda module, inputs, name=name: found.update({name: (module, inputs[0].shape)})
+                )
+        model(torch.empty(config.train.batch_size, 3, config.data.image_size, config.data.image_size))
+    return found
 
 
-def batchnorm(overrides: list[str]) -> Iterator[Table]:
-    """A training step on CIFAR-size noise, with and without groups of 16."""
-    config = parse_config("", "benchmark", [*CIFAR, *overrides])
-    device = select_device(config.run.device)
-    configure_backends(config.train.precision, config.run.deterministic)
-    size, pixels = config.train.batch_size, config.data.image_size
-    images = torch.randn(size, 3, pixels, pixels, device=device)
-    labels = torch.arange(size, device=device) % 10
-    for precision in (kind for kind in ("fp32", "bf16") if has_instructions(device, kind)):
+def forward_backward(function: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], object]:
+    gradient = torch.randn_like(function(*inputs))
+    return lambda: torch.autograd.grad(function(*inputs), inputs, gradient)
+
+
+def convolutions(overrides: list[str]) -> Iterator[Table]:
+    """Compare each distinct grouped 3x3 in both layouts, with groups merged, and dense."""
+    config, device = configured(overrides)
+    dtype = DTYPES.get(config.train.precision, torch.float32)
+    counts: dict[tuple, int] = {}
+    for layer, shape in inputs_of(config, nn.Conv2d).values():
+        if layer.groups > 1:
+            key = (*shape, layer.groups, layer.stride[0])
+            counts[key] = counts.get(key, 0) + 1
+    for (images, channels, height, width, groups, stride), count in counts.items():
+        x = torch.randn(images, channels, height, width, device=device, dtype=dtype)
+        weight = torch.randn(channels, channels // groups, 3, 3, device=device, dtype=dtype)
+        forms = {
+            "channels_last (the default)": (torch.channels_last, 1),
+            "NCHW": (torch.contiguous_format, 1),
+            **{
+                f"channels_last, {k} groups merged": (torch.channels_last, k) for k in (2, 4, 8) if k < groups
+            },
+            "channels_last, dense": (torch.channels_last, groups),
+        }
         variants = []
-        for name, groups in (("plain BatchNorm", []), ("groups of 16", ["train.bn_group=16"])):
-            varied = parse_config(to_yaml(config), "benchmark", [f"train.precision={precision}", *groups])
-            training = build_train_state(varied, tuple("0123456789"), device, {})
-            training.model.train()
-            variants.append(
-                Variant(name, size, lambda training=training: train_step(training, images, labels, 0.01))
-            )
-        yield f"training step, 11 layers 4x16d, batch {size} of 32x32, {precision}", variants
+        for name, (layout, merged) in forms.items():
+            run = partial(convolve, stride=stride, groups=groups, merged=merged, layout=layout)
+            own = (tensor.contiguous(memory_format=layout).requires_grad_() for tensor in (x, weight))
+            variants.append(Variant(name, images, forward_backward(run, *own)))
+        what = f"3x3, {channels} channels in {groups} groups, {height}x{width}, stride {stride}"
+        yield f"{what}, batch {images}, {count} in the network", variants
+
+
+def convolve(
+    x: Tensor, weight: Tensor, stride: int, groups: int, merged: int, layout: torch.memory_format
+) -> Tensor:
+    if merged > 1:
+        weight = merge_groups(weight, groups, merged).contiguous(memory_format=layout)
+    return F.conv2d(x, weight, None, stride, 1, groups=groups // merged)
+
+
+def merge_groups(weight: Tensor, groups: int, merged: int) -> Tensor:
+    """Return (C, D, 3, 3) of a grouped convolution as (C, merged · D, 3, 3), block-diagonal."""
+    channels, width, *kernel = weight.shape
+    blocks = weight.new_zeros(groups // merged, merged, channels // groups, merged, width, *kernel)
+    parts = weight.unflatten(0, (groups // merged, merged, channels // groups))
+    blocks.diagonal(dim1=1, dim2=3).copy_(parts.movedim(1, -1))
+    return blocks.flatten(3, 4).flatten(0, 2)
+
+
+def norms(overrides: list[str]) -> Iterator[Table]:
+    """Compare torch's operations and ours for each distinct BatchNorm + ReLU, with or without a shortcut."""
+    config, device = configured(overrides)
+    dtype = DTYPES.get(config.train.precision, torch.float32)
+    counts: dict[tuple, int] = {}
+    for name, (_, shape) in inputs_of(config, nn.BatchNorm2d).items():
+        if "downsample" not in name:
+            key = (*shape, name.endswith("bn3"))
+            counts[key] = counts.get(key, 0) + 1
+    for (*shape, with_shortcut), count in counts.items():
+        images, channels, height, width = shape
+        pair = [
+            torch.randn(shape, device=device, dtype=dtype)
+            .contiguous(memory_format=torch.channels_last)
+            .requires_grad_()
+            for _ in range(1 + with_shortcut)
+        ]
+        tensors = 11 if with_shortcut else 8  # that the kernels read or write, forward and backward
+        note = partial(bandwidth, tensors * pair[0].nbytes / images)
+        layers: dict[str, Callable[..., Tensor]] = {
+            "torch: BatchNorm, addition, ReLU": partial(plain, nn.BatchNorm2d(channels).to(device))
+        }
+        for groups in (1, 8):
+            norm = GhostBatchNorm2d(channels, groups, kernels_work(device)).to(device)
+            layers[f"ours, {groups} group{'s' * (groups > 1)}"] = partial(fused, norm)
+        what = "BatchNorm, shortcut, ReLU" if with_shortcut else "BatchNorm, ReLU"
+        yield (
+            f"{what}, {channels} channels, {height}x{width}, batch {images}, {count} in the network",
+            [Variant(name, images, forward_backward(run, *pair), note) for name, run in layers.items()],
+        )
+
+
+def plain(norm: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+    y = norm(x)
+    return F.relu(y if shortcut is None else y + shortcut)
+
+
+def fused(norm: nn.Module, *pair: Tensor) -> Tensor:
+    return norm_relu(norm, *pair)[0]
+
+
+def bandwidth(bytes_per_image: float, seconds: float) -> str:
+    return f"{bytes_per_image / seconds / 1e12:.2f} TB/s"

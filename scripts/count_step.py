@@ -25,6 +25,7 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # its own folder too, for python -P
 import torch
+from benchmark_steps import CLASSES, GROUP, reference_step, references
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -38,7 +39,6 @@ from resnext.errors import UserError, command_parser, run_main
 
 CPU = torch.device("cpu")
 MEMORY = 80e9  # bytes
-GROUP = 32  # images per GPU, as in the paper
 
 # Operators that only allocate memory, or view it.
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
@@ -70,8 +70,6 @@ def main() -> None:
 
 def counts(config: Config) -> Iterator[tuple[str, dict[str, int]]]:
     """Yield (name, counts) of the steps to compare."""
-    from benchmark_steps import CLASSES, foreign_networks, place, reference_step  # which imports Traffic
-
     train, size = config.train, config.train.batch_size
     uncounted = {  # they need values, or hide what they do
         "precision": train.precision in ("fp16", "auto"),
@@ -84,7 +82,8 @@ def counts(config: Config) -> Iterator[tuple[str, dict[str, int]]]:
         raise UserError("triton: is not installed, and our kernels need it; install a CUDA build of torch")
     for key in (key for key, used in uncounted.items() if used):
         raise UserError(f"train.{key}: steps with {getattr(train, key)} cannot be counted; change the key")
-    others = list(foreign_networks(config))
+    layout = torch.channels_last if train.channels_last else torch.contiguous_format
+    others = [(name, make) for name, make, used, _ in references(config, CPU) if used == layout]
     variants = {"ours": []}
     if train.bn_group is None and size > GROUP and size % GROUP == 0:
         variants[f"ours, bn_group={GROUP}"] = [f"train.bn_group={GROUP}"]
@@ -100,11 +99,12 @@ def counts(config: Config) -> Iterator[tuple[str, dict[str, int]]]:
             )
             step = partial(train_step, training, *batch(varied), 0.1)
             yield name, count(step, training.model, size)
-    for name, network in others:
-        network = place(network, config, CPU)
+    for name, make in others:
+        network = make().to(memory_format=layout)
         with pretended_gpu():
             make_fake(network)
-            yield name, count(reference_step(network, config, CPU, *batch(config)), network, size)
+            step = reference_step(network, config, CPU, *batch(config))
+            yield name.partition(",")[0], count(step, network, size)
 
 
 def count(step: Callable[[], object], model: nn.Module, images: int) -> dict[str, int]:

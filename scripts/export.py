@@ -109,7 +109,7 @@ def check_arguments(source: str, output: Path, fold: bool, image_size: int | Non
 
 def in_form_c(model: Any, config: Config) -> tuple[Any, Config]:
     """The same function as a new network in form C, and its configuration, without this machine's paths."""
-    from resnext.models.resnext import convert_form
+    from resnext.models.block_forms import convert_form
 
     state = convert_form(model.state_dict(), config.model.cardinality, config.model.block, "C")
     # torchvision and safetensors want plain layout; a run's weights are channels_last.

@@ -1,12 +1,12 @@
-"""Everything that wants a GPU, in one command: the tests, then measurements in order of importance.
+"""Run everything that needs a GPU: the tests, then measurements in order of importance.
 
     python scripts/gpu.py                          within 25 minutes
-    python scripts/gpu.py --minutes 60 --data DIR  and training from the JPEG files below DIR/train/
-    python scripts/gpu.py train norms              these parts, even if they were measured before
+    python scripts/gpu.py --minutes 60 --data DIR  also train on the JPEG files in DIR/train/
+    python scripts/gpu.py train norms              only these parts, even if already measured
 
-Each part's figures are written at once to results/gpu-<device>.json and .md; called again, it goes on
-after the last part that ended. docs/gpu.md says how to read them. Without a GPU all parts run on tiny
-shapes, which tries the commands, not the kernels; those figures mean nothing.
+Each part's figures are written at once to results/gpu-<device>.json and .md. The same command
+later continues after the last finished part. docs/gpu.md explains the figures. Without a GPU all
+parts run with tiny shapes: that tests the commands, and the figures mean nothing.
 """
 
 import json
@@ -21,8 +21,9 @@ import xml.etree.ElementTree
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # its own folder too, for python -P
+sys.path.insert(0, str(ROOT))  # python -P omits it
 from resnext.errors import UserError, command_parser, run_main
+from resnext.files import write_file
 
 BENCHMARKS = {  # the most important first
     "train": ["train", "train.batch_size=256"],
@@ -32,7 +33,6 @@ BENCHMARKS = {  # the most important first
     "train-resnet50": ["train", "model.cardinality=1", "model.base_width=64", "train.batch_size=256"],
     "eval-256": ["eval", "train.batch_size=256"],
     "eval-1": ["eval", "train.batch_size=1"],
-    "cifar": ["cifar"],
     "files": ["end-to-end", "train.batch_size=256"],
 }
 PARTS = ("tests", "demo", *BENCHMARKS)
@@ -42,14 +42,11 @@ TESTS_AT_MOST = 0.4  # of the time
 
 def main() -> None:
     parser = command_parser(__doc__)
-    parser.add_argument(
-        "parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (which needs --data); default: all"
-    )
-    parser.add_argument("--minutes", type=float, default=25, metavar="N", help="default: 25")
-    parser.add_argument("--data", metavar="DIR", help="class folders below DIR/train/")
-    parser.add_argument(
-        "--output", type=Path, default=ROOT / "results", metavar="DIR", help="default: results/"
-    )
+    add = parser.add_argument
+    add("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (needs --data); default: all")
+    add("--minutes", type=float, default=25, metavar="N", help="default: 25")
+    add("--data", metavar="DIR", help="class folders in DIR/train/")
+    add("--output", type=Path, default=ROOT / "results", metavar="DIR", help="default: results/")
     arguments = parser.parse_args()
     check(arguments.parts, arguments.minutes, arguments.data)
     seconds = 60 * arguments.minutes
@@ -63,12 +60,12 @@ def main() -> None:
     name = re.sub(r"\W+", "-", now["device"]).strip("-").lower()
     target = arguments.output / f"{'gpu' if device.type == 'cuda' else 'tiny'}-{name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
-    results, unfinished = earlier(target, now), []
+    results, unfinished = earlier_results(target, now), []
     for part in arguments.parts or PARTS:
         if part == "files" and not arguments.data:
             continue
         if part in results["parts"] and not arguments.parts:
-            print(f"{part}: measured already")
+            print(f"{part}: already measured")
             continue
         left = end - time.monotonic()
         if part == "tests":
@@ -77,87 +74,67 @@ def main() -> None:
         result = run(part, left, arguments.data, tiny=device.type == "cpu") if left > 1 else None
         if result is None:
             unfinished.append(part)
-        else:
-            results["parts"][part] = result
-            write(target, json.dumps(results, indent=2) + "\n")
-            write(target.with_suffix(".md"), report(results))
+            continue
+        results["parts"][part] = result
+        write_file("--output", str(target), json.dumps(results, indent=2) + "\n")
+        write_file("--output", str(target.with_suffix(".md")), report(results))
     print(f"\n{report(results)}\nwritten to {target} and {target.with_suffix('.md')}")
     if results["parts"].get("tests", {}).get("failed"):
         unfinished.append("tests")
     if unfinished:
-        raise UserError(
-            f"{', '.join(unfinished)}: failed, or no time was left; see above, or raise --minutes"
-        )
+        raise UserError(f"{', '.join(unfinished)}: failed or out of time; see above, or raise --minutes")
 
 
 def check(names: list[str], minutes: float, data: str | None) -> None:
     if unknown := [name for name in names if name not in PARTS]:
-        raise UserError(f"{unknown[0]}: no part of that name; there are {', '.join(PARTS)}")
+        raise UserError(f"{unknown[0]}: unknown part; choose from {', '.join(PARTS)}")
     if not 0 < minutes < float("inf"):
         raise UserError(f"--minutes {minutes}: must be above 0")
     if "files" in names and not data:
-        raise UserError("--data is missing: files reads pictures below DIR/train/CLASS/")
+        raise UserError("--data: missing; the part files reads images in DIR/train/CLASS/")
     if data and not (Path(data) / "train").is_dir():
-        raise UserError(f"--data {data}: has no folder train/; give the folder that holds train/CLASS/*.jpg")
+        raise UserError(f"--data {data}: has no folder train/; name the folder that holds train/CLASS/*.jpg")
 
 
-def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
-def earlier(target: Path, now: dict[str, str]) -> dict:
-    """What an earlier call with the same program and hardware has measured."""
-
-    def fixed(environment: dict[str, str]) -> dict[str, str]:
-        return {key: value for key, value in environment.items() if key != "started"}
-
+def earlier_results(target: Path, now: dict[str, str]) -> dict:
+    """Return what an earlier call with the same program and hardware measured."""
     if target.exists():
         try:
             results = json.loads(target.read_text(encoding="utf-8"))
-            if fixed(results["environment"]) == fixed(now):
+            if results["environment"] | {"started": ""} == now | {"started": ""}:
                 return results
         except (ValueError, KeyError, TypeError):
             pass  # damaged
         kept = target.with_suffix(f".{time.strftime('%Y%m%d-%H%M%S')}.json")
         target.rename(kept)
-        print(f"{target} is of another version or machine, or damaged: kept as {kept}")
+        print(f"{target}: from another version or machine, or damaged; kept as {kept}")
     return {"environment": now, "parts": {}}
 
 
 def command(part: str, folder: str, data: str | None, tiny: bool) -> list[str]:
-    """What python runs for a part, which leaves its result in the folder."""
+    """Return python's arguments for a part; its result goes to the folder."""
     if part == "tests":
         return ["-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", f"--junitxml={folder}/result"]
     if part == "demo":
-        return [
-            "train.py",
-            "--config",
-            "demo.yaml",
-            "--output",
-            f"{folder}/demo",
-            *["data.train_images=320"] * tiny,
-        ]
-    extra = ["--data", data] if part == "files" else []
+        few = ["data.train_images=320"] if tiny else []
+        return ["train.py", "--config", "demo.yaml", "--output", f"{folder}/demo", *few]
+    extra = ["--data", str(Path(data).resolve())] if part == "files" and data else []
     if tiny:
-        extra += ["--rounds", "1", *(TINY if part != "cifar" else [])]
+        extra += ["--rounds", "1", *TINY]
     return ["scripts/benchmark.py", *BENCHMARKS[part], "--json", f"{folder}/result", *extra]
 
 
 def run(part: str, seconds: float, data: str | None, tiny: bool) -> dict | None:
-    """Run one part; its figures, or None where it did not end well."""
-    data = data and str(Path(data).resolve())
+    """Run a part and return its figures, or None if it failed."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.monotonic()
-        # A session of its own, so that all it has started can be ended with it.
+        # In its own session, so that everything it starts can be killed.
         arguments = [sys.executable, *command(part, folder, data, tiny)]
         process = subprocess.Popen(arguments, cwd=ROOT, start_new_session=True)
         try:
             status = process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
-            print(f"{part}: stopped, its time is up")
+            print(f"{part}: stopped, out of time")
             return None
         finally:
             if process.poll() is None:
@@ -173,7 +150,7 @@ def run(part: str, seconds: float, data: str | None, tiny: bool) -> dict | None:
             failed = failures + errors
             return taken | {"passed": tests - failed - skipped, "failed": failed, "skipped": skipped}
         if status:
-            print(f"{part}: ended with status {status}")
+            print(f"{part}: exit status {status}")
             return None
         if part == "demo":
             rows = (Path(folder) / "demo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -182,7 +159,7 @@ def run(part: str, seconds: float, data: str | None, tiny: bool) -> dict | None:
 
 
 def report(results: dict) -> str:
-    """The figures as Markdown."""
+    """Return the figures as Markdown."""
     environment = results["environment"]
     lines = [", ".join(f"{key} {value}" for key, value in environment.items() if key != "processes"), ""]
     for part, result in results["parts"].items():
@@ -192,11 +169,10 @@ def report(results: dict) -> str:
             lines += [f"**{table['title']}**", ""]
             lines += ["| variant | images/s | ms | speed | |", "|---|---|---|---|---|"]
             for row in table["rows"]:
-                speed = row["images_per_second"]
+                speed, ratio = row["images_per_second"], row["ratio"]
                 milliseconds = 1000 * row["images"] / speed
-                note = row["note"]
                 lines.append(
-                    f"| {row['name']} | {speed:,.0f} | {milliseconds:.3g} | {row['ratio']:.2f}x | {note} |"
+                    f"| {row['name']} | {speed:,.0f} | {milliseconds:.3g} | {ratio:.2f}x | {row['note']} |"
                 )
             lines.append("")
     return "\n".join(lines)

@@ -93,7 +93,7 @@ NOTES: list[tuple[str, Callable[[SimpleNamespace], Any], str]] = [
     ("cardinality", lambda o: o.plain and o.cardinality != 1, PLAIN),
     ("baseWidth", lambda o: o.plain and o.baseWidth != 64, PLAIN),
     ("bottleneckType", lambda o: o.bottleneckType == "resnext_B" and not o.plain,
-     "C is the same function and much faster; resnext.models.resnext.convert_form takes weights over"),
+     "C is the same function and much faster; resnext.convert_form converts the weights"),
     ("shortcutType", lambda o: o.shortcutType == "A",
      "zeros for the channels that are new; the original's own A could not be run"),
     ("retrain", lambda o: o.retrain and o.resume, "not used, as -resume comes first, there and here"),

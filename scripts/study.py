@@ -125,7 +125,8 @@ def report(runs: list[Run]) -> None:
     """Write table.md and curves.png."""
     import torch
 
-    from resnext.models.resnext import build_model, complexity
+    from resnext.models.complexity import complexity
+    from resnext.models.resnext import build_model
 
     output, lines = runs[0].folder.parent, [HEADER]
     curves: dict[str, list[list[dict]]] = {}

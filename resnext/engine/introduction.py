@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..config import DataConfig, network_name
-from ..models.resnext import complexity
+from ..models.complexity import complexity
 from .train_state import TrainState
 
 

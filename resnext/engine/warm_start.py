@@ -6,7 +6,8 @@ from torch import Tensor
 from ..classes import name_outputs
 from ..config import Config, ModelConfig, network_name, to_text
 from ..errors import UserError
-from ..models.resnext import ResNeXt, convert_form
+from ..models.block_forms import convert_form
+from ..models.resnext import ResNeXt
 from ..weights.load import LuaCheckpoint, WeightsInfo
 from .checkpoint import check_state
 from .train_state import TrainProgress, TrainState, init_momentum

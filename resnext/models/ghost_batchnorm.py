@@ -1,13 +1,14 @@
-"""BatchNorm over groups of images inside a batch, as the original's GPUs computed it.
+"""Ghost BatchNorm: statistics over groups of images within a batch, as on the original's GPUs.
 
-The original cuts each batch into one contiguous slice a GPU; every slice has its own statistics
-and the running statistics are those of the first GPU (DataParallelTable). `GroupBatchNorm2d`
-does the same on one device, so that the number of GPUs no longer changes the result.
+The original cuts each batch into one contiguous slice per GPU. Each slice has its own statistics,
+and the running statistics are those of the first GPU (DataParallelTable). `GhostBatchNorm2d`
+does the same on one device, so the number of GPUs does not change the result.
 """
 
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +22,11 @@ def _relu(x: Tensor) -> Tensor:
 
 
 class GhostBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d whose training statistics are taken over `groups` near-equal slices of the batch.
+    """BatchNorm2d with training statistics over each of `groups` near-equal slices of the batch.
 
-    Input and output are (N, C, H, W); slices are contiguous in N and fewer than `groups` where
-    N is smaller. Running statistics follow the first slice. Evaluation is plain BatchNorm. With
-    `fused`, training on CUDA in channels_last runs in the kernels of kernels.py.
+    Input and output are (N, C, H, W). Slices are contiguous in N; there are min(groups, N) of them.
+    The first slice updates the running statistics. Evaluation is plain BatchNorm. With `fused`,
+    training on CUDA in channels_last runs the kernels of kernels.py.
     """
 
     def __init__(self, num_features: int, groups: int = 1, fused: bool = False):
@@ -45,8 +46,8 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         return torch.cat(normalized)
 
     def run_kernels(self, x: Tensor, shortcut: Tensor | None, relu: bool) -> tuple[Tensor, Tensor]:
-        """See kernels.norm_relu."""
-        from .kernels import norm_relu  # not at the top: it needs triton
+        """Return what fused_norm.norm_relu returns."""
+        from .fused_norm import norm_relu  # optional: it needs triton
 
         return norm_relu(
             x,
@@ -69,10 +70,10 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
 def norm_relu(
     norm: nn.Module, x: Tensor, shortcut: Tensor | None = None, relu: Callable[[Tensor], Tensor] = _relu
 ) -> tuple[Tensor, Tensor]:
-    """relu(norm(x) + shortcut), twice: for the next convolution and the next shortcut.
+    """Return relu(norm(x) + shortcut) twice: for the next convolution and the next shortcut.
 
-    Where `norm` has kernels one operator does it all; then each of the two outputs has a gradient of its
-    own, which the backward pass adds up. Elsewhere they are one tensor.
+    If `norm` has kernels, one operator does all of it, and its backward pass adds the gradients of the
+    two outputs. Otherwise both outputs are the same tensor.
     """
     if (
         _has_kernel(norm, x)
@@ -85,17 +86,18 @@ def norm_relu(
     return y, y
 
 
-def _has_kernel(norm: nn.Module, x: Tensor) -> bool:
-    """Whether kernels.norm_relu can do what this module does to x; if not, torch's own kernels do."""
+def _has_kernel(norm: nn.Module, x: Tensor) -> TypeGuard[GhostBatchNorm2d]:
+    """Return whether fused_norm.norm_relu can replace this module for the input x."""
     if not (type(norm) is GhostBatchNorm2d and norm.fused and norm.training and on_gpu(x) and x.dim() == 4):
         return False
     n, c, h, w = x.shape
     return (
         n > 0
         and c == norm.num_features
-        and max(1, n // norm.groups) * h * w > 1  # torch has an error for a single value
+        and max(1, n // norm.groups) * h * w > 1  # torch raises an error for a single value
         and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and x.is_contiguous(memory_format=torch.channels_last)
+        and norm.running_mean is not None
         and norm.weight.dtype == norm.running_mean.dtype == torch.float32
     )
 
@@ -105,18 +107,18 @@ def on_gpu(x: Tensor) -> bool:
 
 
 def kernels_work(device: torch.device) -> bool:
-    """Whether kernels.py runs on a device: a GPU since Ampere, triton, and a C compiler for it."""
+    """Return whether kernels.py runs on a device: this needs Ampere or newer, triton, and a C compiler."""
     if device.type != "cuda" or torch.cuda.get_device_properties(device).major < 8:
         return False
     try:
         import triton
 
-        triton.runtime.driver.active.utils  # noqa: B018 (compiles its way to the driver)
-    except Exception as error:  # of many kinds, and all mean the same
+        triton.runtime.driver.active.utils  # noqa: B018 (loads the driver, which compiles)
+    except Exception as error:  # triton raises many types; all mean that it does not work
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         warnings.warn(
-            f"BatchNorm runs in torch's own kernels, and a step takes up to 1.4 times as long: triton does "
-            f"not work here ({reason}); install triton, gcc and the headers of Python (python3-dev)",
+            f"triton does not work here ({reason}), so BatchNorm uses torch's kernels and a step takes up to "
+            "1.4x as long; install triton, gcc and Python's headers (python3-dev)",
             stacklevel=2,
         )
         return False
@@ -124,29 +126,29 @@ def kernels_work(device: torch.device) -> bool:
 
 
 def use_ghost_batchnorm(model: nn.Module, groups: int, fused: bool = False) -> None:
-    """Make every BatchNorm2d of a model a GroupBatchNorm2d; parameters, buffers and hooks stay."""
+    """Turn every BatchNorm2d of a model into a GhostBatchNorm2d; parameters, buffers and hooks stay."""
     for module in model.modules():
-        if type(module) in (nn.BatchNorm2d, GhostBatchNorm2d):
+        if type(module) is nn.BatchNorm2d:
             module.__class__ = GhostBatchNorm2d
+        if isinstance(module, GhostBatchNorm2d):
             module.groups, module.fused = groups, fused
 
 
 @contextlib.contextmanager
 def frozen_running_statistics(model: nn.Module) -> Iterator[None]:
-    """Inside, training-mode BatchNorm uses batch statistics but leaves the running ones alone.
+    """Keep training-mode BatchNorm from updating its running statistics inside the context.
 
-    For the later parts of an accumulated batch and for recomputation in the backward pass, which
-    must not count an image twice.
+    Later micro-batches and recomputation in the backward pass need this: no image may count twice.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [(m.momentum, m.num_batches_tracked) for m in norms]
     for norm in norms:
-        # Momentum 0 rather than no buffers at all: the same tensors must be saved for backward.
+        # Momentum 0, not missing buffers: the same tensors must be saved for the backward pass.
         norm.momentum = 0.0
-        # SyncBatchNorm insists on a counter.
-        norm.num_batches_tracked = (
-            None if isinstance(norm, nn.BatchNorm2d) else norm.num_batches_tracked.clone()
-        )
+        # SyncBatchNorm needs a counter.
+        count = norm.num_batches_tracked
+        is_sync = isinstance(norm, nn.SyncBatchNorm)
+        norm.num_batches_tracked = count.clone() if is_sync and count is not None else None
     try:
         yield
     finally:

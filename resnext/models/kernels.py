@@ -1,22 +1,18 @@
-"""BatchNorm over slices of the batch, + shortcut, + ReLU, in three kernels forward and three back.
+"""Triton kernels for ghost BatchNorm + shortcut + ReLU: three forward, three backward.
 
-`norm_relu`, at the end, is what batchnorm.py calls. Importing this module needs triton.
+fused_norm.py launches them. Importing this module needs triton.
 
-Tensors are (N, C, H, W) in channels_last: M = N·H·W rows of C values. Slice g, one of batchnorm.slice_sizes,
-is a range of rows that a kernel works out itself, so a smaller last batch needs no other kernel. A slice is
-cut into `split` parts, whose sums are added up in an order that depends on the shape alone. There are no
-atomics: the same input gives the same bits. Sums are float32.
+Tensors are (N, C, H, W) in channels_last: M = N·H·W rows of C values. Slice g (see
+batch_plan.split_evenly) is a range of rows that each kernel computes itself, so a smaller last
+batch needs no other kernel. A slice is cut into `split` parts, whose sums are added in an order
+that depends on the shape only. There are no atomics: the same input gives the same bits. Sums
+are float32.
 """
 
-import functools
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-SIZES = ["images", "groups", "hw", "split"]  # integers that do not deserve a specialised kernel each
+SIZES = ["images", "groups", "hw", "split"]  # do not compile a kernel for each value of these
 
 
 # ---------------------------------------------------------------------------- rows
@@ -24,7 +20,7 @@ SIZES = ["images", "groups", "hw", "split"]  # integers that do not deserve a sp
 
 @triton.jit
 def rows_of_part(images, groups, hw, g, s, split):
-    """First row (int64) of part s of slice g, and its number of rows, which may be 0."""
+    """Return the first row (int64) of part s of slice g, and its number of rows, which may be 0."""
     small = images // groups
     larger = images % groups
     start = (g * small + tl.minimum(g, larger)).to(tl.int64) * hw
@@ -36,7 +32,7 @@ def rows_of_part(images, groups, hw, g, s, split):
 
 @triton.jit
 def normalized(x, mean, scale, bias):
-    """One expression for both passes: the backward pass must find the sign that the forward pass had."""
+    """Normalize x; both passes use this expression, so the backward pass sees the same sign."""
     return tl.fma(x - mean[None, :], scale[None, :], bias[None, :])
 
 
@@ -45,7 +41,7 @@ def normalized(x, mean, scale, bias):
 
 @triton.jit(do_not_specialize=SIZES)
 def partial_statistics(x_ptr, part_ptr, images, groups, hw, C, split, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Mean and sum of squared deviations of a part, to part (2, groups, split, C)."""
+    """Write the mean and the sum of squared deviations of a part to part (2, groups, split, C)."""
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
     s = tl.program_id(1)
     g = tl.program_id(2)
@@ -53,7 +49,7 @@ def partial_statistics(x_ptr, part_ptr, images, groups, hw, C, split, ROWS: tl.c
     start, rows = rows_of_part(images, groups, hw, g, s, split)
     lane = tl.arange(0, ROWS)
     tile = lane[:, None] * C + cols[None, :]
-    # Deviations from the part's first row: their squares do not cancel where the mean is large.
+    # Subtract the part's first row, so that squares do not cancel if the mean is large.
     shift = tl.load(x_ptr + start * C + cols, inside & (rows > 0), 0.0).to(tl.float32)
     sums = tl.zeros((ROWS, COLS), tl.float32)
     squares = tl.zeros((ROWS, COLS), tl.float32)
@@ -87,9 +83,9 @@ def merge_statistics(
     SPLIT: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Mean and 1 / sqrt(var + eps) of each slice, to statistics (2, groups, C).
+    """Write the mean and 1 / sqrt(var + eps) of each slice to statistics (2, groups, C).
 
-    Slice 0 moves the running statistics, and its first program counts the batch.
+    Slice 0 updates the running statistics, and its first program counts the batch.
     """
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
     g = tl.program_id(1)
@@ -139,6 +135,7 @@ def apply(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
+    """Write y = normalized x, + shortcut, then ReLU, to y."""
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
     s = tl.program_id(1)
     g = tl.program_id(2)
@@ -152,7 +149,7 @@ def apply(
     bias = tl.load(bias_ptr + cols, inside, 0.0)
     tiles = tl.cdiv(rows, ROWS)
     for i in range(tiles):
-        r = (tiles - 1 - i) * ROWS  # the last rows are those that the cache still has
+        r = (tiles - 1 - i) * ROWS  # last rows first: they are still in the cache
         ok = (r + lane < rows)[:, None] & inside[None, :]
         at = (start + r) * C + tile
         x = tl.load(x_ptr + at, ok, 0.0).to(tl.float32)
@@ -160,7 +157,7 @@ def apply(
         if SHORTCUT:
             y += tl.load(shortcut_ptr + at, ok, 0.0).to(tl.float32)
         if RELU:
-            y = tl.where(y < 0.0, 0.0, y)  # a NaN stays
+            y = tl.where(y < 0.0, 0.0, y)  # keeps NaN
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), ok)
 
 
@@ -169,9 +166,9 @@ def apply(
 
 @triton.jit
 def through_relu(dy, x, y_ptr, at, ok, mean, scale, bias, SHORTCUT: tl.constexpr, RELU: tl.constexpr):
-    """dy where ReLU let something through: by the output if there was a shortcut, else computed from x."""
+    """Return dy where ReLU was active: from the output if there is a shortcut, else recomputed from x."""
     if RELU:
-        if SHORTCUT:  # noqa: SIM108 (a branch of the compiler's)
+        if SHORTCUT:  # noqa: SIM108 (a compile-time branch)
             y = tl.load(y_ptr + at, ok, 0.0).to(tl.float32)
         else:
             y = normalized(x, mean, scale, bias)
@@ -201,10 +198,10 @@ def partial_gradients(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Sums of dy and of dy · (x - mean) / std of a part, to part (2, groups, split, C).
+    """Write the sums of dy and of dy · (x - mean) / std of a part to part (2, groups, split, C).
 
-    With a shortcut or two gradients, what reaches the normalised values is kept: it is the shortcut's
-    gradient, and all that `input_gradient` needs besides x.
+    With a shortcut or two gradients, the gradient after ReLU is kept: it is the shortcut's gradient,
+    and `input_gradient` needs it.
     """
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
     s = tl.program_id(1)
@@ -240,7 +237,7 @@ def partial_gradients(
 
 @triton.jit(do_not_specialize=["groups"])
 def merge_gradients(part_ptr, sums_ptr, groups, C, SPLIT: tl.constexpr, COLS: tl.constexpr):
-    """The two sums of each slice, to sums (2, groups, C)."""
+    """Write the two sums of each slice to sums (2, groups, C)."""
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
     g = tl.program_id(1)
     inside = cols < C
@@ -271,9 +268,9 @@ def input_gradient(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """dx; one program of each block of channels also adds up the slices' sums: dweight and dbias.
+    """Write dx; one program per block of channels also adds the slices' sums to dweight and dbias.
 
-    MASKED: dy is what `partial_gradients` kept.
+    MASKED: dy is the gradient that `partial_gradients` kept.
     """
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
     s = tl.program_id(1)
@@ -287,10 +284,10 @@ def input_gradient(
         dbias = tl.zeros((COLS,), tl.float32)
         dweight = tl.zeros((COLS,), tl.float32)
         for first in range(0, groups, 16):
-            some = (first + sixteen < groups)[:, None] & inside[None, :]
+            ok = (first + sixteen < groups)[:, None] & inside[None, :]
             each = sums_ptr + (first + sixteen)[:, None] * C + cols[None, :]
-            dbias += tl.sum(tl.load(each, some, 0.0), 0)
-            dweight += tl.sum(tl.load(each + groups * C, some, 0.0), 0)
+            dbias += tl.sum(tl.load(each, ok, 0.0), 0)
+            dweight += tl.sum(tl.load(each + groups * C, ok, 0.0), 0)
         tl.store(dbias_ptr + cols, dbias, inside)
         tl.store(dweight_ptr + cols, dweight, inside)
     mean = tl.load(statistics_ptr + g * C + cols, inside, 0.0)
@@ -303,7 +300,7 @@ def input_gradient(
     slope = tl.load(sums_ptr + (groups + g) * C + cols, inside, 0.0) / n * inverse
     tiles = tl.cdiv(rows, ROWS)
     for i in range(tiles):
-        r = (tiles - 1 - i) * ROWS  # as in `apply`
+        r = (tiles - 1 - i) * ROWS  # last rows first, as in `apply`
         ok = (r + lane < rows)[:, None] & inside[None, :]
         at = (start + r) * C + tile
         x = tl.load(x_ptr + at, ok, 0.0).to(tl.float32)
@@ -312,214 +309,3 @@ def input_gradient(
             dy = through_relu(dy, x, x_ptr, at, ok, mean, scale, bias, False, RELU)
         dx = (dy - constant[None, :] - (x - mean[None, :]) * slope[None, :]) * scale[None, :]
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), ok)
-
-
-# ---------------------------------------------------------------------------- operators
-
-# (values of a tensor, channels of them) that a program has in hand, of 4 warps; measured on an H100.
-FORWARD, BACKWARD = (2048, 64), (4096, 128)
-PROGRAMS = 1024  # that a launch has at least, where there is work for so many: 8 on each of an H100's 132 SMs
-
-
-@functools.cache
-def blocks_of(
-    images: int, groups: int, hw: int, channels: int, tile: tuple[int, int]
-) -> tuple[int, int, int, int]:
-    """(ROWS, COLS, split, COLS of the merging kernel), powers of two that depend on the shape alone."""
-    values, most = tile
-    cols = min(most, triton.next_power_of_2(channels))
-    programs = triton.cdiv(channels, cols) * groups
-    rows = images // groups * hw
-    split = 1
-    while programs * split < PROGRAMS and rows >= 4 * split * values // cols:
-        split *= 2
-    return values // cols, cols, split, max(1, min(cols, max(4, values // split)))
-
-
-COMPILED: dict[tuple, object] = {}  # what triton made of a kernel for such arguments
-
-
-def launch(
-    kernel: triton.JITFunction,
-    grid: tuple[int, int, int],
-    tensors: tuple[Tensor, ...],
-    numbers: tuple[int | float, ...],
-    constants: tuple[int | bool, ...],
-) -> None:
-    """kernel[grid](...), but triton's search for what it has compiled, longer than a launch, only once."""
-    key = (kernel, tensors[0].device, *(tensor.dtype for tensor in tensors), numbers, constants)
-    compiled = COMPILED.get(key)
-    aligned = all(tensor.data_ptr() % 16 == 0 for tensor in tensors)  # which triton compiles for, if it is so
-    if compiled is None or not aligned:
-        compiled = kernel[grid](*tensors, *numbers, *constants)
-        if compiled is not None and aligned:  # the interpreter compiles nothing
-            COMPILED[key] = compiled
-    else:
-        compiled[grid](*tensors, *numbers, *constants)
-
-
-def _laid_out(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous(memory_format=torch.channels_last)
-
-
-def norm_forward(
-    x: Tensor,
-    shortcut: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    batches: Tensor | None,
-    groups: int,
-    momentum: float,
-    eps: float,
-    relu: bool,
-) -> tuple[Tensor, Tensor]:
-    """(y, statistics): y as x; float32 (2, groups, C) mean and 1 / std of each slice."""
-    n, c, h, w = x.shape
-    sizes = (n, groups, h * w, c)
-    rows, cols, split, merged = blocks_of(*sizes, FORWARD)
-    blocks = triton.cdiv(c, cols)
-    x, shortcut = _laid_out(x), _laid_out(shortcut)
-    y = torch.empty_like(x)
-    statistics = x.new_empty(2, groups, c, dtype=torch.float32)
-    part = x.new_empty(2, groups, split, c, dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        launch(partial_statistics, (blocks, split, groups), (x, part), (*sizes, split), (rows, cols))
-        launch(
-            merge_statistics,
-            (triton.cdiv(c, merged), groups, 1),
-            (part, statistics, running_mean, running_var, running_mean if batches is None else batches),
-            (*sizes, eps, momentum),
-            (batches is not None, split, merged),
-        )
-        launch(
-            apply,
-            (blocks, split, groups),
-            (x, x if shortcut is None else shortcut, y, statistics, weight, bias),
-            (*sizes, split),
-            (shortcut is not None, relu, rows, cols),
-        )
-    return y, statistics
-
-
-def norm_backward(
-    dy: Tensor,
-    dy2: Tensor | None,
-    x: Tensor,
-    y: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    statistics: Tensor,
-    shortcut: bool,
-    relu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, shortcut (empty without one), weight and bias; dy2 is added to dy."""
-    n, c, h, w = x.shape
-    groups = statistics.shape[1]
-    sizes = (n, groups, h * w, c)
-    rows, cols, split, merged = blocks_of(*sizes, BACKWARD)
-    blocks = triton.cdiv(c, cols)
-    dy, dy2, x, y = (_laid_out(tensor) for tensor in (dy, dy2, x, y))
-    keep = shortcut or dy2 is not None
-    dx, kept = torch.empty_like(x), torch.empty_like(x) if keep else dy
-    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
-    part = x.new_empty(2, groups, split, c, dtype=torch.float32)
-    sums = x.new_empty(2, groups, c, dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        launch(
-            partial_gradients,
-            (blocks, split, groups),
-            (x, x if y is None else y, dy, dy if dy2 is None else dy2, kept, statistics, weight, bias, part),
-            (*sizes, split),
-            (shortcut, dy2 is not None, relu, rows, cols),
-        )
-        launch(
-            merge_gradients,
-            (triton.cdiv(c, merged), groups, 1),
-            (part, sums),
-            (groups, c),
-            (split, merged),
-        )
-        launch(
-            input_gradient,
-            (blocks, split, groups),
-            (x, kept, dx, statistics, weight, bias, sums, dweight, dbias),
-            (*sizes, split),
-            (keep, relu, rows, cols),
-        )
-    return dx, kept if shortcut else x.new_empty(0), dweight, dbias
-
-
-def _fake_forward(x, shortcut, weight, bias, running_mean, running_var, batches, groups, momentum, eps, relu):
-    y = torch.empty_like(x, memory_format=torch.channels_last)
-    return y, x.new_empty(2, groups, x.shape[1], dtype=torch.float32)
-
-
-def _fake_backward(dy, dy2, x, y, weight, bias, statistics, shortcut, relu):
-    dx = torch.empty_like(x, memory_format=torch.channels_last)
-    dshortcut = torch.empty_like(dx) if shortcut else x.new_empty(0)
-    return dx, dshortcut, torch.empty_like(weight), torch.empty_like(bias)
-
-
-class _NormRelu(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx, x, shortcut, weight, bias, running_mean, running_var, batches, groups, momentum, eps, relu
-    ):
-        y, statistics = torch.ops.resnext.norm_forward(
-            x, shortcut, weight, bias, running_mean, running_var, batches, groups, momentum, eps, relu
-        )
-        ctx.shortcut, ctx.relu = shortcut is not None, relu
-        ctx.save_for_backward(x, y if ctx.shortcut and relu else None, weight, bias, statistics)
-        ctx.set_materialize_grads(False)
-        return y, y.view_as(y)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy, dy2):
-        if dy is None:
-            dy, dy2 = dy2, None
-        if dy is None:
-            return (None,) * 11
-        dx, dshortcut, dweight, dbias = torch.ops.resnext.norm_backward(
-            dy, dy2, *ctx.saved_tensors, ctx.shortcut, ctx.relu
-        )
-        return dx, dshortcut if ctx.shortcut else None, dweight, dbias, *(None,) * 7
-
-
-def _register() -> torch.library.Library:
-    """The operators `resnext::norm_relu`, and the two that it is made of."""
-    library = torch.library.Library("resnext", "FRAGMENT")
-    arguments = (
-        "(Tensor x, Tensor? shortcut, Tensor weight, Tensor bias, Tensor(a!) running_mean, "
-        "Tensor(b!) running_var, Tensor(c!)? batches, int groups, float momentum, float eps, bool relu)"
-    )
-    library.define(f"norm_relu{arguments} -> (Tensor, Tensor)")
-    library.define(f"norm_forward{arguments} -> (Tensor, Tensor)")
-    library.define(
-        "norm_backward(Tensor dy, Tensor? dy2, Tensor x, Tensor? y, Tensor weight, Tensor bias, "
-        "Tensor statistics, bool shortcut, bool relu) -> (Tensor, Tensor, Tensor, Tensor)"
-    )
-    # Made of the other two: torch.library.register_autograd takes no operator that changes an argument.
-    library.impl("norm_relu", _NormRelu.apply, "CompositeImplicitAutograd")
-    for name, run, fake in (
-        ("norm_forward", norm_forward, _fake_forward),
-        ("norm_backward", norm_backward, _fake_backward),
-    ):
-        # Not for torch.compile to look into, should it come by outside of a graph.
-        library.impl(name, torch.compiler.disable(run), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"resnext::{name}", fake, lib=library)
-    return library
-
-
-LIBRARY = _register()  # keep it: dropping it unregisters the operators
-
-# relu(batch_norm(x) + shortcut) in training, twice: for the next convolution and the next shortcut. The two
-# outputs share memory; each has a gradient of its own, which the backward pass adds up.
-#   x: (N, C, H, W) in channels_last; bf16, fp16 or fp32. `shortcut` is the same, or None.
-#   weight, bias, running_mean, running_var: float32 (C). The running ones follow the first slice.
-#   batches: int64 scalar, counted up; None: left alone.
-#   groups: slices of the batch with statistics of their own, at most N; 2 values per channel in each.
-#   momentum: weight of the new statistics in the running ones.
-norm_relu = torch.ops.resnext.norm_relu

@@ -6,20 +6,19 @@ C = cardinality paths of width D = floor(n · base_width / 64). Its three equiva
 paths that each end in their own 1x1 convolution, summed. A plain ResNet bottleneck is the case
 C = 1, base_width = 64.
 
-Pre-activation blocks (fb.resnet.torch, preresnet.lua) put `bn0` and ReLU ahead of the
-convolutions and drop the last BN, the shortcut's BN and the ReLU after the addition.
+Pre-activation blocks (fb.resnet.torch, preresnet.lua) put `bn0` and ReLU before the convolutions
+and have no last BN, no BN in the shortcut, and no ReLU after the addition.
 """
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import STAGES_BY_DEPTH, ModelConfig
 from ..errors import UserError
@@ -31,9 +30,9 @@ EXPANSION = 4
 class Bottleneck(nn.Module):
     """A block in form C: 1x1, grouped 3x3 (with the stride), 1x1, added to a shortcut.
 
-    `width` is D, of one path. With `preactivation`, `activate_input` is None in the first block
-    of the ImageNet network (its input is activated already), "shared" where the shortcut sees
-    the activated input too (other first blocks of a stage) and "branch" elsewhere.
+    `width` is D, the width of one path. With `preactivation`, `activate_input` is None in the first
+    block of the ImageNet network (its input is already activated), "shared" in the first block of
+    other stages (the shortcut also gets the activated input), and "branch" in all other blocks.
     """
 
     def __init__(
@@ -70,7 +69,7 @@ class Bottleneck(nn.Module):
         return self.conv3(x)
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """The output; where `skip` is given, which is x again, the output twice (see norm_relu)."""
+        """Return the output; if `skip` (x again) is given, return the output twice (see norm_relu)."""
         twice = skip is not None
         if not twice:
             skip = x
@@ -89,7 +88,7 @@ class Bottleneck(nn.Module):
 
 
 class BottleneckPath(nn.Module):
-    """One path of forms A and B: 1x1 and 3x3 of width D; in form A also its own last 1x1."""
+    """One path of forms A and B: 1x1 and 3x3 of width D; in form A also a last 1x1."""
 
     def __init__(self, inputs: int, width: int, stride: int, outputs: int | None = None):
         super().__init__()
@@ -117,7 +116,7 @@ class BottleneckB(Bottleneck):
 
 
 class BottleneckA(Bottleneck):
-    """A block in form A: paths that each end in their own 1x1, summed."""
+    """A block in form A: the sum of paths that each end in a 1x1."""
 
     def _build_branch(self, inputs, outputs, width, cardinality, stride) -> None:
         self.paths = nn.ModuleList(BottleneckPath(inputs, width, stride, outputs) for _ in range(cardinality))
@@ -145,15 +144,15 @@ class ResNeXt(nn.Module):
 
     Args:
         stages: blocks in each stage; 4 stages for the ImageNet stem, 3 for CIFAR's.
-        cardinality, base_width: groups of a block, and the width of one at 64 features.
+        cardinality, base_width: groups per block, and the width of a group at 64 features.
         stem: "imagenet" (7x7/2, max-pool) or "cifar" (3x3).
         form: "A", "B" or "C" (Fig. 3).
-        shortcut: "A", "B" or "C" (see config.Model).
-        classes: size of the output; None for a backbone without a last layer (`fc` is an Identity).
+        shortcut: "A", "B" or "C" (see config.ModelConfig).
+        classes: size of the output; None makes a backbone without a last layer (`fc` is an Identity).
 
-    Input is a float tensor (N, 3, H, W), normalised; output (N, classes) raw scores, of a backbone the
-    pooled features (N, channels). Any H and W work; the original's are 224 and 32.
-    `activation_checkpointing` may be set at any time.
+    The input is a normalized float tensor (N, 3, H, W). The output is logits (N, classes), or pooled
+    features (N, channels) of a backbone. Any H and W work; the original uses 224 and 32.
+    `activation_checkpointing` can be set at any time. Raises UserError for impossible arguments.
     """
 
     def __init__(
@@ -177,13 +176,13 @@ class ResNeXt(nn.Module):
         self.cardinality, self.form = cardinality, form
         self.activation_checkpointing = False
         self.conv1 = _convolution(3, 64, 7, 2) if imagenet else _convolution(3, 64, 3)
-        # In the pre-activation CIFAR network the first block's bn0 does the stem's work.
+        # In the pre-activation CIFAR network, the first block's bn0 replaces the stem's.
         if imagenet or not preactivation:
             self.bn1 = nn.BatchNorm2d(64)
             self.relu = nn.ReLU(inplace=True)
         if imagenet:
             self.maxpool = nn.MaxPool2d(3, 2, 1)
-        # The children stand in the order they run, for torchvision's IntermediateLayerGetter.
+        # Children are in execution order, for torchvision's IntermediateLayerGetter.
         self.stem = [name for name, _ in self.named_children()]
         self.frozen: list[str] = []
         channels = 64
@@ -217,7 +216,7 @@ class ResNeXt(nn.Module):
         _initialize(self, zero_gamma)
 
     def freeze(self, stages: int) -> None:
-        """Keep the stem and the first `stages` as they are: neither learned nor BN statistics moved."""
+        """Freeze the stem and the first `stages` stages, including BatchNorm statistics."""
         self.frozen = [*self.stem, *(f"layer{number}" for number in range(1, stages + 1))]
         for name in self.frozen:
             getattr(self, name).requires_grad_(False)
@@ -233,7 +232,7 @@ class ResNeXt(nn.Module):
         return self.fc(self.forward_features(x).mean((2, 3)))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """The activated output of the last stage: (N, channels, h, w)."""
+        """Return the activated output of the last stage, (N, channels, h, w)."""
         x = self.conv1(x)
         if "bn1" in self.stem:
             x, _ = norm_relu(self.bn1, x, relu=self.relu)
@@ -243,9 +242,10 @@ class ResNeXt(nn.Module):
         for number in range(1, self.stages + 1):
             for block in getattr(self, f"layer{number}"):
                 if self.training and type(block.bn3) is GhostBatchNorm2d and block.bn3.fused and on_gpu(x):
-                    x, skip = self._run(block, x, skip)
+                    output = self._run(block, x, skip)
                 else:
-                    x = skip = self._run(block, x)
+                    output = self._run(block, x)
+                x, skip = output if isinstance(output, tuple) else (output, output)
         return x if self.final_bn is None else norm_relu(self.final_bn, x)[0]
 
     def _run(self, block: nn.Module, *x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
@@ -253,7 +253,7 @@ class ResNeXt(nn.Module):
             return block(*x)
 
         def contexts():
-            # Recomputation must not move the running statistics a second time.
+            # Recomputation must not update the running statistics again.
             return contextlib.nullcontext(), frozen_running_statistics(block)
 
         return checkpoint(block, *x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
@@ -273,7 +273,7 @@ def _shortcut(kind: str, inputs: int, outputs: int, stride: int, with_bn: bool) 
 
 
 def _initialize(model: ResNeXt, zero_gamma: bool) -> None:
-    """models/resnext.lua: conv N(0, sqrt(2 / (k·k·outputs))), BN 1 and 0, linear U(±1/sqrt(in))."""
+    """Initialize as resnext.lua: conv N(0, sqrt(2 / (k·k·outputs))), BN 1 and 0, linear U(±1/sqrt(in))."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             fan_out = math.prod(module.kernel_size) * module.out_channels
@@ -283,7 +283,7 @@ def _initialize(model: ResNeXt, zero_gamma: bool) -> None:
             nn.init.uniform_(module.weight, -bound, bound)
             nn.init.zeros_(module.bias)
         elif isinstance(module, Bottleneck) and zero_gamma:
-            nn.init.zeros_(module.bn3.weight)
+            nn.init.zeros_(module.bn3.get_parameter("weight"))
 
 
 def _check_arguments(stages, cardinality, base_width, classes, stem, form, shortcut) -> None:
@@ -307,7 +307,7 @@ def _check_arguments(stages, cardinality, base_width, classes, stem, form, short
 
 
 def build_model(config: ModelConfig, classes: int | None) -> ResNeXt:
-    """The network that a configuration describes; without a last layer where `classes` is None."""
+    """Build the network of a configuration; without a last layer if `classes` is None."""
     return ResNeXt(
         config.stages,
         config.cardinality,
@@ -321,68 +321,8 @@ def build_model(config: ModelConfig, classes: int | None) -> ResNeXt:
     )
 
 
-def complexity(model: nn.Module, image_size: int) -> tuple[int, int]:
-    """(parameters, multiply-adds of convolutions and linear layers for one image)."""
-    counter = FlopCounterMode(display=False)
-    like = next(model.parameters())
-    training = model.training
-    model.eval()
-    with torch.no_grad(), counter:
-        model(torch.empty(1, 3, image_size, image_size, device=like.device, dtype=like.dtype))
-    model.train(training)
-    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
-
-
-def convert_form(
-    state: Mapping[str, Tensor], cardinality: int, source: str, target: str
-) -> dict[str, Tensor]:
-    """Weights of a network in form `source` rearranged for form `target` (Fig. 3, A, B, C).
-
-    The networks compute the same function. `state` is a state_dict; the result shares no memory
-    with it. Path i holds rows i·D...(i+1)·D of form C's 1x1 and 3x3 with their BN, and in form
-    A also columns i·D...(i+1)·D of the last 1x1.
-    """
-    if not {source, target} <= set("ABC"):
-        raise UserError(f"forms are A, B and C, not {source!r} and {target!r}")
-    paths = {key.partition(".paths.")[2].split(".")[0] for key in state if ".paths." in key}
-    found = "C" if not paths else "A" if any(".paths.0.conv3." in key for key in state) else "B"
-    if found != source or (paths and len(paths) != cardinality):
-        count = f" with {len(paths)} paths" if paths else ""
-        raise UserError(
-            f"the weights are of form {found}{count}, not {source} with cardinality {cardinality}"
-        )
-    joined: dict[str, Tensor] = {}
-    for key, value in state.items():  # to form C
-        block, is_path, rest = key.partition(".paths.")
-        if not is_path:
-            joined[key] = value.clone()
-        elif rest.startswith("0."):
-            leaf = rest[2:]
-            parts = [state[f"{block}.paths.{i}.{leaf}"] for i in range(cardinality)]
-            if value.dim() == 0:  # num_batches_tracked is the same in every path
-                joined[f"{block}.{leaf}"] = value.clone()
-            else:
-                joined[f"{block}.{leaf}"] = torch.cat(parts, 1 if leaf == "conv3.weight" else 0)
-    if target == "C":
-        return joined
-    split_leaves = {"conv1", "bn1", "conv2", "bn2"} | ({"conv3"} if target == "A" else set())
-    split: dict[str, Tensor] = {}
-    for key, value in joined.items():
-        *block, leaf, kind = key.split(".")
-        if len(block) < 2 or leaf not in split_leaves:
-            split[key] = value
-            continue
-        axis = 1 if leaf == "conv3" else 0
-        if value.dim() and value.shape[axis] % cardinality:
-            raise UserError(f"{key}: {value.shape[axis]} channels do not make {cardinality} paths")
-        parts = value.chunk(cardinality, axis) if value.dim() else [value] * cardinality
-        for i, part in enumerate(parts):
-            split[".".join([*block, "paths", str(i), leaf, kind])] = part.clone()
-    return split
-
-
 def _named(depth: int, cardinality: int, base_width: int) -> Callable[..., ResNeXt]:
-    """A constructor with a conventional name: classes and other options as for ResNeXt."""
+    """Return a constructor that takes `classes` and the keyword options of ResNeXt."""
     if depth in STAGES_BY_DEPTH:
         return partial(ResNeXt, STAGES_BY_DEPTH[depth], cardinality, base_width)
     stages = ((depth - 2) // 9,) * 3

@@ -9,9 +9,9 @@ import torch
 from kernel_cases import SMALL, check
 from torch import nn
 
-from resnext.models import ghost_batchnorm, kernels, resnext
+from resnext.models import fused_norm, ghost_batchnorm, resnext
+from resnext.models.fused_norm import BACKWARD, FORWARD, blocks_of
 from resnext.models.ghost_batchnorm import GhostBatchNorm2d, norm_relu, use_ghost_batchnorm
-from resnext.models.kernels import BACKWARD, FORWARD, blocks_of
 from resnext.models.resnext import ResNeXt
 
 assert os.environ["TRITON_INTERPRET"] == "1"
@@ -37,7 +37,7 @@ def test_nan_stays():
     x = torch.randn(4, 8, 2, 2).contiguous(memory_format=torch.channels_last)
     x[0, 3, 0, 0] = torch.nan
     x.requires_grad_()
-    y, _ = kernels.norm_relu(
+    y, _ = fused_norm.norm_relu(
         x, None, torch.ones(8), torch.zeros(8), torch.zeros(8), torch.ones(8), None, 2, 0.1, 1e-5, True
     )
     y.sum().backward()
@@ -66,7 +66,7 @@ def calls(monkeypatch):
 
 
 def network(short=False, groups=2, **options):
-    """A network and pictures; `short`: with its first stage only."""
+    """A network and images; `short`: with its first stage only."""
     torch.manual_seed(3)
     made = ResNeXt((2 if short else 1, 1, 1), 2, 4, None, stem="cifar", **options)
     if short:

@@ -1,4 +1,4 @@
-"""kernels.norm_relu on any device against float64 BatchNorm of each slice."""
+"""fused_norm.norm_relu on any device against float64 BatchNorm of each slice."""
 
 from typing import NamedTuple
 
@@ -55,7 +55,7 @@ LARGE = tuple(
 
 def results(case: Case, device: str) -> tuple[dict, dict]:
     """The kernels' outputs, gradients and running statistics, and those of float64."""
-    from resnext.models.kernels import norm_relu  # here, as it needs triton
+    from resnext.models.fused_norm import norm_relu  # here, as it needs triton
 
     generator = torch.Generator().manual_seed(1)
     n, c, _, _ = case.shape

@@ -145,10 +145,10 @@ def test_later_launches_are_those_of_triton(monkeypatch, tmp_path, shortcut):
     """The same kernels, grids and arguments when the compiled ones are known; others for other arguments."""
     from triton.runtime.driver import driver
 
-    from resnext.models import kernels
+    from resnext.models import fused_norm, kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(kernels, "COMPILED", {})
+    monkeypatch.setattr(fused_norm, "COMPILED", {})
     pretended = PretendedDriver()
     monkeypatch.setattr(driver, "_active", pretended)
 
@@ -158,15 +158,15 @@ def test_later_launches_are_those_of_triton(monkeypatch, tmp_path, shortcut):
         x = memory.view(images, 4, 4, 64).permute(0, 3, 1, 2)
         weight, bias, mean, var = (torch.ones(64) for _ in range(4))
         skip = x if shortcut else None
-        y, statistics = kernels.norm_forward(
+        y, statistics = fused_norm.norm_forward(
             x, skip, weight, bias, mean, var, torch.tensor(0), 2, 0.1, 1e-5, True
         )
         saved = y if shortcut else None
-        kernels.norm_backward(y, None, x, saved, weight, bias, statistics, shortcut, True)
+        fused_norm.norm_backward(y, None, x, saved, weight, bias, statistics, shortcut, True)
         return list(pretended.launches)
 
     first = step(4)
-    assert len(first) == 6 and len(kernels.COMPILED) == 6
+    assert len(first) == 6 and len(fused_norm.COMPILED) == 6
     with monkeypatch.context() as context:
         context.setattr(triton.JITFunction, "run", None)  # not needed any more
         assert step(4) == first
@@ -187,7 +187,7 @@ def test_later_launches_are_those_of_triton(monkeypatch, tmp_path, shortcut):
 @pytest.mark.parametrize("shortcut", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_shapes_on_fake_cuda_tensors(dtype, shortcut):
-    from resnext.models.kernels import norm_relu
+    from resnext.models.fused_norm import norm_relu
 
     with FakeTensorMode(), torch.device("cuda"):
         x = torch.empty(6, 24, 5, 4, dtype=dtype).contiguous(memory_format=torch.channels_last)

@@ -10,7 +10,8 @@ from commands import ROOT, call, message, run_python, snapshot
 from config_counts import CONFIG_COUNTS
 
 from resnext.config import parse_config
-from resnext.models.resnext import ResNeXt, build_model, complexity
+from resnext.models.complexity import complexity
+from resnext.models.resnext import ResNeXt, build_model
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import describe

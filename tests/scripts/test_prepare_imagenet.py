@@ -5,6 +5,7 @@ import fcntl
 import gzip
 import hashlib
 import io
+import itertools
 import os
 import random
 import shutil
@@ -37,7 +38,7 @@ SYNSETS = {1: "n01484850", 2: "n01440764", 3: "n01443537", 4: "n00001740"}
 VAL_IDS = [3, 1, 1, 2, 3, 3, 2]
 
 
-def picture(seed: int, size: tuple[int, int] = (9, 7), **options) -> bytes:
+def encoded(seed: int, size: tuple[int, int] = (9, 7), **options) -> bytes:
     noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
     target = io.BytesIO()
     Image.fromarray(noise).save(target, **{"format": "JPEG"} | options)
@@ -65,7 +66,7 @@ def tar(members, end: bool = True) -> bytes:
 
 
 def class_members(wnid: str, count: int) -> list[tuple[str, bytes]]:
-    return [(f"{wnid}_{number * 7}.JPEG", picture(int(wnid[1:]) + number)) for number in range(count)]
+    return [(f"{wnid}_{number * 7}.JPEG", encoded(int(wnid[1:]) + number)) for number in range(count)]
 
 
 def train_members(counts: dict[str, int] = COUNTS) -> list[tuple[str, bytes]]:
@@ -74,7 +75,7 @@ def train_members(counts: dict[str, int] = COUNTS) -> list[tuple[str, bytes]]:
 
 def val_members() -> list[tuple[str, bytes]]:
     """Not in the order of their numbers, as in the official archive."""
-    members = [(f"ILSVRC2012_val_{n:08}.JPEG", picture(n)) for n in range(1, len(VAL_IDS) + 1)]
+    members = [(f"ILSVRC2012_val_{n:08}.JPEG", encoded(n)) for n in range(1, len(VAL_IDS) + 1)]
     return members[3:] + members[:3]
 
 
@@ -145,18 +146,15 @@ def finish(tars: Path, output: Path, *options) -> str:
     return result.output
 
 
-# ---------------------------------------------------------------------------------------------------------
-# What it makes
+# ---------------------------------------------------------------------------- what it makes
 
 
 def test_class_folders_hold_the_very_files(tars, output):
     result = run_script("scripts/prepare_imagenet.py", tars, output, "--no-hash", cwd=tars)
     assert (result.status, result.error) == (0, "")
     assert found(output) == expected()
-    assert (
-        "train: complete, 9 pictures in 3 classes (the official set has 1,281,167 in 1,000)" in result.output
-    )
-    assert "val: complete, 7 pictures in 3 classes (the official set has 50,000 in 1,000)" in result.output
+    assert "train: complete, 9 images in 3 classes (the official set has 1,281,167 in 1,000)" in result.output
+    assert "val: complete, 7 images in 3 classes (the official set has 50,000 in 1,000)" in result.output
     assert "\r" not in result.output, "a progress bar in a pipe"
     assert sorted(os.listdir(output)) == [".prepare_imagenet", "train", "val"]
 
@@ -175,17 +173,17 @@ def test_help_needs_no_torch():
     code = "import sys; sys.path.insert(0, 'scripts'); import prepare_imagenet; print('torch' in sys.modules)"
     assert run_python("-c", code, cwd=ROOT).output == "False\n"
     result = run_script("scripts/prepare_imagenet.py", "--help", cwd=ROOT)
-    assert result.status == 0 and "is not measured" in " ".join(result.output.split())
+    assert result.status == 0 and "was not measured" in " ".join(result.output.split())
 
 
 def test_complete_output_is_left_alone(tars, output):
     finish(tars, output)
     before = snapshot(output / "train") | snapshot(output / "val")
-    assert "train: complete already, 9 pictures in 3 classes" in finish(tars, output)
+    assert "train: already complete, 9 images in 3 classes" in finish(tars, output)
     for name in (TRAIN, VAL, DEVKIT):
         (tars / name).unlink()
     printed = finish(tars, output)
-    assert "train: complete already" in printed and "val: complete already" in printed
+    assert "train: already complete" in printed and "val: already complete" in printed
     assert snapshot(output / "train") | snapshot(output / "val") == before
 
 
@@ -197,7 +195,7 @@ def test_each_set_alone(tars, output):
     (tars / TRAIN).unlink()
     (tars / "later").rename(tars / VAL)
     printed = finish(tars, output)
-    assert "skipped" not in printed and "train: complete already" in printed
+    assert "skipped" not in printed and "train: already complete" in printed
 
 
 def test_nothing_to_do(tars, output):
@@ -209,8 +207,7 @@ def test_nothing_to_do(tars, output):
     assert "no such folder" in message(prepare(tars / "none", output))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Hashes
+# ---------------------------------------------------------------------------- hashes
 
 
 def test_official_hash_is_demanded(tars, output):
@@ -238,8 +235,7 @@ def test_archives_are_hashed_once(tars, output, monkeypatch):
     assert VAL in message(call(prepare_imagenet.main, tars, output))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Stopped and resumed
+# ---------------------------------------------------------------------------- stopped and resumed
 
 
 class Killed(BaseException):
@@ -296,7 +292,7 @@ def test_stopped_at_each_step_and_resumed(tars, tmp_path, monkeypatch, options):
         assert when > 2 * len(expected())
 
 
-@pytest.mark.parametrize("options", [(), ("--max-side", "8")])
+@pytest.mark.parametrize("options", [(), pytest.param(("--max-side", "8"), marks=pytest.mark.slow)])
 def test_killed_and_resumed(tmp_path, output, options):
     """kill -9 at random moments, again and again, until one run comes through."""
     tars = tmp_path / "tars"
@@ -326,12 +322,12 @@ def test_killed_and_resumed(tmp_path, output, options):
             assert files[f"train/{wnid}/{name}"] == content
 
 
-def test_interrupted_with_one_line_about_going_on(tars, output, monkeypatch):
+def test_interrupted_with_one_line_about_resuming(tars, output, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_imagenet, "extract_class", interrupt)
+        patch.setattr(prepare_imagenet, "extract", interrupt)
         result = prepare(tars, output)
     assert result.status == 130
     assert result.error == "stopped; run the same command again to resume\ninterrupted\n"
@@ -339,8 +335,8 @@ def test_interrupted_with_one_line_about_going_on(tars, output, monkeypatch):
 
 
 def test_disk_full(tars, output):
-    """A limit on the size of files stands in for a full disk: writing fails in the middle of a picture."""
-    big = picture(5, (100, 100))
+    """A limit on the size of files stands in for a full disk: writing fails in the middle of a image."""
+    big = encoded(5, (100, 100))
     members = [*train_members()[:2], ("n01484850.tar", tar([("n01484850_1.JPEG", big)]))]
     (tars / TRAIN).write_bytes(tar(members))
     (tars / VAL).unlink()
@@ -364,44 +360,35 @@ def test_disk_full(tars, output):
     assert set(done.values()) < inodes, "finished classes were made again"
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_files_lost_in_a_power_cut_are_made_again(tars, output, monkeypatch, split):
-    finish_set = prepare_imagenet.Work.finish
+def test_files_are_on_the_disk_before_they_get_their_names(tars, output, monkeypatch):
+    """After a power cut, a path that exists is complete."""
+    events = []
+    real = os.rename
 
-    def stop(work, name, *rest):
-        if name == split:
-            raise Killed
-        finish_set(work, name, *rest)
+    def rename(source, target):
+        events.append("rename")
+        real(source, target)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(prepare_imagenet.Work, "finish", stop)
-        with pytest.raises(Killed):
-            prepare(tars, output)
-    next((output / ".prepare_imagenet" / split).rglob("*.JPEG")).write_bytes(b"")
+    monkeypatch.setattr(os, "sync", lambda: events.append("sync"))
+    monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(
+        prepare_imagenet, "write", lambda path, x: events.append("write") or path.write_bytes(x)
+    )
     finish(tars, output)
+    for before, event in itertools.pairwise(events):
+        assert (before, event) != ("write", "rename")
 
 
-def test_changed_or_missing_files_in_complete_sets(tars, output):
+def test_missing_files_of_complete_sets(tars, output):
     finish(tars, output)
-    changed = output / "train/n01440764/n01440764_0.JPEG"
-    changed.write_bytes(b"mine")
-    assert "train/n01440764: holds 2 files" in message(prepare(tars, output))
-    assert changed.read_bytes() == b"mine"
-    shutil.rmtree(changed.parent)
+    shutil.rmtree(output / "train/n01440764")
     next((output / "val").rglob("*.JPEG")).unlink()
     finish(tars, output)
-
-
-def test_another_archive_of_the_same_name(tars, output):
-    finish(tars, output)
-    (tars / TRAIN).write_bytes(tar(train_members(COUNTS | {"n01440764": 30})))
-    assert "n01440764: was made of another n01440764.tar" in message(prepare(tars, output))
     (tars / TRAIN).write_bytes(tar(train_members()[:2]))
     assert "train/n01484850: is not in the archive" in message(prepare(tars, output))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# OUTPUT
+# ---------------------------------------------------------------------------- OUTPUT
 
 
 def test_output_in_use(tars, output):
@@ -433,15 +420,14 @@ def test_two_at_once(tars, output):
     finish(tars, output)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"verified": 1, "classes": {}, "complete": {}}'])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"verified": 1, "complete": {}}'])
 def test_damaged_state(tars, output, content):
     (output / ".prepare_imagenet").mkdir(parents=True)
     (output / ".prepare_imagenet/state.json").write_text(content)
     assert "state.json: damaged" in message(prepare(tars, output))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Broken and hostile archives
+# ---------------------------------------------------------------------------- broken and hostile archives
 
 
 def place(tars: Path, where: str, extra, end: bool = True) -> None:
@@ -488,29 +474,32 @@ HOSTILE = {  # what the message says, and which case it is
     "not a plain file, a folder": lambda name: [(header("folder", 0, type=tarfile.DIRTYPE), b"")],
     "not a plain file, unknown": lambda name: [(header(name, 3, type=b"Z"), b"abc")],
     "not a plain file, sparse": lambda name: [(header(name, 0, type=tarfile.GNUTYPE_SPARSE), b"")],
-    "not a name, a long one": lambda name: [(header("././@LongLink", 3, type=b"L"), b"/a\0"), (name, b"x")],
-    "not a name, from an extended header": lambda name: [pax("path=/evil.JPEG"), (name, b"x")],
-    "not a name, absolute": lambda name: [(f"/{name}", b"x")],
-    "not a name, above": lambda name: [(f"../{name}", b"x")],
-    "not a name, below": lambda name: [(f"folder/{name}", b"x")],
-    "not a name, another": lambda name: [("readme.txt", b"x")],
-    "not a name, with a line end": lambda name: [(f"{name}\n", b"x")],
+    "has an unexpected name, a long one": lambda name: [
+        (header("././@LongLink", 3, type=b"L"), b"/a\0"),
+        (name, b"x"),
+    ],
+    "has an unexpected name, from an extended header": lambda name: [pax("path=/evil.JPEG"), (name, b"x")],
+    "has an unexpected name, absolute": lambda name: [(f"/{name}", b"x")],
+    "has an unexpected name, above": lambda name: [(f"../{name}", b"x")],
+    "has an unexpected name, below": lambda name: [(f"folder/{name}", b"x")],
+    "has an unexpected name, another": lambda name: [("readme.txt", b"x")],
+    "has an unexpected name, with a line end": lambda name: [(f"{name}\n", b"x")],
     "cut off or damaged, large": lambda name: [(header(name, 10**8), b"x")],
     "cut off or damaged, negative size": lambda name: [(negative_size(name), b"x")],
     "cut off or damaged, header": lambda name: [(damaged(name), b"")],
-    "no picture has": lambda name: [(header(name, 10**9), b"x")],
+    "is too large": lambda name: [(header(name, 10**9), b"x")],
 }
 
 
 @pytest.mark.parametrize("where", ["train", "class", "val"])
-@pytest.mark.parametrize("what", [*HOSTILE, "twice"])
+@pytest.mark.parametrize("what", [*HOSTILE, "appears twice"])
 def test_hostile_archives(tars, output, where, what):
-    extra = [(FIRST[where], b"x")] if what == "twice" else HOSTILE[what](GOOD[where])
+    extra = [(FIRST[where], b"x")] if what == "appears twice" else HOSTILE[what](GOOD[where])
     place(tars, where, extra)
     before = snapshot(tars.parent, folders=True)
     text = message(prepare(tars, output)).replace(str(tars.parent), "")  # the folder has the test's name
     assert {"train": TRAIN, "class": f"{TRAIN}: n01443537.tar", "val": VAL}[where] in text
-    if what != "no picture has" or where == "class":  # in the other archives, headers are read first
+    if what != "is too large" or where == "class":  # in the other archives, headers are read first
         assert what.partition(",")[0] in text
     after = snapshot(tars.parent, folders=True)
     assert {path: x for path, x in after.items() if not path.startswith("out")} == before
@@ -525,12 +514,12 @@ def test_harmless_peculiarities(tars, output):
     """Times in extended headers, a leading ./ and the folder itself: tar programs write them."""
     extra = [
         pax("mtime=1.5"),
-        ("./n01443537_77.JPEG", picture(1)),
+        ("./n01443537_77.JPEG", encoded(1)),
         (header("./", 0, type=tarfile.DIRTYPE), b""),
     ]
     place(tars, "class", extra)
     assert prepare(tars, output).status == 0
-    assert found(output) == expected() | {"train/n01443537/n01443537_77.JPEG": picture(1)}
+    assert found(output) == expected() | {"train/n01443537/n01443537_77.JPEG": encoded(1)}
 
 
 @pytest.mark.parametrize("where", ["train", "class", "val"])
@@ -577,9 +566,9 @@ def test_one_cut_class_leaves_the_others_usable(tars, output):
 
 def test_empty_archives(tars, output):
     (tars / TRAIN).write_bytes(tar([]))
-    assert "holds no class" in message(prepare(tars, output))
+    assert f"{TRAIN}: is empty" in message(prepare(tars, output))
     (tars / TRAIN).write_bytes(tar([("n01440764.tar", tar([]))]))
-    assert "holds no pictures" in message(prepare(tars, output))
+    assert "n01440764.tar: is empty" in message(prepare(tars, output))
 
 
 def test_devkit_cut_off(tars, output):
@@ -600,23 +589,31 @@ DEVKITS = {
     ),
     "meta.mat cannot be read": lambda: devkit((META, b"rubbish" * 99), (TRUTH, truth())),
     "meta.mat cannot be read, cut off": lambda: devkit((META, meta()[:-20]), (TRUTH, truth())),
-    "for a WNID": lambda: devkit((META, meta(SYNSETS | {2: "../../evil"})), (TRUTH, truth())),
-    "has a class twice": lambda: devkit((META, meta(SYNSETS | {2: SYNSETS[1]})), (TRUTH, truth())),
+    "not unique or not of the form, evil": lambda: devkit(
+        (META, meta(SYNSETS | {2: "../../evil"})), (TRUTH, truth())
+    ),
+    "not unique or not of the form, twice": lambda: devkit(
+        (META, meta(SYNSETS | {2: SYNSETS[1]})), (TRUTH, truth())
+    ),
     "line 7: '5' is not the number of a class": lambda: devkit((META, meta()), (TRUTH, truth([1] * 6 + [5]))),
     "line 7: '4' is not the number of a class": lambda: devkit((META, meta()), (TRUTH, truth([1] * 6 + [4]))),
     "line 2: '0' is not": lambda: devkit((META, meta()), (TRUTH, truth([1, 0, 1, 1, 1, 1, 1]))),
     "line 1: '-1' is not": lambda: devkit((META, meta()), (TRUTH, truth([-1]))),
     "line 1: '\\x00one' is not": lambda: devkit((META, meta()), (TRUTH, b"\0one\n")),
-    "7 pictures, 6 lines": lambda: devkit((META, meta()), (TRUTH, truth(VAL_IDS[:-1]))),
-    "7 pictures, 8 lines": lambda: devkit((META, meta()), (TRUTH, truth([*VAL_IDS, 1]))),
-    "7 pictures, 0 lines": lambda: devkit((META, meta()), (TRUTH, b"")),
+    "7 images, 6 lines": lambda: devkit((META, meta()), (TRUTH, truth(VAL_IDS[:-1]))),
+    "7 images, 8 lines": lambda: devkit((META, meta()), (TRUTH, truth([*VAL_IDS, 1]))),
+    "7 images, 0 lines": lambda: devkit((META, meta()), (TRUTH, b"")),
 }
 
 
 @pytest.mark.parametrize("what", DEVKITS)
 def test_bad_devkits(tars, output, what):
     (tars / DEVKIT).write_bytes(DEVKITS[what]())
-    assert what.removesuffix(", cut off") in message(prepare(tars, output)).replace(str(tars.parent), "")
+    assert (
+        what.partition(", ")[0]
+        if what.startswith(("meta", "not"))
+        else what in message(prepare(tars, output)).replace(str(tars.parent), "")
+    )
     assert found(output) == {}
     (tars / DEVKIT).write_bytes(devkit())
     finish(tars, output)
@@ -645,23 +642,22 @@ def test_without_scipy(tars, output, monkeypatch):
     assert "pip install scipy" in message(prepare(tars, output))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# --max-side
+# ---------------------------------------------------------------------------- --max-side
 
 
 @pytest.fixture
 def assorted(tars) -> dict[str, bytes]:
-    """A train tar of all kinds of pictures."""
-    noise = Image.open(io.BytesIO(picture(3, (60, 40))))
+    """A train tar of all kinds of images."""
+    noise = Image.open(io.BytesIO(encoded(3, (60, 40))))
     kinds = {
-        "1": picture(1, (60, 40), quality=97),
-        "2": picture(2, (20, 31), quality=97),
-        "3": picture(3, (31, 60), format="PNG"),
-        "4": picture(4, (20, 10), format="PNG"),
+        "1": encoded(1, (60, 40), quality=97),
+        "2": encoded(2, (20, 31), quality=97),
+        "3": encoded(3, (31, 60), format="PNG"),
+        "4": encoded(4, (20, 10), format="PNG"),
         "5": saved(noise.convert("L"), "JPEG"),
         "6": saved(noise.convert("L").resize((12, 9)), "JPEG"),
         "7": saved(noise.convert("CMYK").resize((12, 9)), "JPEG"),
-        "8": picture(8, (600, 2)),
+        "8": encoded(8, (600, 2)),
     }
     members = {f"n01440764_{number}.JPEG": content for number, content in kinds.items()}
     (tars / TRAIN).write_bytes(tar([("n01440764.tar", tar(members.items()))]))
@@ -678,10 +674,7 @@ def saved(image: Image.Image, kind: str) -> bytes:
 def test_scaled_and_encoded(assorted, tars, output):
     result = prepare(tars, output, "--max-side", "32", "--quality", "80")
     assert result.status == 0, result.error
-    assert (
-        "longer side at most 32, JPEG quality 80; what that costs in accuracy is not measured"
-        in result.output
-    )
+    assert "longer side at most 32, JPEG quality 80; the effect on accuracy was not measured" in result.output
     files = {Path(path).name: content for path, content in found(output).items()}
     assert files.keys() == assorted.keys()
     sizes = {}
@@ -720,7 +713,7 @@ def test_one_output_holds_one_kind(tars, output, monkeypatch):
     assert prepare(tars, output, "--max-side", "8", "--quality", "90").status == 0
     other = output.with_name("other")
     with monkeypatch.context() as patch:  # stopped before the first file is there
-        patch.setattr(prepare_imagenet, "make_train", lambda *_: 1 / 0)
+        patch.setattr(prepare_imagenet, "make_set", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prepare(tars, other)
     assert "was started without --max-side" in message(prepare(tars, other, "--max-side", "8"))
@@ -743,14 +736,13 @@ def test_bad_options(tars, output, options, text):
     assert not output.exists()
 
 
-def test_a_broken_picture_is_named(tars, output):
-    place(tars, "class", [("n01443537_9.JPEG", picture(1)[:300])])
+def test_a_broken_image_is_named(tars, output):
+    place(tars, "class", [("n01443537_9.JPEG", encoded(1)[:300])])
     text = message(prepare(tars, output, "--max-side", "8"))
     assert f"{TRAIN}: n01443537.tar: n01443537_9.JPEG: cannot be decoded" in text
 
 
-# ---------------------------------------------------------------------------------------------------------
-# --flat-val
+# ---------------------------------------------------------------------------- --flat-val
 
 
 @pytest.fixture
@@ -779,8 +771,8 @@ def test_flat_val_is_sorted_in_place(tars, output, flat):
     assert (result.status, result.error) == (0, "")
     assert found(output, ["val"]) == sorted_val() | {"val/readme.txt": b"stays"}
     assert {path.name: path.stat().st_ino for path in flat.rglob("*.JPEG")} == inodes, "copied, not moved"
-    assert "val: complete, 7 pictures in 3 classes" in result.output
-    assert "val: complete already" in prepare(tars, output, "--flat-val", flat).output
+    assert "val: complete, 7 images in 3 classes" in result.output
+    assert "val: already complete" in prepare(tars, output, "--flat-val", flat).output
 
 
 def test_flat_val_from_elsewhere_and_train_from_its_tar(tars, output, flat, tmp_path):
@@ -815,7 +807,7 @@ def test_flat_val_stopped_at_each_move(tars, output, flat, monkeypatch):
         patch.setattr(prepare_imagenet.Work, "finish", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prepare(tars, output, "--flat-val", flat)
-    assert "val: complete, 7 pictures" in prepare(tars, output, "--flat-val", flat).output
+    assert "val: complete, 7 images" in prepare(tars, output, "--flat-val", flat).output
     assert found(output, ["val"]) == sorted_val()
 
 
@@ -841,7 +833,7 @@ def test_flat_val_refusals(tars, output, flat, monkeypatch):
     assert "nothing is overwritten" in refused()
     (flat / first).unlink()
     (flat / "ILSVRC2012_val_00000008.JPEG").write_bytes(b"one too many")
-    assert "has ILSVRC2012_val_00000008.JPEG, which the ground truth has no class for" in refused()
+    assert "has ILSVRC2012_val_00000008.JPEG, which is not in the ground truth" in refused()
     (flat / "ILSVRC2012_val_00000008.JPEG").unlink()
 
     def other_disk(*_):
@@ -860,14 +852,15 @@ def test_flat_val_refusals(tars, output, flat, monkeypatch):
 def test_flat_val_and_the_archive_do_not_mix(tars, output, flat, monkeypatch, tmp_path):
     shutil.move(flat, tmp_path / "flat")
     shutil.rmtree(output)
+    (tars / TRAIN).unlink()
 
     def stop(*_):
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_imagenet, "extract_pictures", stop)
+        patch.setattr(prepare_imagenet, "write_image", stop)
         with pytest.raises(Killed):
             prepare(tars, output)
     text = message(prepare(tars, output, "--flat-val", tmp_path / "flat"))
     assert "the archive is being unpacked" in text
-    finish(tars, output)
+    assert prepare(tars, output).status == 0 and found(output) == sorted_val()

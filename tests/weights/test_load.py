@@ -13,7 +13,7 @@ from resnext.config import read_config
 from resnext.engine.checkpoint import read_checkpoint
 from resnext.engine.train_state import build_train_state
 from resnext.engine.trainer import train_step
-from resnext.models.resnext import convert_form
+from resnext.models.block_forms import convert_form
 from resnext.weights.load import load_weights
 
 sys.path.insert(0, str(ROOT / "scripts"))
