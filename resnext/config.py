@@ -264,7 +264,6 @@ STATISTICS = {
     "glyphs": ((128.0, 128.0, 128.0), (64.0, 64.0, 64.0)),
 }
 IMAGE_SIZES = {"cifar10": 32, "cifar100": 32, "glyphs": 20}
-USUAL_CLASSES = {"folder": 1000, "cifar10": 10, "cifar100": 100, "glyphs": 10}
 
 # Keys of files that earlier versions wrote.
 RENAMED = {("train", "weights"): ("model", "pretrained")}

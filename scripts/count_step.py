@@ -224,7 +224,7 @@ def extra_bytes(name: str, args: tuple) -> int:
         return size(args[0])
     if name in NORM_GRADIENTS:  # the same for the gradient and the input
         return size(args[0]) + size(args[1])
-    if name == "norm_backward":  # (dy, dy2, x, y, …, shortcut, relu) of models/kernels.py
+    if name == "norm_backward":  # (dy, dy2, x, y, …, shortcut, relu) of models/fused_norm.py
         _, dy2, x, *_, shortcut, _ = args
         return size(x) * (2 if shortcut or dy2 is None else 3)  # a sum of two gradients is also written
     if name == "convolution_backward":  # reads the output's gradient for both others

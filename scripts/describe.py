@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from resnext.config import CONFIG_FOLDER, USUAL_CLASSES, Config, find_config, network_name, read_config
+from resnext.classes import USUAL_CLASSES
+from resnext.config import CONFIG_FOLDER, Config, find_config, network_name, read_config
 from resnext.errors import UserError, command_parser, run_main
 from resnext.files import check_source, check_target, write_file
 

@@ -487,10 +487,10 @@ def status(ended: Ended) -> int:
 
 
 def both(processes: Processes, what: str, arguments: str) -> Ended:
-    Path("tiny.yaml").write_text(tiny_yaml(run__timeout="60"))
+    Path("tiny.yaml").write_text(tiny_yaml(run__timeout="120"))
     before = snapshot(Path(), folders=True)
     command = [*arguments.split(), "--config", "tiny.yaml", "--check"]
-    ended = processes.run(2, what, *command, cwd=Path.cwd(), seconds=60)
+    ended = processes.run(2, what, *command, cwd=Path.cwd(), seconds=240)
     assert snapshot(Path(), folders=True) == before
     return ended
 
@@ -506,9 +506,9 @@ def together(processes: Processes, arguments: str) -> tuple[Result, list[str]]:
 
 
 def test_torchrun(tmp_path):
-    (tmp_path / "tiny.yaml").write_text(tiny_yaml(run__timeout="60"))
+    (tmp_path / "tiny.yaml").write_text(tiny_yaml(run__timeout="120"))
     with Torchrun(tmp_path, 2, ROOT / "train.py", "--config", "tiny.yaml", "--check") as job:
-        assert job.wait(60) == 0, job.error
+        assert job.wait(240) == 0, job.error
         result = well_formed(Result(0, job.output, job.error))
     assert_topics(result, "files shm")
     ranks = r"ranks: all 2 answer; an all-reduce of \S+ KiB takes .*s, all have the same data"

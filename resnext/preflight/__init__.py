@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 
 from ..batch_plan import check_last_batch, check_world_size
-from ..config import USUAL_CLASSES, Config
+from ..classes import USUAL_CLASSES
+from ..config import Config
 from ..device import choose_precision, configure_backends, explain_step_errors, select_device
 from ..distributed import all_gather_objects, broadcast_from_rank0, rank, world_size
 from ..engine.logger import environment
@@ -117,7 +118,7 @@ def check(
             return make_training(config, classes, data.images, device, versions, source, start)
 
     training, changes = report.attempt(build) or (None, [])
-    report.add(*checks.log_warnings(notes + changes))
+    report.add(*checks.warnings(line for line in notes + changes if line.startswith(checks.WARNING)))
     check_training(report, config, training, data, device)
     return report.finish(start_command(sys.argv[1:]))
 
@@ -162,7 +163,7 @@ def check_data(
     """Check both datasets, the first batches of their loaders, and that all validation files decode."""
     train_set, val_set, _ = sets
     report.add(*checks.datasets(config, train_set, val_set))
-    report.add(*checks.log_warnings([*train_set.notes, *val_set.notes]))
+    report.add(*checks.warnings([*train_set.notes, *val_set.notes]))
     try:
         check_world_size(config.train, world_size())
     except UserError:  # reported when the network is built
@@ -190,7 +191,7 @@ def check_data(
         batches = report.attempt(lambda: loaders[1] and sum(1 for _ in loaders[1]))
         if all(all_gather_objects(batches)):  # each rank has decoded its share of the files
             report.add(CheckResult("ok", f"validation files: all {len(val_set):,} can be decoded"))
-    report.add(*checks.log_warnings(skipped[-1:]))  # the last one has the total
+    report.add(*checks.warnings(skipped[-1:]))  # the last one has the total
     workers = max((timing.workers for timing in timings if timing), default=0)
     report.add(shortage or (checks.shared_memory(workers) if workers else None))
     # Without a reference to loaders of files, their workers end here.

@@ -21,6 +21,8 @@ from ..models.resnext import build_model
 from ..schedule import learning_rate
 from .measure import DataTimings, LoaderTiming, StepTiming, median_seconds
 
+WARNING = "warning: "  # how a warning begins in the log; other lines only inform
+
 
 class CheckResult(NamedTuple):
     """One line of the report. The text of a warning or an error names the fix."""
@@ -42,10 +44,9 @@ class Dataset(Protocol):
 # ---------------------------------------------------------------------------- data
 
 
-def log_warnings(lines: Iterable[str]) -> list[CheckResult]:
-    """Return the warnings among the lines that a training would write to its log."""
-    prefix = "warning: "
-    return [CheckResult("warning", line.removeprefix(prefix)) for line in lines if line.startswith(prefix)]
+def warnings(lines: Iterable[str]) -> list[CheckResult]:
+    """Return the warnings that a training would write to its log."""
+    return [CheckResult("warning", line.removeprefix(WARNING)) for line in lines]
 
 
 def datasets(config: Config, train_set: Dataset, val_set: Dataset) -> list[CheckResult]:
