@@ -255,7 +255,7 @@ def measure(
     import torch
     from tqdm import tqdm
 
-    from data.loader import make_eval_loader
+    from data.loaders import make_eval_loader
     from resnext.device import explain_out_of_memory
     from resnext.distributed import rank, world_size
     from resnext.engine.evaluator import PredictionCollector, evaluate

@@ -1,19 +1,19 @@
 """Train a ResNeXt.
 
-    python train.py --config demo.yaml                              a minute-long trial, no download
+    python train.py --config demo.yaml                              a one-minute trial, no download
     python train.py --config cifar10_resnext29_8x64d.yaml --data datasets
     python train.py --config NAME.yaml train.epochs=30 optimizer.lr=0.05    change single keys
-    python train.py --config NAME.yaml --print-config               every key, explained
-    python train.py --resume runs/NAME                              go on where a run stopped
-    python train.py --config NAME.yaml --resume                     go on, or start (for requeued jobs)
-    python train.py --config NAME.yaml --check                      try data, disk, memory and speed first
+    python train.py --config NAME.yaml --print-config               print every key with its help text
+    python train.py --resume runs/NAME                              continue where a run stopped
+    python train.py --config NAME.yaml --resume                     continue, or start (for requeued jobs)
+    python train.py --config NAME.yaml --check                      test data, disk, memory, and speed first
     torchrun --nproc-per-node=8 train.py --config NAME.yaml         the same run on 8 GPUs
     torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
         train.py --config NAME.yaml --resume                        on each of 2 machines
 
-A run goes to runs/<config name> (--output DIR): config.yaml, metrics.jsonl, log.txt, tensorboard/ and
-checkpoints/ (last.pt, best.pt). SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGHUP save and stop, exit status 0.
-Wrong input ends with one message and exit status 2.
+A run writes config.yaml, metrics.jsonl, log.txt, tensorboard/, and checkpoints/ (last.pt, best.pt) to
+runs/<config name> or --output DIR. SIGTERM, SIGINT (Ctrl-C), SIGUSR1, and SIGHUP save and stop, with exit
+status 0. Invalid input ends with one message and exit status 2.
 """
 
 import argparse
@@ -32,16 +32,16 @@ def parse_arguments() -> argparse.Namespace:
     parser = command_parser(__doc__)
     add = parser.add_argument
     add("--config", metavar="NAME|FILE", help="a file, or the name of one in configs/")
-    add("--data", metavar="DIR", help="where the data is (data.dir)")
+    add("--data", metavar="DIR", help="dataset folder (data.dir)")
     add("--output", metavar="DIR", help="run directory; default: runs/<config name>")
     add(
         "--resume",
         nargs="?",
         const="",
         metavar="DIR|FILE",
-        help="go on from a run directory or checkpoint; alone: from --output, or start there",
+        help="continue from a run directory or checkpoint; without a value: continue --output, or start it",
     )
-    add("--check", action="store_true", help="try all that a training needs, without one")
+    add("--check", action="store_true", help="test everything that a training run needs, without training")
     add("--print-config", action="store_true", help="print the resolved configuration")
     add("overrides", nargs="*", metavar="section.key=value", help="change single keys")
     words = sys.argv[1:]
@@ -59,9 +59,9 @@ def main() -> int | None:
             print(to_yaml(config), end="")
         return None
     if arguments.config is None and not arguments.resume:
-        raise UserError("--config is missing: name a file of configs/, for example --config demo.yaml")
+        raise UserError("--config is missing; name a file of configs/, for example --config demo.yaml")
     output, source = output_folder(arguments.config, arguments.output, arguments.resume), None
-    if not arguments.check and env_rank("RANK") == 0:  # ahead of torch, which takes seconds
+    if not arguments.check and env_rank("RANK") == 0:  # before importing torch, which takes seconds
         source = resume_source(arguments.resume, output)
     from resnext.distributed import broadcast_from_rank0, process_group
 
@@ -76,7 +76,7 @@ def main() -> int | None:
 
 
 def run(config: Config, output: Path, source: Path | None, resumed: bool) -> None:
-    """Load the data, prepare or restore the state, train; in each of the processes."""
+    """Load the data, build or restore the training state, and train; every rank calls this."""
     from data.training import load_sets, make_batches
     from resnext.device import configure_backends, explain_step_errors, select_device
     from resnext.distributed import rank
@@ -96,11 +96,11 @@ def run(config: Config, output: Path, source: Path | None, resumed: bool) -> Non
         training, changes = make_training(
             config, train_set.classes, len(train_set), device, versions, source, start
         )
-    del start  # as large as the training
+    del start  # may hold as much memory as the training state
     warnings += changes
     progress = training.progress
     branched = source is not None and source.resolve().parent != (output / "checkpoints").resolve()
-    if branched:  # another run: its rows and its best checkpoint start here
+    if branched:  # a new run, with its own metrics rows and best checkpoint
         progress.rows, progress.best = 0, None
     with StopSignal() as stop:
         reporter = NullLogger()
@@ -128,8 +128,8 @@ def run(config: Config, output: Path, source: Path | None, resumed: bool) -> Non
             raise
         except OSError as error:
             raise UserError(
-                f"{error.filename or output}: {error.strerror}; what was saved is whole: mend this, then go "
-                "on with --resume"
+                f"{error.filename or output}: {error.strerror}; saved checkpoints are intact; fix this and "
+                "resume with --resume"
             ) from error
         finally:
             reporter.close()

@@ -1,13 +1,12 @@
-"""Bytes of an image file → uint8 RGB. One function, so that every path decodes alike.
+"""Bytes of an image file to uint8 RGB: one function, so that every path decodes alike.
 
-Routes, by measurement (docs/results.md, `scripts/benchmark.py data`): simplejpeg, libjpeg-turbo's own
-interface, is the fastest that installs everywhere; Pillow reads whatever is not a plain JPEG, and
-whatever simplejpeg complains about, and has the last word on what is broken. Both give the same pixels.
-Decoding stops below the part that is asked for, and large pictures are reduced by the decoder (scaled DCT).
+simplejpeg, libjpeg-turbo's own interface, is the fastest decoder that installs everywhere (measured by
+`scripts/benchmark.py data`, docs/results.md). Pillow reads whatever is not a plain JPEG and whatever
+simplejpeg rejects, and decides what is broken. Both give the same pixels. The decoder itself reduces
+large images (scaled DCT).
 """
 
 import io
-import struct
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -23,17 +22,17 @@ try:
 except ImportError:  # Pillow alone is enough; see `check_decoder`
     simplejpeg = None
 
-# Remarks on large pictures and damaged EXIF data; what cannot be decoded is an error all the same.
+# Ignore Pillow's warnings of large images and damaged EXIF data: what cannot be decoded is an error.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-MAX_PIXELS = DataConfig.max_pixels  # twice Pillow's MAX_IMAGE_PIXELS: where it makes an error
+MAX_PIXELS = DataConfig.max_pixels  # twice Pillow's MAX_IMAGE_PIXELS, the size it refuses
 
 Box = tuple[int, int, int, int]  # left, top, width, height
 Region = Callable[[int, int], Box]
 
 
 def check_decoder(decoder: str) -> None:
-    """A UserError where the configured decoder is not installed."""
+    """Raise UserError if the configured decoder is not installed."""
     if decoder == "simplejpeg" and simplejpeg is None:
         raise UserError("data.decoder: simplejpeg is not installed; pip install simplejpeg, or use pillow")
 
@@ -46,22 +45,24 @@ def decode(
     size: int | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
-    """uint8 (H, W, 3) RGB of an image file's bytes; `path` is for the error message.
+    """Return uint8 (H, W, 3) RGB of an image file's bytes; `path` is for error messages.
 
-    The format is found by content; of several pictures in a file the first is taken. Gray becomes three equal
-    channels, a palette its colours, CMYK is converted, 16-bit gray is scaled by 1/257. As in the original,
-    torchvision and timm, transparency is dropped, so that the colours below it show, and EXIF rotation is
-    ignored. Raises UserError for what cannot be decoded, pixels without a scale of their own (floating point,
-    32-bit integers), and pictures of more than `max_pixels`.
+    The format is recognized by content; of several frames, the first is read. Gray becomes three equal
+    channels, a palette its colors, CMYK is converted, and 16-bit gray is scaled by 1/257. As in the original,
+    torchvision, and timm, transparency is dropped, so that the colors below it show, and EXIF rotation is
+    ignored.
 
-    `region` is asked for a box, given the picture's width and height, and only that is returned; of a
-    JPEG reduced by 2, 4 or 8 while both sides keep `size` pixels.
+    `region(width, height)` returns a box, and only its pixels are returned. The image is reduced by 2, 4, or
+    8 if it is a JPEG and both sides of the box keep `size` pixels.
+
+    Raise UserError if the file cannot be decoded, if its pixels have no scale of their own (floating point,
+    32-bit integers), or if it has more than `max_pixels`.
     """
     if decoder == "simplejpeg":
-        image = _simplejpeg(content, region, size, max_pixels)
-        if image is not None:
-            return image
-    Image.MAX_IMAGE_PIXELS = None  # the limit here can be raised
+        pixels = _simplejpeg(content, region, size, max_pixels)
+        if pixels is not None:
+            return pixels
+    Image.MAX_IMAGE_PIXELS = None  # max_pixels replaces it
     try:
         with Image.open(io.BytesIO(content)) as image:
             width, height = image.size
@@ -70,28 +71,43 @@ def decode(
                     f"{path}: has {width}x{height} = {width * height:,} pixels, and the limit is "
                     f"{max_pixels:,}; raise data.max_pixels (of a script, --max-pixels), or replace the file"
                 )
-            left, top, w, h = region(width, height) if region else (0, 0, width, height)
-            factor = _reduction(w, h, size)
+            box = region(width, height) if region else (0, 0, width, height)
+            factor = _reduction(box, size)
             if factor > 1:
-                image.draft(None, (width // factor, height // factor))  # JPEG alone knows it
-            pixels = _rgb(image, path)
-        return _cut(pixels, (left, top, w, h), width, height)
+                image.draft(None, (width // factor, height // factor))  # no effect on other formats than JPEG
+            return _cut(_rgb(image, path), box, width, height)
     except UserError:
         raise
     except UnidentifiedImageError:
         raise UserError(
-            f"{path}: cannot be decoded (no picture of a known format); replace or remove the file"
+            f"{path}: cannot be decoded (unknown image format); replace or remove the file"
         ) from None
-    except Exception as error:  # Pillow's decoders raise many kinds on damaged files
-        raise UserError(
-            f"{path}: cannot be decoded ({str(error)[:100] or type(error).__name__}); "
-            "replace or remove the file"
-        ) from None
+    except Exception as error:  # Pillow's decoders raise many classes on damaged files
+        reason = str(error)[:100] or type(error).__name__
+        raise UserError(f"{path}: cannot be decoded ({reason}); replace or remove the file") from None
+
+
+def _simplejpeg(
+    content: bytes, region: Region | None, size: int | None, max_pixels: int
+) -> np.ndarray | None:
+    """Return what `decode` does if the file is a plain, undamaged JPEG, else None."""
+    try:
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(content)
+        if colors not in ("YCbCr", "Gray") or width * height > max_pixels:
+            return None
+        box = region(width, height) if region else (0, 0, width, height)
+        factor = _reduction(box, size)
+        pixels = simplejpeg.decode_jpeg(
+            content, min_height=-(-height // factor), min_width=-(-width // factor)
+        )
+    except ValueError:
+        return None
+    return _cut(pixels, box, width, height)
 
 
 def _rgb(image: Image.Image, path: Path | str) -> np.ndarray:
-    """uint8 (H, W, 3) of an opened image of any mode."""
-    wide = image.mode == "I" and image.format not in ("PNG", "PPM")  # of these, 16 bits
+    """Return uint8 (H, W, 3) of an opened image of any mode."""
+    wide = image.mode == "I" and image.format not in ("PNG", "PPM")  # these two have 16 bits
     if image.mode == "F" or wide:
         what = "floating-point" if image.mode == "F" else "32-bit"
         raise UserError(f"{path}: {what} pixels, which have no scale of their own; convert it to 8-bit RGB")
@@ -107,66 +123,16 @@ def _rgb(image: Image.Image, path: Path | str) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def _simplejpeg(
-    content: bytes, region: Region | None, size: int | None, max_pixels: int
-) -> np.ndarray | None:
-    """The same of a plain JPEG file; None for others and where anything is wrong with it."""
-    try:
-        height, width, colors, _ = simplejpeg.decode_jpeg_header(content)
-        if colors not in ("YCbCr", "Gray") or width * height > max_pixels:
-            return None
-        left, top, w, h = region(width, height) if region else (0, 0, width, height)
-        factor = _reduction(w, h, size)
-        if factor > 1:
-            minimum = {"min_height": -(-height // factor), "min_width": -(-width // factor)}
-            return _cut(simplejpeg.decode_jpeg(content, **minimum), (left, top, w, h), width, height)
-        rows = top + h + 16 - (top + h) % 16  # whole blocks, and the next row for chroma's interpolation
-        if rows < height:
-            image = _upper_rows(content, rows, width)
-            if image is not None:
-                return image[top : top + h, left : left + w]
-        return simplejpeg.decode_jpeg(content)[top : top + h, left : left + w]
-    except ValueError:
-        return None
-
-
-def _reduction(width: int, height: int, size: int | None) -> int:
-    """The largest of 8, 4, 2, 1 by which a box can be reduced and keep `size` pixels."""
-    if size is None:
-        return 1
-    return next(factor for factor in (8, 4, 2, 1) if factor == 1 or min(width, height) >= factor * size)
+def _reduction(box: Box, size: int | None) -> int:
+    """Return the largest of 8, 4, 2, and 1 by which a box can be reduced and keep `size` pixels."""
+    _, _, width, height = box
+    return next((f for f in (8, 4, 2) if size is not None and min(width, height) >= f * size), 1)
 
 
 def _cut(pixels: np.ndarray, box: Box, width: int, height: int) -> np.ndarray:
-    """A box in coordinates of the width x height picture, of its (perhaps reduced) pixels."""
+    """Return the box, in coordinates of the width x height image, of its perhaps reduced pixels."""
     left, top, w, h = box
     x, y = pixels.shape[1] / width, pixels.shape[0] / height
     first, last = int(top * y + 0.5), int((top + h) * y + 0.5)
     start, end = int(left * x + 0.5), int((left + w) * x + 0.5)
     return pixels[first : max(last, first + 1), start : max(end, start + 1)]
-
-
-def _upper_rows(content: bytes, rows: int, width: int) -> np.ndarray | None:
-    """The first rows of a baseline JPEG: its header is told that there are no more of them."""
-    place = _frame_header(content)
-    if place is None:
-        return None
-    shortened = bytearray(content)
-    shortened[place + 5 : place + 7] = struct.pack(">H", rows)
-    image = np.empty((rows, width, 3), np.uint8)
-    try:
-        simplejpeg.decode_jpeg(shortened, buffer=image)
-    except ValueError as error:
-        if not str(error).endswith("extraneous bytes before marker 0xd9"):  # the rest of the data: expected
-            return None
-    return image
-
-
-def _frame_header(content: bytes) -> int | None:
-    """Where the frame header of a baseline JPEG starts; None for progressive and other kinds."""
-    place = 2
-    while place + 4 <= len(content) and content[place] == 0xFF:
-        if content[place + 1] in (0xC0, 0xC1):
-            return place
-        place += 2 + struct.unpack_from(">H", content, place + 2)[0]
-    return None

@@ -1,8 +1,8 @@
 """Random numbers as a function of (seed, epoch, image, stream): no state to save, no worker seeds.
 
-A counter-based hash, the finaliser of SplitMix64 (Steele, Lea, Flood 2014), applied to each
-coordinate in turn. Any image's draws can be computed anywhere, in any order, for many images at
-once, and are the same whatever the batch size, the workers or the ranks.
+A counter-based hash, the finalizer of SplitMix64 (Steele, Lea, Flood 2014), is applied to each
+coordinate in turn. The draws of an image can be computed anywhere, in any order, for many images at
+once. They do not depend on the batch size, the workers, or the ranks.
 """
 
 from enum import IntEnum
@@ -13,14 +13,14 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class RngStream(IntEnum):
-    """What draws are for; different streams are independent."""
+    """Purpose of draws; streams are independent of each other."""
 
     ORDER = 0
     CIFAR_AUGMENT = 1
     GLYPHS_TRAIN = 2
     GLYPHS_VAL = 3
     CROP = 4
-    COLOUR = 5
+    COLOR = 5
     POLICY = 6
     ERASING = 7
     MIXING = 8
@@ -33,8 +33,8 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def random_uint64(seed: int, epoch: int, images: np.ndarray, count: int, stream: RngStream) -> np.ndarray:
-    """uint64 (len(images), count): `count` independent 64-bit draws of each image."""
-    with np.errstate(over="ignore"):  # arithmetic is meant modulo 2**64
+    """Return uint64 (len(images), count): `count` independent 64-bit draws for each image."""
+    with np.errstate(over="ignore"):  # the arithmetic is modulo 2**64
         state = np.zeros(1, np.uint64)
         for coordinate in (seed, int(stream), epoch):
             state = _mix(state * _GOLDEN + np.uint64(coordinate) + _GOLDEN)
@@ -44,17 +44,5 @@ def random_uint64(seed: int, epoch: int, images: np.ndarray, count: int, stream:
 
 
 def random_uniform(seed: int, epoch: int, images: np.ndarray, count: int, stream: RngStream) -> np.ndarray:
-    """float64 (len(images), count), uniform in [0, 1)."""
+    """Return float64 (len(images), count), uniform in [0, 1)."""
     return (random_uint64(seed, epoch, images, count, stream) >> np.uint64(11)) * 2.0**-53
-
-
-def epoch_order(seed: int, epoch: int, images: int, repeats: int = 1) -> np.ndarray:
-    """int64 (images,): the random permutation of an epoch.
-
-    With `repeats` its first pictures alone, each so many times in a row (repeated augmentation: Hoffer et
-    al. 2020). Version v of picture i is i + v * images: the number that its draws are made for.
-    """
-    keys = random_uint64(seed, epoch, np.arange(images), 1, RngStream.ORDER)[:, 0]
-    order = np.argsort(keys, kind="stable")
-    versions = np.arange(images) % repeats
-    return order[np.arange(images) // repeats] + versions * images

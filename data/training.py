@@ -15,7 +15,7 @@ from resnext.errors import UserError
 from .datasets import check_classes, load_set, training_classes
 from .image_folder import ImageFolderDataset
 from .in_memory import ArrayDataset
-from .loader import make_eval_loader, make_train_loader
+from .loaders import make_eval_loader, make_train_loader
 
 
 def load_sets(

@@ -94,12 +94,12 @@ def unlabeled_batches(paths: list[str], data: DataConfig, batch_size: int, devic
     `data` says how they are prepared (pipeline, image_size, resize, mean, std) and by how many workers.
     """
     from .augment import normalize
-    from .loader import EpochSampler, Normalization, make_loader, prefetch_to_device
+    from .loaders import pixel_statistics
+    from .workers import make_loader, prefetch_to_device
 
     if data.pipeline != "memory":
         check_decoder(data.decoder)
-    tasks = EpochSampler()
-    tasks.tasks = [(paths[start : start + batch_size],) for start in range(0, len(paths), batch_size)]
+    tasks = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
     workers = data.workers
     if workers is None:  # without a GPU, the network has a use for the cores
         workers = len(os.sched_getaffinity(0)) // (1 if device.type == "cuda" else 4)
@@ -107,15 +107,15 @@ def unlabeled_batches(paths: list[str], data: DataConfig, batch_size: int, devic
     load = partial(load_images, data)
     size = min(batch_size, len(paths))
     loader = make_loader(load, tasks, replace(data, workers=workers), size, data.image_size, device, False)
-    scale = Normalization(data, device)
-    for (names,), batch in zip(tasks, prefetch_to_device(loader, device), strict=True):
+    statistics = pixel_statistics(data, device)
+    for names, batch in zip(tasks, prefetch_to_device(loader, device), strict=True):
         read = [name for name, problem in zip(names, batch.skipped, strict=True) if not problem]
-        yield Batch(read, normalize(batch.images, scale.mean, scale.std), list(filter(None, batch.skipped)))
+        yield Batch(read, normalize(batch.images, *statistics), list(filter(None, batch.skipped)))
 
 
 def load_images(data: DataConfig, paths: list[str]) -> Any:
     """A loader.HostBatch, in a worker; `skipped` has an entry for each path, empty where it was read."""
-    from .loader import WorkerBatch, collate_images
+    from .workers import WorkerBatch, collate_images
 
     images, problems = [], []
     for path in paths:
@@ -124,10 +124,7 @@ def load_images(data: DataConfig, paths: list[str]) -> Any:
             problems.append("")
         except UserError as error:
             problems.append(str(error))
-    nothing = np.empty(0)
-    return WorkerBatch(
-        collate_images(images, data.image_size), nothing, nothing, nothing, tuple(problems), None
-    )
+    return WorkerBatch(collate_images(images, data.image_size), skipped=tuple(problems))
 
 
 def load_image(path: str, data: DataConfig) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What the command lines share: the one exception for what a user can cause and mend, help, exit status."""
+"""Shared by all command lines: the exception for errors that users can fix, help texts, exit statuses."""
 
 import argparse
 import os
@@ -9,15 +9,15 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 
 
 class UserError(Exception):
-    """Something the user can mend; the message names the key or file and the remedy."""
+    """An error that the user can fix; the message names the key or file, and the fix."""
 
 
 class InvalidFileError(ValueError):
-    """Why a file cannot be read; whoever knows its name makes it a UserError."""
+    """The reason why a file cannot be read; callers that know its name convert it to UserError."""
 
 
 def command_parser(document: str | None) -> argparse.ArgumentParser:
-    """A parser whose help is a script's docstring, which `python -OO` leaves out."""
+    """Return a parser whose help is a script's docstring, which `python -OO` removes."""
     summary, _, details = (document or "").partition("\n")
     return argparse.ArgumentParser(
         description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -25,40 +25,40 @@ def command_parser(document: str | None) -> argparse.ArgumentParser:
 
 
 def expand_home(word: str) -> str:
-    """A word of the command line with ~ expanded, which shells leave alone behind a =."""
+    """Return a word of the command line with ~ expanded, also after `=`, where shells do not expand it."""
     name, equals, path = word.partition("=") if not word.startswith("~") else ("", "", word)
     return f"{name}{equals}{os.path.expanduser(path)}"
 
 
 def env_rank(name: str) -> int:
-    """RANK or LOCAL_RANK of a process that torchrun started, else 0; costs no import of torch."""
+    """Return RANK or LOCAL_RANK if torchrun started this process, else 0; does not import torch."""
     return int(os.environ[name]) if all(variable in os.environ for variable in TORCHRUN) else 0
 
 
 def report_error(error: UserError) -> None:
-    """The one message."""
+    """Print the one error message."""
     print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Run a command line: a UserError or a file's OSError becomes one `error:` message, status 2."""
+    """Run a command; UserError and the OSError of a file become one `error:` line and exit status 2."""
     sys.argv[1:] = map(expand_home, sys.argv[1:])
-    if hasattr(sys.stdout, "reconfigure"):  # names may have what the console cannot show
+    if hasattr(sys.stdout, "reconfigure"):  # file names may have characters that the console cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main() or 0)
     except UserError as error:
-        if env_rank("LOCAL_RANK") == 0:  # the others on this machine would say the same
+        if env_rank("LOCAL_RANK") == 0:  # the other ranks of this machine have the same message
             report_error(error)
         sys.exit(2)
-    except BrokenPipeError:  # the reader of our output has gone
+    except BrokenPipeError:  # the reader of our output has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}; check the path and its rights", file=sys.stderr)
+        report_error(UserError(f"{error.filename}: {error.strerror}; check the path and its permissions"))
         sys.exit(2)
-    except KeyboardInterrupt:  # ahead of the training, or a second Ctrl-C
+    except KeyboardInterrupt:  # before training has started, or a second Ctrl-C
         print("interrupted", file=sys.stderr)
         sys.exit(130)

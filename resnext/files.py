@@ -1,4 +1,4 @@
-"""Files that commands read and write: checked before the work, written whole or not at all."""
+"""Files that commands read and write: checked before the work, written completely or not at all."""
 
 import os
 from pathlib import Path
@@ -9,15 +9,15 @@ RUN_FILES = ("config.yaml", "metrics.jsonl", "log.txt")
 
 
 def check_source(source: str) -> None:
-    """A UserError where load_weights has nothing to look at; costs no import of torch."""
+    """Raise UserError if there is nothing that load_weights could read; does not import torch."""
     if not source.startswith("torchvision:") and not Path(source).expanduser().exists():
         raise UserError(f"{source}: no such run directory or file of weights; check the path")
 
 
 def check_target(option: str, path: Path) -> None:
-    """A UserError now rather than after the work when the result cannot be written, or must not be."""
+    """Raise UserError if a result cannot be written to `path`, or would replace a file of a run."""
     if path.suffix in (".pt", ".pth", ".pyth", ".tar", ".t7") or path.name in RUN_FILES:
-        raise UserError(f"{option} {path}: is called as a file of a run; name another file for the result")
+        raise UserError(f"{option} {path}: has the name of a run file; choose another name for the result")
     if path.exists() and not path.is_file() and not path.is_dir():
         writable = os.access(path, os.W_OK)  # a pipe or device
     else:
@@ -29,21 +29,25 @@ def check_target(option: str, path: Path) -> None:
 
 
 def write_file(option: str, name: str, text: str) -> None:
-    """Write a file under another name first: what stood there stays until the new one is whole."""
+    """Write a result to the file, pipe, or device that an option names; raise UserError if that fails."""
     path, content = Path(name), text.encode("utf-8", "surrogateescape")
     try:
         if path.exists() and not path.is_file():  # a pipe or device
             path.write_bytes(content)
-            return
-        path = path.resolve()
-        temporary = path.with_name(f".{os.getpid()}.partial")
-        try:
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        else:
+            atomic_write(path.resolve(), content)
     except OSError as error:
         raise UserError(f"{option} {name}: cannot be written ({error.strerror}); name another file") from None
+
+
+def atomic_write(path: Path, content: bytes) -> None:
+    """Write and sync a temporary file, then rename it: `path` is never incomplete."""
+    temporary = path.with_name(f".{os.getpid()}.partial")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

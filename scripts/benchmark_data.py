@@ -14,7 +14,7 @@ from torchvision.datasets import ImageFolder
 
 from data.augment import EIGENVALUES, EIGENVECTORS
 from data.image_folder import list_set
-from data.loader import FileTrainLoader, make_train_loader
+from data.loaders import FileTrainLoader, make_train_loader
 from resnext.config import parse_config
 from resnext.device import choose_precision, configure_backends, select_device
 from resnext.engine.train_state import TrainState, build_train_state

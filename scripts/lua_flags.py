@@ -4,12 +4,12 @@
     python scripts/lua_flags.py -depth 50 -baseWidth 4 -cardinality 32 -data DIR --output my.yaml
     python scripts/lua_flags.py 'th main.lua -retrain model.t7 -data DIR -testOnly true -tenCrop true'
 
-Writes what differs from the defaults of this program, defaults of the Lua code included, headed by the
-commands that run it. Where a flag means something else here, a comment says so. --output never overwrites.
+The result states what differs from the defaults of this program, including the defaults of the Lua code. It
+starts with the commands that run it. Comments say where a flag has a different meaning here. --output never
+overwrites a file.
 """
 
 import argparse
-import contextlib
 import difflib
 import math
 import re
@@ -17,31 +17,34 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from resnext.config import SECTIONS, STAGES_BY_DEPTH, to_text
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from resnext.config import KEYS, SECTIONS, STAGES_BY_DEPTH, Value, to_text
+from resnext.config.parser import check_limits, convert
 from resnext.errors import UserError, command_parser, run_main
-from resnext.strict_yaml import check_limits, convert
+from resnext.files import write_file
 
 RECOMPUTE = "train.activation_checkpointing"
 
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag of opts.lua: type, default there, the key it becomes (whose limits hold), that key's value."""
+    """A flag of opts.lua: its type and default, the key that it becomes, and how to compute the key's value.
 
-    kind: Any
-    default: Any = None
+    The limits of the key apply to the flag, unless `at_least` is given.
+    """
+
+    kind: object
+    default: Value = None
     key: str = ""
-    value: Callable[[SimpleNamespace], Any] | None = None
-    at_least: int | None = None  # where the key's limit does not hold
+    value: Callable[[SimpleNamespace], Value] | None = None
+    at_least: int | None = None
 
 
 # fmt: off
@@ -85,60 +88,55 @@ FLAGS = {
                             lambda o: o.resetClassifier and not o.resume),
     "nClasses": Flag(int, 0, "model.classes", lambda o: o.nClasses or None, at_least=0),
 }
-PLAIN = "without meaning for a plain ResNet, there and here"
-RECOMPUTED = ("saves memory by computing blocks twice, a third more time for the same result; better left "
-              "out where memory suffices")
-# (flag, when its meaning differs, how); {flag} stands for a flag's value, {share} for the images of a GPU.
-NOTES: list[tuple[str, Callable[[SimpleNamespace], Any], str]] = [
+PLAIN = "has no effect on a plain ResNet, as in the original"
+RECOMPUTED = "saves memory by computing blocks twice: a third slower, same result; omit it if memory suffices"
+# (flag, when its meaning differs, how); {flag} stands for a flag's value, {share} for the images per GPU.
+NOTES: list[tuple[str, Callable[[SimpleNamespace], object], str]] = [
     ("cardinality", lambda o: o.plain and o.cardinality != 1, PLAIN),
     ("baseWidth", lambda o: o.plain and o.baseWidth != 64, PLAIN),
     ("bottleneckType", lambda o: o.bottleneckType == "resnext_B" and not o.plain,
-     "C is the same function and much faster; resnext.convert_form converts the weights"),
+     "C is the same function and much faster; resnext.convert_form converts weights"),
     ("shortcutType", lambda o: o.shortcutType == "A",
-     "zeros for the channels that are new; the original's own A could not be run"),
-    ("retrain", lambda o: o.retrain and o.resume, "not used, as -resume comes first, there and here"),
+     "pads new channels with zeros; the original's own A could not be run"),
+    ("retrain", lambda o: o.retrain and o.resume, "not used: -resume overrides it, as in the original"),
     ("retrain", lambda o: o.retrain and not o.resume,
-     "the original took the network from the file, whatever the other flags said; here they must describe "
-     "the network in the file"),
+     "the original used the network in the file and ignored the other flags; here they must describe it"),
     ("nClasses", lambda o: o.nClasses,
-     "must be what the data has; the original read it with -resetClassifier only"),
+     "must match the data; the original used it only with -resetClassifier"),
     ("dataset", lambda o: o.imagenet,
-     "data.pipeline is fast, which resizes with antialiasing; torch7 is the original's arithmetic, equal to "
-     "its output, at a third of the speed. The last layer has one output for each folder of train/, not "
-     "always 1000"),
+     "data.pipeline is fast, which resizes with antialiasing; torch7 equals the original's arithmetic, at a "
+     "third of the speed. The last layer has one output per folder of train/, not always 1000"),
     ("nThreads", lambda o: o.imagenet,
-     "loader processes, for each of {nGPU} training processes; they change no pixel, and without the key "
-     "there is one a core"),
+     "DataLoader workers of each of {nGPU} training processes; they do not affect the images. The default is "
+     "one per CPU core"),
     ("nEpochs", lambda o: o.imagenet and o.netType != "resnext" and not o.nEpochs,
-     "100, as in ResNeXt's code; fb.resnet.torch's default was 90"),
-    ("dataset", lambda o: not o.imagenet, "downloaded into --data where it is missing, not into -gen"),
+     "100, as in ResNeXt's code; the default of fb.resnet.torch was 90"),
+    ("dataset", lambda o: not o.imagenet, "downloaded to --data if missing, not to -gen"),
     ("nThreads", lambda o: not o.imagenet and "nThreads" in o.given,
-     "the set is held in memory, there are no loaders"),
+     "not used, because the dataset is held in memory"),
     ("nGPU", lambda o: o.batchSize % o.nGPU,
-     "does not divide the batch of {batchSize}: the original's first GPUs got an image more. torchrun with "
-     "{nGPU} processes does the same; for another number choose a train.batch_size and a train.bn_group that "
-     "divides it"),
+     "does not divide the batch of {batchSize}: the original's first GPUs got one more image. torchrun with "
+     "{nGPU} processes does the same; for another number of processes, choose a train.batch_size and a "
+     "train.bn_group that divides it"),
     ("nGPU", lambda o: o.batchSize % o.nGPU == 0,
-     "the batch is the global one, there and here; BatchNorm works over {share} images, as on one GPU of the "
-     "original, on however many processes this runs"),
+     "the batch is the global one, as in the original; BatchNorm normalizes over {share} images, as on one "
+     "GPU of the original, on any number of processes"),
     ("precision", lambda o: o.precision == "half",
-     "not the same: the original kept weights and momentum in half precision, this is autocast with loss "
+     "not the same: the original kept weights and momentum in half precision; fp16 is autocast with loss "
      "scaling"),
     ("shareGradInput", lambda o: o.shareGradInput, RECOMPUTED),
     ("optnet", lambda o: o.optnet, RECOMPUTED),
-    ("manualSeed", lambda o: o.manualSeed, "other random numbers than Torch7's"),
-    ("manualSeed", lambda o: "manualSeed" in o.given and not o.manualSeed,
-     "other random numbers than Torch7's; the original's loaders were not seeded with 0, ours are"),
-    ("backend", lambda o: "backend" in o.given, "without a counterpart, PyTorch chooses"),
-    ("gen", lambda o: "gen" in o.given, "not needed; lists of files are cached elsewhere"),
+    ("manualSeed", lambda o: "manualSeed" in o.given,
+     "random numbers differ from Torch7's; 0 seeds the loaders too, unlike in the original"),
+    ("backend", lambda o: "backend" in o.given, "has no counterpart; PyTorch chooses"),
+    ("gen", lambda o: "gen" in o.given, "not needed; file lists are cached elsewhere"),
     ("resume", lambda o: o.resume,
-     "goes on from its latest.t7, and writes to --output: the Lua folder stays as it is"),
-    ("optimState", lambda o: "optimState" in o.given and o.resume, "comes with --resume"),
-    ("epochNumber", lambda o: "epochNumber" in o.given and o.resume, "comes with --resume"),
-    ("tenCrop", lambda o: o.tenCrop, "validation takes one crop; the last command takes ten, afterwards"),
+     "continues from its latest.t7 and writes to --output; the Lua folder does not change"),
+    ("optimState", lambda o: "optimState" in o.given and o.resume, "included in --resume"),
+    ("epochNumber", lambda o: "epochNumber" in o.given and o.resume, "included in --resume"),
+    ("tenCrop", lambda o: o.tenCrop, "validation uses one crop; the last command uses ten, after training"),
 ]
 # fmt: on
-DEFAULTS = {f"{section}.{f.name}": f.default for section, make in SECTIONS.items() for f in fields(make)}
 
 
 def main() -> None:
@@ -148,17 +146,19 @@ def main() -> None:
     text = evaluation(options, words) if options.testOnly else training(options, words, output or "my.yaml")
     if output is None:
         print(text, end="")
-    else:
-        write_new(Path(output), text)
-        print(f"wrote {output}; its first lines are the commands")
+        return
+    if Path(output).exists():
+        raise UserError(f"--output {output}: exists already; name another file")
+    write_file("--output", output, text)
+    print(f"wrote {output}; its first lines are the commands to run")
 
 
 def parse_arguments() -> tuple[list[str], str | None]:
-    """(words of the Lua command line, --output)."""
+    """Return the words of the Lua command line after main.lua, and --output."""
     parser = command_parser(__doc__)
     parser.allow_abbrev, parser.usage = False, "%(prog)s [--output FILE] [th main.lua] -flag value ..."
     parser.add_argument("-help", action="help", help=argparse.SUPPRESS)
-    parser.add_argument("--output", metavar="FILE", help="write there; default: print")
+    parser.add_argument("--output", metavar="FILE", help="write to a new file; default: print")
     arguments, words = parser.parse_known_args()
     if len(words) == 1:
         try:
@@ -170,28 +170,21 @@ def parse_arguments() -> tuple[list[str], str | None]:
 
 
 def read_flags(words: list[str]) -> SimpleNamespace:
-    """The values of all flags, names of those `given`, and what follows from several of them."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for name in FLAGS:
-        parser.add_argument(f"-{name}", nargs="?", action="append")
-    # argparse takes -LR=1 too, and beginnings of single-dash options, whatever allow_abbrev is.
-    unknown = [word for word in words if re.match("-+[A-Za-z]", word) and word[1:] not in FLAGS]
-    given, rest = parser.parse_known_args([] if unknown else words)
-    for word in [*unknown, *rest]:
-        lower = {name.lower(): f"did you mean -{name}?" for name in FLAGS}
-        close = difflib.get_close_matches(word.lower().lstrip("-").partition("=")[0], lower, n=1)
-        listed, pairs = f"they are -{', -'.join(FLAGS)}", "write -flag value pairs, as behind th main.lua"
-        hint = lower[close[0]] if close else listed if word.startswith("-") else pairs
-        raise UserError(f"{word[:60]!r}: not a flag of opts.lua; {hint}")
-    values = {name: flag.default for name, flag in FLAGS.items()}
-    for name, (text, *more) in vars(given).items():
-        if more:
+    """Return the values of all flags, the names of those `given`, and what follows from them."""
+    given: dict[str, Value] = {}
+    rest = iter(words)
+    for word in rest:
+        name = word.removeprefix("-")
+        if name == word or name not in FLAGS:
+            raise UserError(f"{word[:60]!r}: not a flag of opts.lua; {flag_hint(word)}")
+        if name in given:
             raise UserError(f"-{name}: given twice; keep one")
-        if text is None:
+        text = next(rest, "-none")
+        if re.match("-+[A-Za-z]", text):
             usage = f"-{name} {'true' if FLAGS[name].kind is bool else 'VALUE'}"
-            raise UserError(f"-{name}: has no value behind it; write {usage}, as in the Lua code")
-        values[name] = read_value(name, text)
-    o = SimpleNamespace(**values, given=set(vars(given)))
+            raise UserError(f"-{name}: has no value; write {usage}, as for the Lua code")
+        given[name] = read_value(name, text)
+    o = SimpleNamespace(**{name: flag.default for name, flag in FLAGS.items()} | given, given=set(given))
     o.imagenet, o.share = o.dataset == "imagenet", o.batchSize // o.nGPU
     o.data = o.data or ("DIR" if o.imagenet else "datasets")  # the original kept CIFAR in -gen
     paths = {"cardinality", "baseWidth", "bottleneckType"} & o.given  # without: resnet.lua, preresnet.lua
@@ -199,55 +192,64 @@ def read_flags(words: list[str]) -> SimpleNamespace:
     return o
 
 
-def read_value(name: str, text: str) -> Any:
-    """A value as the flag's type, inside the limits of the key that it becomes."""
+def flag_hint(word: str) -> str:
+    """Return what an unknown word of the command line was probably meant to be."""
+    lower = {name.lower(): name for name in FLAGS}
+    close = difflib.get_close_matches(word.lower().lstrip("-").partition("=")[0], lower, n=1)
+    if close:
+        return f"did you mean -{lower[close[0]]}?"
+    if word.startswith("-"):
+        return f"the flags are -{', -'.join(FLAGS)}"
+    return "write -flag value pairs, as after th main.lua"
+
+
+def read_value(name: str, text: str) -> Value:
+    """Return a value as the type of its flag; raise UserError if it is outside the limits."""
     flag, where = FLAGS[name], f"-{name}:"
     if not text.isprintable():
-        raise UserError(f"{where} its value has characters that cannot be printed; give plain text")
+        raise UserError(f"{where} its value has unprintable characters; give plain text")
     if flag.kind is str:
         return None if text in ("", "none") else text
     value = convert(flag.kind, yaml.ScalarNode("", text), where)
-    limits = {} if flag.at_least is None else {"at_least": flag.at_least}
-    if flag.kind in (int, float) and not limits:
-        section, key = flag.key.split(".")
-        limits = next(f for f in fields(SECTIONS[section]) if f.name == key).metadata["limits"]
-    check_limits(value, limits, where)
+    if flag.at_least is not None:
+        check_limits(value, {"at_least": flag.at_least}, where)
+    elif flag.kind in (int, float):
+        check_limits(value, KEYS[flag.key].metadata["limits"], where)
     return value
 
 
 def check_options(o: SimpleNamespace) -> None:
-    """Refuse what the original refused, and what has no counterpart here."""
+    """Raise UserError for what the original refused, and for what has no counterpart here."""
     depths = "50, 101 or 152" if o.imagenet else "9n+2, such as 29"
     fits = o.depth in STAGES_BY_DEPTH if o.imagenet else o.depth >= 11 and o.depth % 9 == 2
     source = o.resume or o.retrain
     look = f", see python scripts/describe.py {shlex.quote(source)}" if source else ""
-    apart = "here network, optimiser and epoch go on together; give -resume DIR, the folder with latest.t7"
+    apart = "network, optimizer, and epoch belong together; give -resume DIR, the folder with latest.t7"
     # fmt: off
     refused = [
         (o.shareGradInput and o.optnet,
          "-optnet: excludes -shareGradInput, as in the original; keep one of the two"),
         (o.resetClassifier and not o.nClasses,
          "-resetClassifier: needs -nClasses, as in the original; give the number of classes"),
-        (o.precision == "double",
-         "-precision double: not offered; leave it out (fp32), or give -precision half"),
-        (o.tenCrop and not o.imagenet,
-         f"-tenCrop: has no meaning for the 32 pixels of {o.dataset}; leave it out"),
+        (o.precision == "double", "-precision double: not offered; omit it (fp32), or give -precision half"),
+        (o.tenCrop and not o.imagenet, f"-tenCrop: not for the 32 pixels of {o.dataset}; omit it"),
         (o.testOnly and not source,
-         "-testOnly: of which network? Name its file with -retrain, or -resume DIR"),
+         "-testOnly: needs a network; name its file with -retrain, or its folder with -resume"),
     ]
     if not o.testOnly:
         refused += [
             (o.optimState and not o.resume, f"-optimState: {apart}"),
             (o.epochNumber > 1 and not o.resume, f"-epochNumber: {apart}"),
-            (o.momentum == 0, "-momentum 0: Nesterov's momentum needs more, as in the original; raise it"),
-            (o.nGPU > o.batchSize, f"-nGPU {o.nGPU}: more GPUs than images (-batchSize {o.batchSize})"),
+            (o.momentum == 0, "-momentum 0: Nesterov momentum must be above 0, as in the original; raise it"),
+            (o.nGPU > o.batchSize,
+             f"-nGPU {o.nGPU}: more GPUs than images (-batchSize {o.batchSize}); lower it"),
             ("depth" not in o.given,
-             "-depth: is missing, and the original's default of 34 layers is for basic blocks; give "
-             f"{depths}{look}"),
+             "-depth: missing, and the original's default of 34 layers is for basic blocks; "
+             f"give {depths}{look}"),
             (not o.imagenet and o.plain and o.bottleneckType != "resnet",
              f"-netType {o.netType}: fb.resnet.torch's networks for CIFAR have other blocks and widths, "
              "which are not offered; give -netType resnext -bottleneckType resnet"),
-            (not fits, f"-depth {o.depth}: bottlenecks on {o.dataset} need {depths} layers"),
+            (not fits, f"-depth {o.depth}: bottlenecks on {o.dataset} need {depths} layers; change it"),
         ]
     # fmt: on
     for applies, message in refused:
@@ -255,8 +257,8 @@ def check_options(o: SimpleNamespace) -> None:
             raise UserError(message)
 
 
-def translate(o: SimpleNamespace) -> dict[str, Any]:
-    """section.key → value of all that the flags say, where it is not our default, in our order."""
+def translate(o: SimpleNamespace) -> dict[str, Value]:
+    """Return section.key → value of all keys that differ from our defaults, in the order of the schema."""
     values = {
         "model.stem": "imagenet" if o.imagenet else "cifar",
         "model.preactivation": o.netType == "preresnet",
@@ -266,13 +268,14 @@ def translate(o: SimpleNamespace) -> dict[str, Any]:
     for name, flag in FLAGS.items():
         if flag.key:
             values[flag.key] = flag.value(o) if flag.value else getattr(o, name)
-    return {key: values[key] for key, default in DEFAULTS.items() if values.get(key, default) != default}
+    return {name: values[name] for name, key in KEYS.items() if values.get(name, key.default) != key.default}
 
 
 def training(options: SimpleNamespace, words: list[str], name: str) -> str:
-    """The configuration: commands, then each note at the key that its flag became, or on top without one."""
+    """Return the configuration: commands, then each note above the key of its flag, or else at the top."""
     values = translate(options)
-    top, beside = [], {key: [] for key in values}
+    top: list[str] = []
+    beside: dict[str, list[str]] = {key: [] for key in values}
     for flag, differs, note in NOTES:
         if differs(options):
             said = f"-{flag} {to_text(getattr(options, flag))}" + " (default)" * (flag not in options.given)
@@ -289,7 +292,7 @@ def training(options: SimpleNamespace, words: list[str], name: str) -> str:
 
 
 def training_commands(options: SimpleNamespace, name: str) -> list[str]:
-    """What starts the training, on one GPU and on as many as the original had, and evaluates ten crops."""
+    """Return the commands that train on one GPU and on as many as the original used, and test ten crops."""
     output, usual = options.save, f"runs/{Path(name).stem}"
     words = ["train.py", "--config", name, "--data", options.data]
     if options.resume:
@@ -306,37 +309,24 @@ def training_commands(options: SimpleNamespace, name: str) -> list[str]:
 
 
 def evaluation(options: SimpleNamespace, words: list[str]) -> str:
-    """Comments alone: evaluate.py needs no configuration."""
+    """Return only comments, because evaluate.py needs no configuration."""
     command = ["python", "evaluate.py", options.resume or options.retrain, "--data", options.data]
     command += ["--ten-crop"] * options.tenCrop + ["--precision", "fp16"] * (options.precision == "half")
-    note = "-testOnly true: the file tells network and preprocessing, no configuration is needed; of the "
-    note += "other flags only -data, -tenCrop and -precision matter"
+    note = "-testOnly true: the file describes its network and preprocessing, so no configuration is needed; "
+    note += "of the other flags, only -data, -tenCrop, and -precision matter"
     return "\n".join([*heading(words, [shlex.join(command)]), *comment(note), ""])
 
 
 def heading(words: list[str], commands: list[str]) -> list[str]:
-    """The commands first, as in configs/, then what was translated."""
+    """Return the commands, as in configs/, and then what was translated."""
     return [f"# {command}" for command in commands] + [f"# for: th main.lua {shlex.join(words)}", "#"]
 
 
 def comment(note: str, indent: str = "") -> list[str]:
-    """A note as lines of comment."""
+    """Return a note as lines of comment."""
     wrapper = textwrap.TextWrapper(110, f"{indent}# ", f"{indent}#   ", break_on_hyphens=False)
     wrapper.break_long_words = False
     return wrapper.wrap(note)
-
-
-def write_new(path: Path, text: str) -> None:
-    """Write a file that does not exist yet, whole or not at all."""
-    try:
-        with open(path, "x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise UserError(f"--output {path}: exists already; name another file") from None
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            path.unlink()
-        raise UserError(f"--output {path}: cannot be written ({error.strerror}); name another file") from None
 
 
 if __name__ == "__main__":

@@ -489,7 +489,7 @@ BAD = {
     "result over an input": (["RUN", "--splits", "s", "--csv", "s"], ["--csv s: is --splits too"]),
     "result over the best checkpoint": (
         ["RUN", "--csv", "RUN/checkpoints/best.pt"],
-        ["called as a file of a run"],
+        ["the name of a run file"],
     ),
     "result over the checkpoint": (
         ["RUN/checkpoints/best.pt", "--json", "RUN/checkpoints/best.pt"],

@@ -15,7 +15,7 @@ from kernel_cases import LARGE, check, results
 from kernel_cases import SMALL as CASES
 
 from data.datasets import load_set
-from data.loader import make_eval_loader, make_train_loader
+from data.loaders import make_eval_loader, make_train_loader
 from resnext.config import parse_config
 from resnext.device import configure_backends
 from resnext.engine.evaluator import evaluate

@@ -1,4 +1,4 @@
-"""The networks as others use them: through torch.hub, and as the backbone of docs/detection.md."""
+"""The networks in other programs: through torch.hub, and as the backbone of docs/detection.md."""
 
 import re
 from functools import partial
@@ -7,11 +7,12 @@ import pytest
 import torch
 from commands import ROOT
 from test_export import SMALL, write_weights
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import resnext
 from resnext import UserError, load_weights
 
-NAMES = [name for name in resnext.__all__ if name.startswith("resne")]
+SMALL_NETWORK = partial(resnext.ResNeXt, (1, 1, 1, 1), 4, 8)
 
 
 def hub(name, **options):
@@ -23,7 +24,7 @@ def hub(name, **options):
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """The project as torch.hub keeps what it has downloaded."""
+    """Return the name of the project as torch.hub stores downloads."""
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     (tmp_path / "someone_resnext_main").symlink_to(ROOT)
     return "someone/resnext:main"
@@ -31,14 +32,14 @@ def repository(tmp_path, monkeypatch):
 
 def test_hub_lists_the_networks_with_help(repository):
     known = torch.hub.list(repository, trust_repo=True, verbose=False)
-    assert sorted(known) == sorted([*NAMES, "load_weights"])
-    for name in NAMES:
+    assert sorted(known) == sorted([*resnext.NETWORKS, "load_weights"])
+    for name in resnext.NETWORKS:
         assert torch.hub.help(repository, name, trust_repo=True).startswith(f"{name}, untrained")
     assert "run directory" in torch.hub.help(repository, "load_weights", trust_repo=True)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_hub_makes_the_network_of_the_name(name):
+@pytest.mark.parametrize("name", resnext.NETWORKS)
+def test_hub_creates_the_network_of_the_name(name):
     with torch.device("meta"):
         ours, theirs = getattr(resnext, name)(classes=7), hub(name, classes=7)
     shapes = {key: tensor.shape for key, tensor in ours.state_dict().items()}
@@ -73,13 +74,11 @@ def test_hub_loads_a_backbone(tmp_path):
         hub("resnext50_32x4d", weights=tmp_path / "w.pth", classes=3)
 
 
-def test_hub_takes_the_form_of_the_weights(tmp_path, monkeypatch):
+def test_hub_uses_the_form_of_the_weights(tmp_path, monkeypatch):
     source = write_weights(tmp_path, SMALL.format("B"), 5)
     with pytest.raises(UserError, match="as resnext50_32x4d: "):
         hub("resnext50_32x4d", weights=source)
-    monkeypatch.setattr(
-        resnext, "resnext50_32x4d", partial(resnext.ResNeXt, (1, 1, 1, 1), 4, 8), raising=False
-    )
+    monkeypatch.setattr(resnext, "resnext50_32x4d", SMALL_NETWORK, raising=False)
     assert hub("resnext50_32x4d", weights=source).form == "B"
     with pytest.raises(UserError, match="as resnext50_32x4d: "):
         hub("resnext50_32x4d", weights=source, form="C")
@@ -90,7 +89,7 @@ def test_hub_takes_the_form_of_the_weights(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def example():
-    """The names that the document's code leaves behind: a training step and a detection."""
+    """Return the variables of the document's code, which trains one step and detects once."""
     torch.manual_seed(0)
     names = {}
     for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "detection.md").read_text(), re.DOTALL):
@@ -98,7 +97,7 @@ def example():
     return names
 
 
-def test_the_example_of_the_document_trains(example):
+def test_the_example_trains(example):
     assert len(example["losses"]) == 4 and all(loss.isfinite() for loss in example["losses"].values())
     body = example["model"].backbone.body
     frozen = [*body.conv1.parameters(), *body.layer1.parameters()]
@@ -108,10 +107,10 @@ def test_the_example_of_the_document_trains(example):
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in example["network"].modules())
 
 
-def test_the_example_of_the_document_detects(example):
+def test_the_example_detects(example):
     assert len(example["detections"]) == 2
-    for found, picture in zip(example["detections"], example["pictures"], strict=True):
-        height, width = picture.shape[1:]
+    for found, image in zip(example["detections"], example["images"], strict=True):
+        height, width = image.shape[1:]
         boxes, labels, scores = found["boxes"], found["labels"], found["scores"]
         assert len(boxes) == len(labels) == len(scores) > 0
         assert boxes.isfinite().all() and boxes.min() >= 0
@@ -136,7 +135,7 @@ def test_the_pyramid_gets_the_features_of_the_network(example):
 
 def test_freezing_batchnorm_changes_no_logit(example):
     torch.manual_seed(2)
-    network = resnext.ResNeXt((1, 1, 1, 1), 4, 8, 5).train()
+    network = SMALL_NETWORK(5).train()
     x = torch.randn(4, 3, 64, 64)
     with torch.no_grad():
         network(x)  # moves the statistics
@@ -146,10 +145,8 @@ def test_freezing_batchnorm_changes_no_logit(example):
 
 
 def test_torchvision_takes_a_network_apart():
-    """torch.fx traces it: nothing in forward depends on the values of a picture."""
-    from torchvision.models.feature_extraction import create_feature_extractor
-
-    network = resnext.ResNeXt((1, 1, 1, 1), 2, 4, 5).eval()
+    """torch.fx can trace the network: nothing in forward depends on the values of an image."""
+    network = SMALL_NETWORK(5).eval()
     x = torch.randn(2, 3, 64, 64)
     parts = create_feature_extractor(network, ["layer2", "layer4"])(x)
     assert parts["layer2"].shape == (2, 512, 8, 8)

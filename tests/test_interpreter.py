@@ -24,7 +24,7 @@ import plot_curves
 SCRIPTS = [
     path
     for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")])
-    if "run_command(main)" in path.read_text(encoding="utf-8")
+    if "run_main(main)" in path.read_text(encoding="utf-8")
 ]
 STRICT = ("-W", "error", "-P")  # warnings are errors, and the script's folder is not searched for modules
 STRICT_BY_ENVIRONMENT = {"PYTHONWARNINGS": "error", "PYTHONSAFEPATH": "1"}
@@ -150,7 +150,7 @@ def test_benchmark_finds_its_other_modules():
 def test_a_training_where_nothing_can_be_written(tmp_path):
     result = run_without_rights(ROOT / "train.py", "--config", "demo.yaml", folder=tmp_path)
     text = message(result)
-    assert f"runs/demo: cannot be made below {tmp_path};" in text and "--output DIR" in text
+    assert f"runs/demo: cannot be created below {tmp_path};" in text and "--output DIR" in text
 
 
 def test_names_of_any_bytes(tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
-"""Input on a GPU never waits for it: shown on a pretended one, whose tensors have shapes but no values.
+"""Preparing a batch never waits for the GPU: shown on a simulated one, whose tensors have only shapes.
 
-What a real one says is asked in test_gpu.py.
+test_gpu.py asks a real one.
 """
 
 import contextlib
@@ -19,14 +19,15 @@ from data import augment
 from data.augment import box_mask, erase, erased_boxes, on_device
 from data.datasets import load_set
 from data.in_memory import ArrayDataset
-from data.loader import make_eval_loader, make_train_loader
+from data.loaders import make_eval_loader, make_train_loader
 from data.rng import RngStream, random_uint64
 from resnext.config import parse_config
 
 CUDA = torch.device("cuda", 0)
-# The shape of what they return, or what they do next, depends on values.
+# The shape of their result, or what the host does next, depends on values.
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "bincount"}
 WAITING |= {"repeat_interleave"}
+INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 EVERYTHING = ["augment.erasing=0.5", "augment.mixup=0.2", "augment.cutmix=1"]
 
 
@@ -34,7 +35,11 @@ class Waits(AssertionError):
     """The host would wait for the device."""
 
 
-class PretendedGPU(TorchDispatchMode):
+def is_cuda(leaf: object) -> bool:
+    return isinstance(leaf, torch.device) and leaf == CUDA
+
+
+class SimulatedGPU(TorchDispatchMode):
     """Operators on CUDA tensors compute shapes only; those that make the host wait raise Waits."""
 
     def __init__(self):
@@ -42,24 +47,6 @@ class PretendedGPU(TorchDispatchMode):
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.pinned: dict[int, torch.Tensor] = {}  # by address; kept, so that no other tensor gets it
         self.operators = self.copies = 0  # on the device; from the host to it
-
-    def pin(self, tensor: torch.Tensor) -> torch.Tensor:
-        copy = tensor.clone()
-        self.pinned[copy.untyped_storage().data_ptr()] = copy
-        return copy
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        leaves = pytree.tree_leaves((args, kwargs))
-        if not any(
-            isinstance(leaf, FakeTensor) or (isinstance(leaf, torch.device) and leaf == CUDA)
-            for leaf in leaves
-        ):
-            with unset_fake_temporarily():
-                return function(*args, **kwargs)
-        self.operators += 1
-        self.check(function._overloadpacket.__name__, args, kwargs)
-        return function(*args, **kwargs)
 
     def __enter__(self):
         self.fake.__enter__()
@@ -69,28 +56,41 @@ class PretendedGPU(TorchDispatchMode):
         super().__exit__(*error)
         self.fake.__exit__(*error)
 
+    def pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        copy = tensor.clone()
+        self.pinned[copy.untyped_storage().data_ptr()] = copy
+        return copy
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        leaves = pytree.tree_leaves((args, kwargs))
+        if not any(isinstance(leaf, FakeTensor) or is_cuda(leaf) for leaf in leaves):
+            with unset_fake_temporarily():
+                return function(*args, **kwargs)
+        self.operators += 1
+        self.check(function._overloadpacket.__name__, args, kwargs)
+        return function(*args, **kwargs)
+
     def check(self, name: str, args: tuple, kwargs: dict) -> None:
         if name in WAITING:
             raise Waits(name)
-        if name in ("index", "index_put", "index_put_", "_index_put_impl_") and any(
-            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
-        ):
+        if name in INDEXING and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]):
             raise Waits(f"{name} by a mask")
         if name in ("copy_", "_to_copy"):
             source = args[name == "copy_"]
-            there = args[0].device if name == "copy_" else kwargs.get("device") or source.device
-            if source.device.type == there.type or not source.numel():
+            target = args[0].device if name == "copy_" else kwargs.get("device") or source.device
+            if source.device.type == target.type or not source.numel():
                 return
             if not (kwargs.get("non_blocking") or args[2:3] == (True,)):
                 raise Waits(f"{name} without non_blocking")
-            if there.type == "cpu" or source.untyped_storage().data_ptr() not in self.pinned:
+            if target.type == "cpu" or source.untyped_storage().data_ptr() not in self.pinned:
                 raise Waits(f"{name} of memory that is not pinned")
             self.copies += 1
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    gpu = PretendedGPU()
+    gpu = SimulatedGPU()
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: gpu.pin(tensor))
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
@@ -105,26 +105,20 @@ def gpu(monkeypatch):
 # ---------------------------------------------------------------------------- no batch waits
 
 
-def pictures(name: str, folder) -> tuple:
-    """(a set of 30 training pictures, its configuration) with all augmentations."""
-    keys = {
-        "cifar": ["data.dataset=cifar10", "data.dir=unused", "data.image_size=32"],
-        "glyphs": ["data.dataset=glyphs", "data.train_images=30", "data.val_images=30"],
-        "files": [f"data.dir={folder}", "data.pipeline=fast", "data.image_size=32", "data.workers=0"],
-    }[name]
+@pytest.fixture(params=["memory", "files"])
+def dataset(request, tmp_path):
+    """(30 training images, their configuration with all augmentations)."""
+    keys = ["data.dataset=glyphs", "data.train_images=30", "augment.padding=2"]
+    if request.param == "files":
+        draw_folders(tmp_path, {"cat": 15, "dog": 15}, size=50)
+        keys = [f"data.dir={tmp_path}", "data.pipeline=fast", "data.image_size=32", "data.workers=0"]
     config = parse_config("", "test", [*keys, "train.batch_size=8", *EVERYTHING])
-    if name == "cifar":
-        noise = np.random.default_rng(0).integers(0, 256, (30, 32, 32, 3), np.uint8)
-        return ArrayDataset(noise, np.arange(30) % 10, tuple("0123456789")), config
-    if name == "files":
-        draw_folders(folder, {"cat": 15, "dog": 15}, size=50)
     return load_set(config.data, "train"), config
 
 
 @pytest.mark.parametrize("share", [np.arange, lambda images: np.arange(0, images, 2)], ids=["all", "half"])
-@pytest.mark.parametrize("name", ["cifar", "glyphs", "files"])
-def test_training_batches_never_wait(name, share, gpu, tmp_path):
-    image_set, config = pictures(name, tmp_path)
+def test_training_batches_never_wait(share, dataset, gpu):
+    image_set, config = dataset
     with gpu.fake:  # what is copied at the start of a run may wait
         batches = make_train_loader(image_set, config, CUDA, share=share)
     sizes = []
@@ -136,13 +130,13 @@ def test_training_batches_never_wait(name, share, gpu, tmp_path):
                 sizes.append(len(images))
     assert sizes == [len(share(images)) for images in (8, 8, 8, 6)] * 5
     boxes, kept = 20, 20 * (share is not np.arange)
-    others = 4 * 20 + 3 if name == "files" else 4 * 5  # draws of a step and constants; draws of an epoch
+    files = not isinstance(image_set, ArrayDataset)
+    others = 4 * 20 + 3 if files else 4 * 5  # draws of a step, and constants; draws of an epoch
     assert 0.9 * others < gpu.copies - boxes - kept <= others  # a batch may have nothing to mirror
 
 
-@pytest.mark.parametrize("name", ["cifar", "glyphs", "files"])
-def test_evaluation_batches_never_wait(name, gpu, tmp_path):
-    image_set, config = pictures(name, tmp_path)
+def test_evaluation_batches_never_wait(dataset, gpu):
+    image_set, config = dataset
     with gpu.fake:
         batches = make_eval_loader(image_set, config.data, 8, CUDA)
     with gpu:
@@ -175,7 +169,7 @@ def test_waiting_is_noticed(work, gpu):
         work(torch.empty(4, device=CUDA))
 
 
-def test_what_does_not_wait_is_let_through(gpu):
+def test_what_does_not_wait_passes(gpu):
     with gpu:
         x = on_device(np.arange(4), CUDA)
         x[x.argsort()].masked_fill_(x > 2, 0).mul_(2).where(x > 1, 0)
@@ -183,10 +177,10 @@ def test_what_does_not_wait_is_let_through(gpu):
     assert gpu.copies == 1
 
 
-# ---------------------------------------------------------------------------- erasing at once
+# ---------------------------------------------------------------------------- erasing
 
 
-def test_erasing_is_as_many_launches_whatever_the_batch(gpu):
+def test_erasing_takes_the_same_launches_for_any_batch(gpu):
     counts = []
     with gpu:
         for count in (8, 64):

@@ -10,7 +10,6 @@ import socket
 import tarfile
 import threading
 import tracemalloc
-import types
 import warnings
 import zlib
 from dataclasses import dataclass, replace
@@ -33,7 +32,7 @@ from data.datasets import check_classes, load_set
 from data.decode import decode
 from data.image_folder import list_set, read_set, resize_and_center_crop
 from data.in_memory import ArrayDataset, even_indices, subsample
-from data.loader import make_eval_loader, make_train_loader
+from data.loaders import make_eval_loader, make_train_loader
 from resnext.config import DataConfig, parse_config
 from resnext.errors import UserError
 
@@ -404,25 +403,6 @@ def test_simplejpeg_reads_what_it_is_meant_for(monkeypatch):
         assert decode(content, "x", "simplejpeg").shape == (96, 64, 3)
         assert decode(content, "x", "simplejpeg", lambda *_: (3, 4, 20, 10)).shape == (10, 20, 3)
         assert decode(content, "x", "simplejpeg", size=16).shape == (24, 16, 3)
-
-
-def test_rows_below_the_part_are_not_decoded(monkeypatch):
-    heights = []
-    real = simplejpeg.decode_jpeg
-
-    def decode_jpeg(content, buffer=None):
-        heights.append(640 if buffer is None else len(buffer))
-        return real(content, buffer=buffer)
-
-    stand_in = types.SimpleNamespace(
-        decode_jpeg=decode_jpeg, decode_jpeg_header=simplejpeg.decode_jpeg_header
-    )
-    monkeypatch.setattr(data.decode, "simplejpeg", stand_in)
-    content = JPEGS["4:2:0"](Image.fromarray(picture(64, 640)))
-    for bottom, rows in ((1, 16), (95, 96), (96, 112), (111, 112), (630, 640), (640, 640)):
-        decode(content, "x", "simplejpeg", lambda *_, bottom=bottom: (0, bottom - 1, 64, 1))
-        assert heights == [rows]
-        heights.clear()
 
 
 @pytest.mark.parametrize("decoder", DECODERS)

@@ -46,7 +46,7 @@ import evaluate
 import resnext.distributed
 from data.image_folder import ImageFolderDataset, list_set
 from data.in_memory import ArrayDataset
-from data.loader import FileEvalLoader, make_eval_loader, make_train_loader
+from data.loaders import FileEvalLoader, make_eval_loader, make_train_loader
 from resnext.batch_plan import check_last_batch, check_world_size, local_indices, split_batch, split_evenly
 from resnext.config import Config, TrainConfig, parse_config
 from resnext.distributed import all_gather_objects, process_group, sum_over_ranks

@@ -1,6 +1,6 @@
 """What kills, stops or starves the processes of a run: what users see, that nothing is lost, that all end.
 
-Of single processes, these are in test_resume.py, test_checkpoint.py, test_loader.py and test_bad_input.py.
+Of single processes, these are in test_resume.py, test_checkpoint.py, test_workers.py and test_bad_input.py.
 Every job here is bounded in time, and what survives it is looked for (see torchrun.py).
 """
 

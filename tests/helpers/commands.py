@@ -1,4 +1,4 @@
-"""Command lines as a user types them, in a new process or quickly inside this one; tiny runs and pictures."""
+"""Run command lines in a new process or, faster, inside this one; tiny runs and image folders for them."""
 
 import contextlib
 import hashlib
@@ -6,7 +6,7 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -18,7 +18,7 @@ from resnext.errors import run_main
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# A network of 20,000 parameters and a set of 40 small pictures: an epoch of 3 steps, in milliseconds.
+# A network of 20,000 parameters and 40 small images: an epoch has 3 steps and takes milliseconds.
 TINY = {
     "model.stem": "cifar",
     "model.depth": "11",
@@ -39,13 +39,13 @@ TINY = {
 
 
 def tiny(**changes: str) -> list[str]:
-    """Overrides of a tiny run; `train__epochs="3"` changes train.epochs, None leaves a key out."""
+    """Return the overrides of a tiny run; `train__epochs="3"` changes train.epochs, None removes a key."""
     settings = TINY | {name.replace("__", "."): value for name, value in changes.items()}
     return [f"{name}={value}" for name, value in settings.items() if value is not None]
 
 
 def tiny_yaml(**changes: str) -> str:
-    """The same settings as the text of a configuration file."""
+    """Return the same settings as the text of a configuration file."""
     sections: dict[str, list[str]] = {}
     for setting in tiny(**changes):
         name, value = setting.split("=", 1)
@@ -56,7 +56,7 @@ def tiny_yaml(**changes: str) -> str:
 
 @dataclass(frozen=True)
 class Result:
-    """How a command line ended."""
+    """The outcome of a command line."""
 
     status: int
     output: str
@@ -64,12 +64,12 @@ class Result:
 
 
 def run_script(script: str, *arguments: object, cwd: Path | str, **environment: str) -> Result:
-    """`python SCRIPT arguments` in a new process; `script` is a file name of the project's root."""
+    """Run `python SCRIPT arguments` in a new process; `script` is a path in the project."""
     return run_python(str(ROOT / script), *arguments, cwd=cwd, **environment)
 
 
 def run_python(*arguments: object, cwd: Path | str, **environment: str) -> Result:
-    """`python arguments` in a new process."""
+    """Run `python arguments` in a new process."""
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=cwd,
@@ -83,9 +83,9 @@ def run_python(*arguments: object, cwd: Path | str, **environment: str) -> Resul
 
 
 def call(main: Callable[[], object], *arguments: object) -> Result:
-    """A command line's `main` with these arguments in this process, through the same `run_command`.
+    """Call the `main` of a command line in this process, through the same `run_main`.
 
-    Anything but a UserError or an exit propagates, as the traceback it would be.
+    Exceptions other than UserError and SystemExit propagate: a user would see their traceback.
     """
     output, error = io.StringIO(), io.StringIO()
     status = 0
@@ -102,9 +102,9 @@ def call(main: Callable[[], object], *arguments: object) -> Result:
 
 
 def snapshot(folder: Path, folders: bool = False) -> dict[str, str]:
-    """Hash and time of every file below `folder`, to tell whether anything was touched.
+    """Return the hash and time of every file below `folder`, to detect changes.
 
-    With `folders`, folders are listed too, empty ones included.
+    With `folders`, the result lists folders too, including empty ones.
     """
     found = {}
     for path in sorted(folder.rglob("*")):
@@ -117,7 +117,7 @@ def snapshot(folder: Path, folders: bool = False) -> dict[str, str]:
 
 
 def message(result: Result) -> str:
-    """The one `error: …` message that bad input must end with, checked for its form."""
+    """Return the one `error: …` message that bad input must end with, after checks of its form."""
     assert result.status == 2, f"status {result.status}\n{result.output}\n{result.error}"
     assert "Traceback" not in result.error
     assert result.error.startswith("error: "), result.error
@@ -130,8 +130,22 @@ def message(result: Result) -> str:
     return text
 
 
+def refused(folder: Path, main: Callable[[], object], *arguments: object) -> str:
+    """Return the message of a command that must fail and leave every file below `folder` unchanged."""
+    before = snapshot(folder)
+    text = message(call(main, *arguments))
+    assert snapshot(folder) == before
+    return text
+
+
+def expect(text: str, fragments: Iterable[str]) -> None:
+    """Assert that a message has all fragments."""
+    for fragment in fragments:
+        assert fragment in text, f"{fragment!r} is not in: {text}"
+
+
 def draw_folders(root: Path, classes: dict[str, int], size: int = 8) -> Path:
-    """train/ and val/ with so many PNGs of noise for each class; returns `root`."""
+    """Write noise PNGs, `classes` of them per class folder, to train/ and val/; return `root`."""
     generator = np.random.default_rng(0)
     for split in ("train", "val"):
         for name, count in classes.items():

@@ -271,7 +271,7 @@ def serve() -> None:
     for name in (
         "train",
         "evaluate",
-        "data.loader",
+        "data.loaders",
         "data.datasets",
         "resnext.engine.report",
         "resnext.engine.trainer",

@@ -213,7 +213,7 @@ def test_a_single_lua_file_is_not_resumed(tmp_path):
     assert result.status == 2 and "a single Lua file; give its folder" in result.error
     for option in ("--json", "--csv"):
         result = call(evaluate.main, tmp_path, option, tmp_path / "model_1.t7")
-        assert result.status == 2 and "called as a file of a run" in result.error
+        assert result.status == 2 and "the name of a run file" in result.error
     assert (tmp_path / "model_1.t7").read_bytes() == b""
 
 
