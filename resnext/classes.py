@@ -16,6 +16,7 @@ from .errors import UserError
 ORDERS = dict.fromkeys(("torchvision", "mmpretrain", "pycls", "bearpaw", "prlz77", "Torch7"), "string")
 ORDERS["timm"] = "natural"
 IMAGENET_OUTPUTS = 1000
+USUAL_CLASSES = {"folder": 1000, "cifar10": 10, "cifar100": 100, "glyphs": 10}  # by data.dataset
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from .batch_plan import micro_batch_size
-from .config import Config
+from .config import Config, Precision
 from .distributed import all_gather_objects, local_rank
 from .errors import UserError
 
@@ -53,7 +53,7 @@ def has_instructions(device: torch.device, precision: str) -> bool:
     return native and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def choose_precision(precision: str, device: torch.device) -> str:
+def choose_precision(precision: Precision, device: torch.device) -> Precision:
     """Resolve `auto`: bf16 if the devices of all ranks have it, else fp32."""
     if precision != "auto":
         return precision

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ..distributed import all_gather_objects, sum_over_ranks
 
+Row = dict[str, int | float | None]  # of metrics.jsonl
+
 
 @dataclass(frozen=True)
 class EvalResult:
@@ -30,7 +32,7 @@ class EvalResult:
     def top5_error(self) -> float:
         return 100.0 * self.top5_errors / self.images
 
-    def as_row(self) -> dict[str, int | float | None]:
+    def as_row(self) -> Row:
         """Return plain numbers for a row of JSON, which has no NaN: such a loss is None."""
         errors = {"top1_error": self.top1_error, "top5_error": self.top5_error}
         return asdict(self) | errors | {"loss": self.loss if math.isfinite(self.loss) else None}

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..classes import name_classes
-from ..config import DataConfig
+from ..config import DataConfig, Precision
 from ..device import (
     choose_precision,
     configure_backends,
@@ -34,7 +34,7 @@ ImageBatch = tuple[list[str], Tensor, list[str]]  # paths, normalized images, wh
 class InferenceSettings:
     """How to run a network: as its run did, or by these defaults if the weights are of no run."""
 
-    precision: str = "fp32"
+    precision: Precision = "fp32"
     batch_size: int = 256
     channels_last: bool | None = None
     deterministic: bool = False
@@ -57,7 +57,7 @@ class InferenceNetwork:
 
     model: ResNeXt
     device: torch.device
-    precision: str
+    precision: Precision
     layout: torch.memory_format
 
     def autocast(self) -> AbstractContextManager:
@@ -82,7 +82,7 @@ def load_classifier(
 
 
 def to_inference(
-    model: ResNeXt, settings: InferenceSettings, device_name: str, precision: str | None
+    model: ResNeXt, settings: InferenceSettings, device_name: str, precision: Precision | None
 ) -> InferenceNetwork:
     """Move a network to its device at the given precision, or that of the settings; warn if that is slow."""
     device = select_device(device_name)

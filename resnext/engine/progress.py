@@ -4,7 +4,7 @@ import math
 import shlex
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..distributed import sum_over_ranks
 from ..errors import UserError
-from .evaluator import EvalResult
+from .evaluator import EvalResult, Row
 from .logger import NullLogger, RunLogger, duration
 from .train_state import MetricSums, TrainProgress, TrainState
 
@@ -113,9 +113,7 @@ def report_step(training: TrainState, logger: Logger, timer: Timer, rate: float,
     timer.start_row()
 
 
-def report_epoch(
-    training: TrainState, result: EvalResult, best: dict[str, float], logger: Logger, timer: Timer
-) -> None:
+def report_epoch(training: TrainState, result: EvalResult, best: Row, logger: Logger, timer: Timer) -> None:
     """Write the row, the line and the scalars of a finished epoch."""
     progress, epochs = training.progress, training.config.train.epochs
     train, val = progress.epoch_sums.as_row(), result.as_row()
@@ -134,7 +132,9 @@ def report_epoch(
     )
     for name in METRICS:
         logger.scalars(
-            "epoch", {f"train_{name}": train[name], f"val_{name}": val[name]}, progress.global_step
+            "epoch",
+            {f"train_{name}": train[name], f"val_{name}": getattr(result, name)},
+            progress.global_step,
         )
     logger.say(
         f" * epoch {progress.epoch}/{epochs}  train top-1 {train['top1_error']:6.3f}  "
@@ -144,7 +144,7 @@ def report_epoch(
     )
 
 
-def error_text(row: dict[str, float], classes: int) -> str:
+def error_text(row: Mapping[str, float | None], classes: int) -> str:
     """Return the two errors in percent; with fewer than 5 classes the second is top-n."""
     return f"top-1 {row['top1_error']:6.3f}  top-{min(5, classes)} {row['top5_error']:6.3f}"
 

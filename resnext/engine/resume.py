@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 from ..batch_plan import micro_batch_size
-from ..config import Config, differences, parse_config, to_text
+from ..config import Config, Precision, differences, parse_config, to_text
 from ..device import choose_precision, is_out_of_memory, slow_precision
 from ..distributed import broadcast_from_rank0, local_rank0_first, world_size
 from ..errors import UserError
@@ -68,10 +68,10 @@ def read_resumed(config: Config, source: Path, device: torch.device) -> tuple[Co
     return config, content, [*warnings, *slow, *changes]
 
 
-def set_precision(config: Config, precision: str, device: torch.device) -> tuple[Config, list[str]]:
+def set_precision(config: Config, precision: Precision, device: torch.device) -> tuple[Config, list[str]]:
     """Return the configuration with this precision, if it is `auto` with the device's, and warnings."""
     precision = choose_precision(precision, device)
-    train = replace(config.train, precision=cast(Any, precision))
+    train = replace(config.train, precision=precision)
     return replace(config, train=train), slow_precision(precision, device, "train.precision=")
 
 

@@ -17,6 +17,7 @@ from ..distributed import gradient_group, world_size
 from ..errors import UserError
 from ..models.ghost_batchnorm import kernels_work, use_ghost_batchnorm
 from ..models.resnext import ResNeXt, build_model
+from .evaluator import Row
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -56,8 +57,8 @@ class TrainProgress:
     global_step: int = 0  # optimizer steps since the start
     interval: MetricSums = field(default_factory=MetricSums)  # since the last step row
     epoch_sums: MetricSums = field(default_factory=MetricSums)  # since the start of the epoch
-    last: dict[str, float] | None = None  # validation of the latest finished epoch
-    best: dict[str, float] | None = None  # validation of the epoch with the lowest top-1 error
+    last: Row | None = None  # validation of the latest finished epoch
+    best: Row | None = None  # validation of the epoch with the lowest top-1 error
     rows: int = 0  # rows of metrics.jsonl
     seconds: float = 0.0  # training and validation time
 

@@ -4,7 +4,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -206,10 +206,10 @@ def read_through(loader: ValLoader, logger: Logger, should_stop: Callable[[], bo
 def finish_epoch(training: TrainState, result: EvalResult, logger: Logger, timer: Timer) -> None:
     """Record and report the validation, and start the next epoch."""
     progress = training.progress
-    last, best = {"epoch": progress.epoch, **result.as_row()}, progress.best
-    if best is None or last["top1_error"] < best["top1_error"]:
-        best = last
-    progress.last, progress.best = last, best
+    progress.last = {"epoch": progress.epoch, **result.as_row()}
+    best = progress.best
+    if best is None or result.top1_error < cast(float, best["top1_error"]):
+        best = progress.best = progress.last
     report_epoch(training, result, best, logger, timer)
     progress.epoch += 1
     progress.step = 0

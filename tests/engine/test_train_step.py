@@ -17,12 +17,12 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.profiler import ProfilerActivity, profile
 
-from resnext import preflight
 from resnext.config import parse_config
 from resnext.engine.logger import NullLogger
 from resnext.engine.resume import restore
 from resnext.engine.train_state import TrainState, build_train_state, checkpoint_content
 from resnext.engine.trainer import train_step, validate, zero_loss
+from resnext.preflight import measure
 
 SMALL = [
     "model.stem=cifar",
@@ -229,8 +229,8 @@ def test_every_convolution_sees_the_configured_layout(channels_last, arriving):
     for work in (
         lambda: train_step(training, images, labels, 0.1),
         lambda: zero_loss(training, images),
-        lambda: preflight.try_part(training, images, labels, len(images)),
-        lambda: preflight.measure_validation(training, images),
+        lambda: measure.try_micro_batch(training, images, labels, len(images)),
+        lambda: measure.measure_validation(training, images),
         lambda: validate(training, Batches([(images, labels)]), NullLogger(), lambda: False),
     ):
         seen.clear()
