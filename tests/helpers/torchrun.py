@@ -268,7 +268,7 @@ class Processes:
 
 def serve() -> None:
     """Fork the ranks of jobs; this process has no threads and computes nothing."""
-    sys.path[:0] = [str(ROOT), *(str(ROOT / "tests" / name) for name in ("helpers", "engine"))]
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
     for name in ("train", "evaluate", "data.training", "resnext.engine.report", "resnext.engine.trainer"):
         importlib.import_module(name)
     for line in sys.stdin:
