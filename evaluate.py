@@ -92,7 +92,7 @@ def main() -> None:
     with process_group(settings.timeout):
         network = to_inference(model, settings, arguments.device, arguments.precision)
         with local_rank0_first():  # it downloads what is missing
-            val_set, names, columns, notes = load_scored(info, wanted, arguments.classes)
+            val_set, names, columns, notes = load_scored(data, info, wanted, arguments.classes)
         for note in notes if rank() == 0 else ():
             print(note, file=sys.stderr)
         members = find_members(splits, names, arguments.splits) if splits else {}

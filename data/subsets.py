@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
@@ -80,16 +80,27 @@ def imagenet_classes() -> tuple[str, ...]:
     return tuple(IMAGENET_WNIDS.read_text().split())
 
 
+class Outputs(Protocol):
+    """What is known of a network's outputs; a weights.load.WeightsInfo."""
+
+    @property
+    def classes(self) -> tuple[str, ...] | None: ...
+    @property
+    def outputs(self) -> int | None: ...
+    @property
+    def origin(self) -> str: ...
+
+
 def load_scored(
-    info: Any, wanted: dict[str, int] | None, classes_file: str | None
+    data: DataConfig, info: Outputs, wanted: dict[str, int] | None, classes_file: str | None
 ) -> tuple[ImageDataset, Sequence[str], list[int] | None, list[str]]:
-    """Load what evaluation scores with weights of which a weights.load.WeightsInfo, `info`, is known.
+    """Load what evaluation scores.
 
     Return (images, their names, the outputs that compete or None for all, warnings).
     """
-    data, classes, notes, columns = info.config.data, info.classes, list[str](), None
+    classes, notes, columns = info.classes, list[str](), None
     if classes is None:
-        classes, notes = known_classes(data, info.outputs, info.origin)
+        classes, notes = known_classes(data, info.outputs or 0, info.origin)
     if wanted:
         columns = find_columns(wanted, classes, f"--classes {classes_file}")
     val_set, names = load_val(data, classes, columns)

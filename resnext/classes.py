@@ -7,8 +7,6 @@ classes, so if the two orders differ one must know which program trained them.
 
 import re
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
-from typing import Any
 
 from .errors import UserError
 
@@ -87,15 +85,3 @@ def name_outputs(
 def abbreviate(names: Sequence[str]) -> str:
     """Return the first names, for a message."""
     return ", ".join(name[:40] for name in names[:4]) + (", …" if len(names) > 4 else "")
-
-
-def name_classes(info: Any, names: tuple[str, ...], file: str) -> Any:
-    """Return a weights.load.WeightsInfo with the user's names for the outputs. Raise UserError if wrong."""
-    if info.classes is not None:
-        raise UserError(f"--class-names: {info.file} names its classes; remove the option")
-    if len(names) != info.outputs:
-        raise UserError(
-            f"--class-names {file}: names {len(names)} classes (the network of {info.file} has "
-            f"{info.outputs}); write one name per line, in the order of the outputs"
-        )
-    return replace(info, classes=names)

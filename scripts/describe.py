@@ -11,6 +11,7 @@ only weights that are read take memory. Configurations of class folders count 10
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 MIB = 2**20
+Row = dict[str, Any]  # a JSON object
 
 
 def main() -> None:
@@ -69,7 +71,7 @@ def is_config(source: str) -> bool:
 # ---------------------------------------------------------------------------- counting
 
 
-def all_networks() -> list[dict[str, Any]]:
+def all_networks() -> list[Row]:
     """Return the costs of every configuration, without the layers."""
     networks = []
     for path in sorted(CONFIG_FOLDER.glob("*.yaml")):
@@ -79,7 +81,7 @@ def all_networks() -> list[dict[str, Any]]:
     return networks
 
 
-def one_network(source: str) -> dict[str, Any]:
+def one_network(source: str) -> Row:
     """Return the costs of a configuration, a run, or a file of weights, and the memory of its training."""
     if is_config(source):
         config = read_config(find_config(source, "CONFIG"))
@@ -104,10 +106,10 @@ def build(config: Config) -> "nn.Module":
         return build_model(config.model, config.model.classes or USUAL_CLASSES[config.data.dataset])
 
 
-def costs(name: str, config: Config, model: "nn.Module") -> dict[str, Any]:
+def costs(name: str, config: Config, model: "nn.Module") -> Row:
     """Return the costs of a network as JSON holds them; its layers are the modules without children."""
     import torch
-    from torch import nn
+    from torch import Tensor, nn
     from torch.utils.flop_counter import FlopCounterMode
 
     size = config.data.image_size
@@ -118,10 +120,10 @@ def costs(name: str, config: Config, model: "nn.Module") -> dict[str, Any]:
         if not list(module.children()) and not isinstance(module, nn.Identity)
     }
 
-    def remember(name: str) -> Any:
-        return lambda module, arguments, output: outputs.update({name: output.shape[1:]})
+    def remember(module: nn.Module, inputs: object, output: Tensor, name: str) -> None:
+        outputs[name] = output.shape[1:]
 
-    hooks = [module.register_forward_hook(remember(name)) for name, module in leaves.items()]
+    hooks = [leaf.register_forward_hook(partial(remember, name=name)) for name, leaf in leaves.items()]
     model.eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.empty(1, 3, size, size, device="meta"))
@@ -180,7 +182,7 @@ def training_bytes(model: "nn.Module", size: int) -> int:
 # ---------------------------------------------------------------------------- printing
 
 
-def table_of_networks(networks: list[dict[str, Any]]) -> str:
+def table_of_networks(networks: list[Row]) -> str:
     header = ["configuration", "parameters", "GMACs", "activations (M)", "weights (MiB)", "input"]
     rows = [
         [
@@ -196,7 +198,7 @@ def table_of_networks(networks: list[dict[str, Any]]) -> str:
     return align(header, rows)
 
 
-def table_of_layers(network: dict[str, Any]) -> str:
+def table_of_layers(network: Row) -> str:
     size, weights = network["image_size"], network["weight_bytes"] / MIB
     columns = ["parameters", "macs", "activations"]
     rows = [

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from resnext.errors import UserError, command_parser, run_main
 
 FORMATS = (".png", ".svg", ".pdf")
+Row = dict[str, Any]  # of metrics.jsonl
 
 
 def main() -> None:
@@ -29,7 +30,7 @@ def main() -> None:
     print(f"wrote {target}")
 
 
-def epoch_rows(run: Path) -> list[dict[str, Any]]:
+def epoch_rows(run: Path) -> list[Row]:
     """Return the epoch rows of a run's metrics.jsonl."""
     path = run / "metrics.jsonl"
     if not path.is_file():
@@ -44,7 +45,7 @@ def epoch_rows(run: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def draw(curves: dict[str, list[list[dict[str, Any]]]], target: Path) -> None:
+def draw(curves: dict[str, list[list[Row]]], target: Path) -> None:
     """Draw top-1 errors: label → epoch rows of each seed, whose mean is drawn."""
     if target.suffix not in FORMATS:
         raise UserError(f"--output {target}: the name must end in {', '.join(FORMATS)}")

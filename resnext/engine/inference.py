@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..classes import name_classes
 from ..config import DataConfig, Precision
 from ..device import (
     choose_precision,
@@ -77,7 +76,7 @@ def load_classifier(
     model, info = load_weights(source)
     check_classifier(info)
     if names is not None and names_file is not None:
-        info = name_classes(info, tuple(names), names_file)
+        info = info.with_classes(tuple(names), names_file)
     return model, info
 
 

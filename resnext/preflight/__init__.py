@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,9 +21,10 @@ from ..config import Config
 from ..device import choose_precision, configure_backends, explain_step_errors, select_device
 from ..distributed import all_gather_objects, broadcast_from_rank0, rank, world_size
 from ..engine.logger import environment
-from ..engine.resume import make_training, read_start
+from ..engine.resume import Start, make_training, read_start
 from ..engine.run_directory import resume_source
 from ..engine.train_state import TrainState
+from ..engine.trainer import TrainLoader, ValLoader
 from ..errors import UserError
 from ..weights.load import LuaCheckpoint
 from . import checks, measure
@@ -32,7 +33,8 @@ from .measure import CollectiveError, DataTimings, LoaderTiming
 
 T = TypeVar("T")
 Datasets = tuple[Dataset, Dataset, str]  # training set, validation set, fingerprint
-MakeBatches = Callable[..., tuple[Any, Any]]  # data.training.make_batches
+Loaders = tuple[TrainLoader, ValLoader]
+MakeBatches = Callable[..., Loaders]  # data.training.make_batches
 
 
 class CheckReport:
@@ -83,7 +85,7 @@ def check(
     config: Config,
     output: Path,
     resume: str | None,
-    load_sets: Callable[[Config, Any], Datasets],
+    load_sets: Callable[[Config, Start], Datasets],
     make_batches: MakeBatches,
 ) -> int:
     """Try everything that a training needs, without training; return the exit status.
@@ -93,7 +95,7 @@ def check(
     device = select_device(config.run.device)
     report = CheckReport()
 
-    def find_start() -> tuple[Path | None, Config, Any, list[str]]:
+    def find_start() -> tuple[Path | None, Config, Start, list[str]]:
         source = broadcast_from_rank0(lambda: resume_source(resume, output))
         return source, *read_start(config, source, device)
 
@@ -170,7 +172,7 @@ def check_data(
         config = replace(config, train=replace(config.train, bn_group=None))
     skipped: list[str] = []
 
-    def make_loaders() -> tuple[tuple[Any, Any], CheckResult | None]:
+    def make_loaders() -> tuple[Loaders, CheckResult | None]:
         arguments = (train_set, val_set, device, skipped.append)
         try:
             return make_batches(config, *arguments), None
@@ -180,9 +182,9 @@ def check_data(
 
     loaders, shortage = report.attempt(make_loaders) or ((None, None), None)
 
-    def first_batch(name: str, loader: Any) -> LoaderTiming | None:
-        timing = report.attempt(lambda: loader and measure.time_loader(loader, device))
-        report.add(timing and checks.first_batch(name, timing, config))
+    def first_batch(name: str, loader: TrainLoader | ValLoader | None) -> LoaderTiming | None:
+        timing = report.attempt(lambda: measure.time_loader(loader, device) if loader else None)
+        report.add(checks.first_batch(name, timing, config) if timing else None)
         return timing
 
     timings = first_batch("training", loaders[0]), first_batch("validation", loaders[1])

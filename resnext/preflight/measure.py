@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from ..device import device_name, explain_out_of_memory, explain_step_errors
 from ..distributed import all_gather_objects, rank, world_size
 from ..engine.evaluator import promote_to_float32
 from ..engine.train_state import TrainState
-from ..engine.trainer import train_step
+from ..engine.trainer import TrainLoader, ValLoader, train_step
 from ..errors import UserError
 from ..models.ghost_batchnorm import frozen_running_statistics
 
@@ -53,7 +53,7 @@ class DataTimings(NamedTuple):
     resident: object = None  # loaders of sets in memory, which keep the images on the device
 
 
-def time_loader(loader: Any, device: torch.device) -> LoaderTiming:
+def time_loader(loader: TrainLoader | ValLoader, device: torch.device) -> LoaderTiming:
     """Read the first training or validation batch, and measure the pace of those that follow.
 
     Each worker prepares batches on its own: the pace is known once each has delivered another one.

@@ -8,8 +8,8 @@ executed, and a small file needs little memory. The network is inferred from the
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -48,6 +48,17 @@ class WeightsInfo:
     def outputs(self) -> int | None:
         """Size of the last layer; None if the file has none."""
         return len(self.classes or ()) or self.config.model.classes
+
+    def with_classes(self, names: Sequence[str], file: str) -> "WeightsInfo":
+        """Return the same with names of the outputs from a file; raise UserError if they do not fit."""
+        if self.classes is not None:
+            raise UserError(f"--class-names: {self.file} names its classes; remove the option")
+        if len(names) != self.outputs:
+            raise UserError(
+                f"--class-names {file}: names {len(names)} classes (the network of {self.file} has "
+                f"{self.outputs}); write one name per line, in the order of the outputs"
+            )
+        return replace(self, classes=tuple(names))
 
 
 @dataclass(frozen=True)
