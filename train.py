@@ -82,8 +82,9 @@ def run(config: Config, output: Path, source: Path | None, resumed: bool) -> Non
     from resnext.distributed import rank
     from resnext.engine.introduction import introduction
     from resnext.engine.logger import NullLogger, RunLogger, environment
+    from resnext.engine.progress import summary
     from resnext.engine.resume import make_training, read_start
-    from resnext.engine.trainer import read_through, save, summary, train
+    from resnext.engine.trainer import read_through, save, train
     from resnext.stop_signal import StopSignal
 
     device = select_device(config.run.device)

@@ -1,4 +1,4 @@
-"""The choice of a data set: what `data.dataset` stands for."""
+"""The datasets that `data.dataset` names. Importing this module does not import torch."""
 
 from collections.abc import Sequence
 
@@ -6,16 +6,14 @@ from resnext.config import DataConfig
 from resnext.errors import UserError
 
 from . import cifar, glyphs, image_folder
-from .image_folder import ImageFolderDataset
-from .in_memory import ArrayDataset, subsample
+from .image_folder import ImageDataset
+from .in_memory import subsample
 
 
-def load_set(
-    config: DataConfig, split: str, classes: tuple[str, ...] | None = None
-) -> ArrayDataset | ImageFolderDataset:
-    """The "train" or "val" part of the configured data set.
+def load_set(config: DataConfig, split: str, classes: tuple[str, ...] | None = None) -> ImageDataset:
+    """Return the "train" or "val" split of the configured dataset.
 
-    A folder's classes are those of train/, or the given ones.
+    The classes of an image folder are the given ones, or those of train/.
     """
     limit = config.train_images if split == "train" else config.val_images
     if config.dataset == "glyphs":
@@ -31,19 +29,18 @@ def load_set(
 
 
 def training_classes(config: DataConfig, before: Sequence[str] | None) -> tuple[str, ...] | None:
-    """The class folders of train/; those of a run that goes on in its order. None for other sets."""
+    """Return the class folders of train/, in the order `before` of a resumed run, or None for others."""
     if config.dataset != "folder" or config.dir is None:
         return None
     names = image_folder.class_names(config.dir, config.class_order)
     return tuple(before) if before and set(before) == set(names) else names
 
 
-def check_classes(model_classes: int | None, image_set: ArrayDataset | ImageFolderDataset) -> int:
-    """The number of classes; a UserError where model.classes says another."""
+def check_classes(model_classes: int | None, image_set: ImageDataset) -> None:
+    """Raise UserError if model.classes is set and differs from the dataset."""
     found = len(image_set.classes)
     if model_classes not in (None, found):
         raise UserError(
-            f"model.classes: {model_classes}, but the data has {found} classes; remove the key or "
-            "give the data that it was meant for"
+            f"model.classes: {model_classes}, but the data has {found} classes; remove the key or use the "
+            "data that it was meant for"
         )
-    return found

@@ -1,8 +1,8 @@
 """The cache of file lists: reading the names of 1.28 million files takes minutes on some disks.
 
-A list is valid while no folder below it has changed its modification time, which adding, removing and
-renaming files does. A folder that had changed just before it was listed could change again within the
-clock's tick, so such a list is not kept.
+A list is valid until a folder below changes its modification time, as it does if files are added, removed
+or renamed. A list of a folder that changed just before is not stored: the folder could change again within
+the clock's tick.
 """
 
 import contextlib
@@ -18,23 +18,25 @@ from .walk import EXTENSIONS, SYSTEM_NAMES, to_bytes, to_text
 
 TICK = 3 * 10**9  # nanoseconds; the coarsest clock of common file systems ticks every 2 seconds
 
+FileList = tuple[np.ndarray, np.ndarray, tuple[str, ...]]  # paths (bytes), labels (int64), warnings
 
-def _place(folder: Path) -> Path:
+
+def _cache_file(folder: Path) -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:24]
     return Path(base) / "resnext" / f"{name}.npz"
 
 
 def _header(folder: Path, classes: tuple[str, ...]) -> np.ndarray:
-    """Of lists of train/ or val/ made for these classes by the rules of this version."""
+    """Return a hash of the split, its classes and this version's rules for files."""
     rules = [*EXTENSIONS, *map(to_text, sorted(SYSTEM_NAMES))]
     return np.array(hashlib.sha256(to_bytes("/".join([folder.name, *classes, *rules]))).hexdigest())
 
 
-def cached(folder: Path, classes: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]] | None:
-    """(paths, labels, warnings) as they were remembered, None where there is nothing or it has changed."""
+def cached(folder: Path, classes: tuple[str, ...]) -> FileList | None:
+    """Return the stored list, or None if there is none or a folder has changed."""
     try:
-        with np.load(_place(folder), allow_pickle=False) as stored:
+        with np.load(_cache_file(folder), allow_pickle=False) as stored:
             if stored["classes"] != _header(folder, classes):
                 return None
             for directory, changed in zip(stored["directories"], stored["changed"], strict=True):
@@ -45,21 +47,15 @@ def cached(folder: Path, classes: tuple[str, ...]) -> tuple[np.ndarray, np.ndarr
         return None
 
 
-def remember(
-    folder: Path,
-    classes: tuple[str, ...],
-    paths: np.ndarray,
-    labels: np.ndarray,
-    notes: tuple[str, ...],
-    directories: dict[bytes, int],
-) -> None:
-    """Keep a list; `directories` are all folders below, with their times from before they were listed."""
+def remember(folder: Path, classes: tuple[str, ...], files: FileList, directories: dict[bytes, int]) -> None:
+    """Store a list. `directories` are all folders below, with their times from before they were read."""
     if max(directories.values()) > time.time_ns() - TICK:
         return
-    with contextlib.suppress(OSError, RuntimeError):  # a cache that cannot be written is no harm
-        place = _place(folder)
-        temporary = place.with_name(f".{place.name}.{os.getpid()}")
-        place.parent.mkdir(parents=True, exist_ok=True)
+    paths, labels, notes = files
+    with contextlib.suppress(OSError, RuntimeError):  # training works without the cache
+        target = _cache_file(folder)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        target.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as file:
                 np.savez(
@@ -71,6 +67,6 @@ def remember(
                     directories=np.array(list(directories)),
                     changed=np.array(list(directories.values())),
                 )
-            os.replace(temporary, place)
+            os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)

@@ -1,16 +1,15 @@
 """Class folders below train/ and val/, as the original reads them (gen.lua).
 
-Classes are the folder names of train/ in the order of resnext/classes.py; files may lie deeper. A small set
-is read into memory, pictures of another size scaled (shorter side, bicubic, antialiased) and cropped at the
-centre; of a large one only the index is kept: one array of paths, which no worker copies.
+Classes are the folder names of train/ in the order of resnext/classes.py; files may lie deeper. A small
+dataset is read into memory: images of another size are scaled (shorter side, bicubic, antialiased) and
+cropped at the center. Of a large one only the paths are kept, in one array that workers do not copy.
 """
 
-import hashlib
 import os
 import shlex
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +19,12 @@ from resnext.classes import abbreviate, sort_classes
 from resnext.errors import UserError
 
 from .decode import MAX_PIXELS, decode
-from .file_list_cache import cached, remember
-from .in_memory import ArrayDataset, check_memory, even_indices
-from .walk import FORMATS, Found, is_hidden, is_image, leads_to_folder, left_out, to_bytes, to_text, walk
+from .file_list_cache import FileList, cached, remember
+from .in_memory import ArrayDataset, check_memory, digest, even_indices
+from .walk import FORMATS, Found, is_hidden, is_image, leads_to_folder, skipped, to_bytes, to_text, walk
 
-OTHER_NAMES = {  # under which people have a split
+LARGEST_FILE = 1 << 30  # bytes; nothing larger is read if a file may be anything
+OTHER_NAMES = {  # that people give to a split
     "train": ("training",),
     "val": ("valid", "validation", "test", "testing", "dev", "eval"),
 }
@@ -32,198 +32,194 @@ OTHER_NAMES = {  # under which people have a split
 
 @dataclass(frozen=True)
 class ImageFolderDataset:
-    """Picture files below `folder`: their paths as one array of bytes, labels int64 (N,), class names."""
+    """Image files below `folder`: paths as one array of bytes, labels int64 (N,), class names, warnings."""
 
     folder: Path
     paths: np.ndarray
     labels: np.ndarray
     classes: tuple[str, ...]
-    notes: tuple[str, ...] = ()  # warnings of what was left out
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def path(self, i: int) -> str:
+        """Return the full path of image i."""
         return os.path.join(self.folder, os.fsdecode(self.paths[i]))
 
     def read(self, i: int) -> bytes:
-        """The bytes of a file."""
-        path = self.path(i)
-        try:
-            with open(path, "rb", buffering=0) as file:
-                return file.read()
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        """Return the content of image i. Raise UserError if it cannot be read."""
+        return read_file(self.path(i))
 
     def fingerprint(self) -> str:
-        """Hash of names, labels and classes (not of the pictures: reading them would take minutes)."""
-        digest = hashlib.sha256(to_bytes("\n".join(self.classes)))
-        digest.update(self.paths.tobytes())
-        digest.update(self.labels.tobytes())
-        return digest.hexdigest()[:16]
+        """Return a hash of names, labels and classes (reading the images would take minutes)."""
+        return digest(self.classes, self.paths, self.labels)
 
 
-# ---------------------------------------------------------------------------- folders
+ImageDataset = ArrayDataset | ImageFolderDataset
+
+
+def read_file(path: str, largest: int | None = None) -> bytes:
+    """Return a file's content. Raise UserError if it cannot be read or has more than `largest` bytes."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            if largest and os.fstat(file.fileno()).st_size > largest:
+                raise UserError(f"{path}: over {largest >> 30} GiB, too large for an image")
+            return file.read()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def split_folder(root: str, split: str) -> Path:
-    """root/train or root/val; a UserError that says what is there instead."""
+    """Return root/train or root/val. Raise UserError with a hint if it does not exist."""
     base = Path(os.fsdecode(to_bytes(root))).expanduser()
     where = f"data.dir {base}"
-    if base.is_file():
-        raise UserError(f"{where}: is a file; unpack it, and give --data DIR with train/ and val/")
     if not base.is_dir():
-        raise UserError(f"{where}: no such folder; give --data DIR with train/ and val/")
+        what = "is a file; unpack it and" if base.is_file() else "no such folder;"
+        raise UserError(f"{where}: {what} give --data DIR with train/ and val/")
     folder = base / split
     if folder.is_dir():
         return folder
-    there = class_folders(base)
-    renamed = [name for name in there if name.lower() in OTHER_NAMES[split]]
-    nested = [name for name in there if (base / os.fsdecode(to_bytes(name)) / split).is_dir()]
-    classes = tuple(name for name in there if name not in OTHER_NAMES)
-    hint = "it must hold train/CLASS/*.jpg and val/CLASS/*.jpg"
+    names = class_folders(base)
+    renamed = [name for name in names if name.lower() in OTHER_NAMES[split]]
+    nested = [name for name in names if (base / os.fsdecode(to_bytes(name)) / split).is_dir()]
+    classes = [name for name in names if name not in OTHER_NAMES]
+    hint = "put images into train/CLASS/ and val/CLASS/"
     if renamed:
         link = shlex.join(["ln", "-s", renamed[0], str(folder)])
-        hint = f"did you mean {renamed[0]}/? Rename it, or make a link: {link}"
+        hint = f"did you mean {renamed[0]}/? Rename it, or create a link: {link}"
     elif nested:
         hint = f"did you mean --data {shlex.quote(str(base / nested[0]))}?"
     elif classes:
-        hint += f"; if {abbreviate(classes)} are classes, divide their pictures between the two"
+        hint += f"; if {abbreviate(classes)} are classes, split their images between the two"
     raise UserError(f"{where}: has no {split}/; {hint}")
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Names of the folders in `folder`, hidden and system ones left out, in string order."""
+    """Return the names of the visible folders in `folder`, in string order."""
+    return _entries(folder)[0]
+
+
+def _entries(folder: Path) -> tuple[list[str], list[str]]:
+    """Return the names of the visible folders and of the images in `folder`, in string order."""
     try:
         with os.scandir(os.fsencode(folder)) as entries:
-            found = [entry.name for entry in entries if not is_hidden(entry.name) and leads_to_folder(entry)]
+            visible = [entry for entry in entries if not is_hidden(entry.name)]
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror})") from None
-    return sorted(map(to_text, found))
+    folders = {entry.name for entry in visible if leads_to_folder(entry)}
+    images = {entry.name for entry in visible if is_image(entry.name)} - folders
+    return sorted(map(to_text, folders)), sorted(map(to_text, images))
 
 
 def class_names(root: str, order: str | None = None) -> tuple[str, ...]:
-    """The folder names of train/ in an order of resnext/classes.py."""
+    """Return the folder names of train/ in an order of resnext/classes.py. Raise UserError if under two."""
     train = split_folder(root, "train")
     names = class_folders(train)
     if not names:
-        raise UserError(f"{train}: holds no class folders; put pictures into {train}/CLASS/")
+        raise UserError(f"{train}: contains no class folders; put images into {train}/CLASS/")
     if len(names) == 1:
-        hint = one_folder_too_many(train, names) or f"put the pictures of each class into {train}/CLASS/"
-        raise UserError(f"{train}: has one class, {names[0]!r}, where a classifier needs two; {hint}")
+        hint = one_folder_too_many(train, names) or f"put the images of each class into {train}/CLASS/"
+        raise UserError(f"{train}: has one class, {names[0]!r} (expected at least two); {hint}")
     return sort_classes(names, order)
 
 
 def one_folder_too_many(folder: Path, names: Collection[str]) -> str:
-    """What to do about train/images/CLASS; nothing to say where the only folder holds files."""
+    """Return a hint if the only folder contains the classes, as train/images/CLASS, else ""."""
     if len(names) != 1:
         return ""
     (name,) = names
     inner = folder / os.fsdecode(to_bytes(name))
     below = class_folders(inner)
-    if not below or any(is_image(entry) for entry in os.listdir(os.fsencode(inner))):
+    if not below or any(map(is_image, os.listdir(os.fsencode(inner)))):
         return ""
-    return f"did you mean {abbreviate(tuple(below))} inside it? Move them up into {folder}/"
-
-
-# ---------------------------------------------------------------------------- files
+    return f"did you mean {abbreviate(below)} inside it? Move them up into {folder}/"
 
 
 @dataclass
 class Listing:
-    """The pictures of a split and what training says of them; check_data says the same."""
+    """The images of a split, and the warnings and errors that training and check_data report."""
 
     paths: np.ndarray  # bytes, relative to the split's folder, sorted by class and path
     labels: np.ndarray  # int64
-    notes: list[str]  # warnings
-    errors: list[str] = field(default_factory=list)  # why it is refused, the gravest first
-    found: Found | None = None  # None: from the cache
+    notes: list[str]
+    errors: list[str]  # the most serious first
+    found: Found
 
 
 def list_split(folder: Path, classes: tuple[str, ...]) -> Listing:
-    """The pictures in the class folders below `folder`, train/ or val/, of which val/ may lack some."""
+    """List the images in the class folders of `folder`, train/ or val/. val/ may lack classes."""
     changed = os.stat(folder).st_mtime_ns  # before it is read
-    present = set(class_folders(folder))
+    folders, loose = _entries(folder)
+    present = set(folders)
     names = [name for name in classes if name in present]
-    roots = [os.path.join(os.fsencode(folder), to_bytes(name)) for name in names]
-    found = walk(roots)
+    found = walk([os.path.join(os.fsencode(folder), to_bytes(name)) for name in names])
     found.directories[os.fsencode(folder)] = changed
-    pictures = dict(zip(names, found.pictures, strict=True))
-    skip = len(os.fsencode(folder)) + 1
-    paths = [path[skip:] for name in names for path in pictures[name]]
-    labels = [label for label, name in enumerate(classes) for _ in pictures.get(name, ())]
-    listing = Listing(np.array(paths, "S"), np.array(labels, np.int64), [], [], found)
-    _judge(listing, folder, present - set(classes), set(roots))
-    empty = [name for name in classes if not pictures.get(name)]
+    images = {name: list[bytes]() for name in classes} | dict(zip(names, found.images, strict=True))
+    start = len(os.fsencode(folder)) + 1
+    paths = np.array([path[start:] for name in classes for path in images[name]], "S")
+    labels = np.array([label for label, name in enumerate(classes) for _ in images[name]], np.int64)
+    notes = skipped(found, folder)
+    if loose and folder.name != "val":
+        what = f"images outside class folders: {len(loose):,} ({abbreviate(loose)})"
+        notes.insert(0, f"warning: {folder}: skipped {what}")
+    empty = [name for name in classes if not images[name]]
+    errors = _errors(folder, found, loose, present - set(classes))
     if len(empty) == len(classes):
-        listing.errors.append(f"{folder}: holds no pictures of the known classes; check the path")
+        errors.append(f"{folder}: contains no images of the known classes; check the path")
     elif empty and folder.name == "train":
         inner = folder / os.fsdecode(to_bytes(empty[0]))
         linked = any(path.startswith(os.fsencode(inner) + b"/") for path, _ in found.repeated)
-        what = "only links to pictures of other classes" if linked else f"no pictures ({FORMATS})"
-        listing.errors.append(f"{inner}: holds {what}; add some, or remove the class from train/ and val/")
-    return listing
+        what = "only links to images of other classes" if linked else f"no images ({FORMATS})"
+        errors.append(f"{inner}: contains {what}; add some, or remove the class from train/ and val/")
+    return Listing(paths, labels, notes, errors, found)
+
+
+def _errors(folder: Path, found: Found, loose: list[str], strangers: set[str]) -> list[str]:
+    """Return errors for everything but images in known class folders, the most serious first."""
+    errors = []
+    if loose and folder.name == "val":
+        errors.append(
+            f"{folder}: contains images outside class folders; for ImageNet's validation set, run python "
+            f"scripts/prepare_imagenet.py TARS {shlex.quote(str(folder.parent))} --flat-val "
+            f"{shlex.quote(str(folder))} (TARS has the devkit)"
+        )
+    if strangers:
+        hint = one_folder_too_many(folder, strangers) or "use the same classes in train/ and val/"
+        errors.append(f"{folder}: class folder {min(strangers)!r} is not in train/; {hint}")
+    for path, error in found.unreadable.items():
+        errors.append(f"{os.fsdecode(path)}: cannot be read ({error.strerror})")
+    for path, first in found.repeated:
+        if os.path.dirname(path) == os.fsencode(folder):
+            same = f"{os.fsdecode(path)}: is the same folder as {os.fsdecode(first)}"
+            errors.append(f"{same}; remove one of the two")
+    return errors
 
 
 def absent_classes(
     folder: Path, labels: np.ndarray, classes: Sequence[str], wanted: Collection[int] | None = None
 ) -> list[str]:
-    """A warning where val/ lacks pictures of classes; `wanted`: of these alone, by their numbers."""
+    """Return a warning if classes, or the `wanted` labels among them, have no images in val/."""
     wanted = range(len(classes)) if wanted is None else wanted
     present = set(np.unique(labels).tolist())
-    absent = tuple(classes[label] for label in wanted if label not in present)
+    absent = [classes[label] for label in wanted if label not in present]
     if not absent:
         return []
-    return [
-        f"warning: {folder}: has no pictures of {len(absent):,} of {len(wanted):,} classes ({abbreviate(absent)}); "
-        "errors are over the others"
-    ]
+    which = f"{len(absent):,} of {len(wanted):,} classes ({abbreviate(absent)})"
+    return [f"warning: {folder}: has no images of {which}; errors are computed over the others"]
 
 
-def _judge(listing: Listing, folder: Path, strangers: set[str], roots: set[bytes]) -> None:
-    """Errors and notes of everything that is not a picture in its class folder."""
-    found = listing.found
-    with os.scandir(os.fsencode(folder)) as entries:
-        pictures = [entry for entry in entries if is_image(entry.name) and not is_hidden(entry.name)]
-        loose = sorted(to_text(entry.name) for entry in pictures if not leads_to_folder(entry))
-    if loose and folder.name == "val":
-        listing.errors.append(
-            f"{folder}: holds pictures outside class folders; for ImageNet's validation set: python "
-            f"scripts/prepare_imagenet.py TARS {shlex.quote(str(folder.parent))} --flat-val "
-            f"{shlex.quote(str(folder))} (TARS has the devkit)"
-        )
-    elif loose:
-        listing.notes.append(
-            f"warning: {folder}: left out are pictures outside class folders: {len(loose):,} "
-            f"({abbreviate(tuple(loose))})"
-        )
-    if strangers:
-        hint = one_folder_too_many(folder, strangers) or "the classes of train/ and val/ must be the same"
-        listing.errors.append(f"{folder}: class folder {min(strangers)!r} is not in train/; {hint}")
-    for path, error in found.unreadable.items():
-        listing.errors.append(f"{os.fsdecode(path)}: cannot be read ({error.strerror})")
-    for path, first in found.repeated:
-        if path in roots:
-            listing.errors.append(
-                f"{os.fsdecode(path)}: is the same folder as {os.fsdecode(first)}; remove one of the two"
-            )
-    listing.notes += left_out(found, folder)
-
-
-def list_files(folder: Path, classes: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """(paths relative to `folder` as bytes, int64 labels, warnings), sorted by class and path.
-
-    The list comes from the cache while no folder has changed.
-    """
+def list_files(folder: Path, classes: tuple[str, ...]) -> FileList:
+    """Return the images of a split: from the cache if no folder has changed. Raise the first error."""
     known = cached(folder, classes)
     if known:
         return known
     listing = list_split(folder, classes)
     if listing.errors:
         raise UserError(listing.errors[0])
-    notes = tuple(listing.notes)
-    remember(folder, classes, listing.paths, listing.labels, notes, listing.found.directories)
-    return listing.paths, listing.labels, notes
+    files = listing.paths, listing.labels, tuple(listing.notes)
+    remember(folder, classes, files, listing.found.directories)
+    return files
 
 
 def list_set(
@@ -234,21 +230,26 @@ def list_set(
     order: str | None = None,
     wanted: Collection[int] | None = None,
 ) -> ImageFolderDataset:
-    """The pictures below root/split. Given `classes` need no train/; of val/ only the `wanted` matter."""
+    """List the images below root/split, at most `limit`.
+
+    Without `classes`, the folders of train/ name them, in the given `order`. A warning names classes, or
+    the `wanted` labels, that val/ lacks.
+    """
     classes = classes or class_names(root, order)
     folder = split_folder(root, split)
     paths, labels, notes = list_files(folder, classes)
     train = folder.with_name("train")
     if split == "val":
         notes += tuple(absent_classes(folder, labels, classes, wanted))
-    if split == "val" and train.exists() and train.samefile(folder):
-        notes += (f"warning: {folder}: is the same folder as train/; the error is that of training pictures",)
+        if train.exists() and train.samefile(folder):
+            same = f"warning: {folder}: is the same folder as train/"
+            notes += (f"{same}; the validation error is that of training images",)
     keep = even_indices(len(paths), limit)
     return ImageFolderDataset(folder, paths[keep], labels[keep], classes, notes)
 
 
 def read_set(files: ImageFolderDataset, size: int, max_pixels: int = MAX_PIXELS) -> ArrayDataset:
-    """The pictures of a small set, read into memory as uint8 (N, size, size, 3)."""
+    """Read the images of a small dataset into memory, as uint8 (N, size, size, 3)."""
     check_memory(len(files), size, str(files.folder))
     images = np.empty((len(files), size, size, 3), np.uint8)
 
@@ -262,13 +263,13 @@ def read_set(files: ImageFolderDataset, size: int, max_pixels: int = MAX_PIXELS)
 
 
 def resize_and_center_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """Scale the shorter side to `size` and crop the centre; untouched where the size is right."""
+    """Scale the shorter side to `size` and crop the center; return an image of that size unchanged."""
     height, width = image.shape[:2]
     if (height, width) == (size, size):
         return image
     scale = size / min(height, width)
     scaled_width, scaled_height = max(size, round(width * scale)), max(size, round(height * scale))
-    # The crop in coordinates of the source: nothing larger than the result is made.
+    # The crop in coordinates of the source: nothing larger than the result is allocated.
     x, y = width / scaled_width, height / scaled_height
     left, top = (scaled_width - size) // 2 * x, (scaled_height - size) // 2 * y
     crop = (left, top, left + size * x, top + size * y)

@@ -85,7 +85,9 @@ def read_devkit(archive: Path) -> list[str]:
     with reading(archive):
         content = io.BytesIO(gzip.decompress(archive.read_bytes()))
         with tarfile.open(fileobj=content, mode="r:") as tar:
-            files = {m.name: tar.extractfile(m).read() for m in tar if m.isreg() and m.name in (META, TRUTH)}
+            members = [member for member in tar if member.isreg() and member.name in (META, TRUTH)]
+            opened = {member.name: tar.extractfile(member) for member in members}
+            files = {name: file.read() for name, file in opened.items() if file}
     for name in (META, TRUTH):
         if name not in files:
             raise UserError(f"{archive}: has no {name}; {AGAIN}")

@@ -1,6 +1,7 @@
-"""A small data set: uint8 pictures in memory, their labels and the names of the classes."""
+"""A small dataset: uint8 images in memory, their labels and class names."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,38 +13,43 @@ from .walk import to_bytes
 
 @dataclass(frozen=True)
 class ArrayDataset:
-    """Pictures uint8 (N, S, S, 3), labels int64 (N,) and the names of the classes."""
+    """Images uint8 (N, S, S, 3), labels int64 (N,), class names, and warnings about skipped files."""
 
     images: np.ndarray
     labels: np.ndarray
     classes: tuple[str, ...]
-    notes: tuple[str, ...] = ()  # warnings of what was left out
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def fingerprint(self) -> str:
-        """Hash of pictures, labels and classes, to tell whether the data is still the same."""
-        digest = hashlib.sha256(to_bytes("\n".join(self.classes)))
-        digest.update(np.ascontiguousarray(self.images))
-        digest.update(np.ascontiguousarray(self.labels))
-        return digest.hexdigest()[:16]
+        """Return a hash of images, labels and classes, which changes if the data does."""
+        return digest(self.classes, self.images, self.labels)
+
+
+def digest(classes: Sequence[str], *arrays: np.ndarray) -> str:
+    """Return a hash, 16 hex digits, of class names and arrays."""
+    found = hashlib.sha256(to_bytes("\n".join(classes)))
+    for array in arrays:
+        found.update(np.ascontiguousarray(array).data)
+    return found.hexdigest()[:16]
 
 
 def subsample(image_set: ArrayDataset, limit: int | None) -> ArrayDataset:
-    """At most `limit` images, evenly spaced, so that sets sorted by class keep every class."""
+    """Keep at most `limit` images, evenly spaced, so that datasets sorted by class keep every class."""
     keep = even_indices(len(image_set), limit)
     return replace(image_set, images=image_set.images[keep], labels=image_set.labels[keep])
 
 
 def even_indices(images: int, limit: int | None) -> np.ndarray:
-    """int64 indices of at most `limit` of `images`, evenly spaced."""
+    """Return int64 indices of at most `limit` of `images`, evenly spaced."""
     count = images if limit is None else min(images, limit)
     return np.arange(count) * images // count
 
 
 def available_memory() -> int | None:
-    """Bytes that a process can still take, None where the system does not say (other than Linux)."""
+    """Return the bytes that a process can still allocate, or None if the system (not Linux) does not say."""
     try:
         with open("/proc/meminfo") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
@@ -52,11 +58,10 @@ def available_memory() -> int | None:
 
 
 def check_memory(images: int, size: int, source: str) -> None:
-    """A UserError ahead of reading more uint8 pictures than there is memory for."""
+    """Raise UserError if uint8 images of size x size pixels do not fit in memory."""
     needed, available = images * size * size * 3, available_memory()
     if available is not None and needed > available:
         raise UserError(
-            f"{source}: {images:,} pictures of {size}x{size} need {needed / 2**30:.1f} GiB of "
-            f"memory, {available / 2**30:.1f} are free; lower data.image_size, data.train_images or "
-            "data.val_images"
+            f"{source}: {images:,} images of {size}x{size} need {needed / 2**30:.1f} GiB of memory "
+            f"({available / 2**30:.1f} free); lower data.image_size, data.train_images or data.val_images"
         )

@@ -1,9 +1,8 @@
-"""The data of a training: both sets, the same in all processes, and the batches of this process."""
+"""The data of a training run: both datasets, the same on all ranks, and this rank's batches."""
 
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -13,22 +12,26 @@ from resnext.distributed import all_gather_objects, local_rank0_first, rank, wor
 from resnext.errors import UserError
 
 from .datasets import check_classes, load_set, training_classes
-from .image_folder import ImageFolderDataset
-from .in_memory import ArrayDataset
-from .loaders import make_eval_loader, make_train_loader
+from .image_folder import ImageDataset
+from .loaders import (
+    FileEvalLoader,
+    FileTrainLoader,
+    InMemoryEvalLoader,
+    InMemoryTrainLoader,
+    make_eval_loader,
+    make_train_loader,
+)
 
 
-def load_sets(
-    config: Config, start: Any
-) -> tuple[ArrayDataset | ImageFolderDataset, ArrayDataset | ImageFolderDataset, str]:
-    """(training set, validation set, fingerprint of both), the same in all processes, as is an error.
+def load_sets(config: Config, start: object) -> tuple[ImageDataset, ImageDataset, str]:
+    """Return (training set, validation set, fingerprint of both), the same on all ranks, as are errors.
 
-    A run that goes on, from the `start` of resnext.engine.resume.read_start, keeps the order of its classes.
+    `start` is what resnext.engine.resume.read_start returned. A resumed run keeps the order of its classes.
     """
     before = start["classes"] if isinstance(start, dict) else None
     data = config.data
-    if start is not None and not isinstance(start, dict | tuple) and data.class_order is None:  # a LuaState
-        data = replace(data, class_order="string")
+    if start is not None and not isinstance(start, dict | tuple) and data.class_order is None:
+        data = replace(data, class_order="string")  # a LuaCheckpoint
     with local_rank0_first():  # which downloads what is missing
         classes = training_classes(data, before)
         train_set = load_set(data, "train", classes)
@@ -38,24 +41,23 @@ def load_sets(
     for number, other in enumerate(all_gather_objects(fingerprint)):
         if other != fingerprint:
             raise UserError(
-                f"data.dir: process {number} has other files in {config.data.dir} than this one; give all "
-                "machines the same data"
+                f"data.dir: rank {number} has other files in {config.data.dir} than this rank; copy the same "
+                "data to all machines"
             )
     return train_set, val_set, fingerprint
 
 
 def make_batches(
     config: Config,
-    train_set: ArrayDataset | ImageFolderDataset,
-    val_set: ArrayDataset | ImageFolderDataset,
+    train_set: ImageDataset,
+    val_set: ImageDataset,
     device: torch.device,
     warn: Callable[[str], None],
-) -> tuple[Any, Any]:
-    """(training batches, validation batches) of this process."""
-    train = config.train
+) -> tuple[InMemoryTrainLoader | FileTrainLoader, InMemoryEvalLoader | FileEvalLoader]:
+    """Return this rank's training and validation batches."""
+    share = partial(local_indices, train=config.train)
+    batch_size = config.train.eval_batch_size
     return (
-        make_train_loader(train_set, config, device, warn, partial(local_indices, train=train)),
-        make_eval_loader(
-            val_set, config.data, train.eval_batch_size, device, rank=rank(), ranks=world_size()
-        ),
+        make_train_loader(train_set, config, device, warn, share),
+        make_eval_loader(val_set, config.data, batch_size, device, rank=rank(), ranks=world_size()),
     )

@@ -197,7 +197,7 @@ def prefetch_to_device(loader: DataLoader[WorkerBatch], device: torch.device) ->
         if batch is None:
             return
         if batch.error:
-            raise batch.error
+            raise UserError(str(batch.error))  # a new one: a traceback keeps its batch, and the workers
         yield to_device(batch, device, stream)
 
 

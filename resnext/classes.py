@@ -1,31 +1,30 @@
-"""The order of the classes: which output of a network answers to which class folder.
+"""The order of the classes: which output of a network belongs to which class folder.
 
-torchvision, mmpretrain and the original number folders in plain string order ("10" before "2", "Mango"
-before "apple"), timm in natural order ("2" before "10", "apple" before "Mango"). Few files of weights name
-their classes, so where the two orders differ one must know which program trained them.
+torchvision, mmpretrain and the original number folders in string order ("10" before "2", "Mango" before
+"apple"), timm in natural order ("2" before "10", "apple" before "Mango"). Few weights files name their
+classes, so if the two orders differ one must know which program trained them.
 """
 
 import re
-from collections.abc import Collection, Iterable
-from dataclasses import replace
-from typing import Any
+from collections.abc import Collection, Iterable, Sequence
 
 from .errors import UserError
 
-# What weights of an origin were trained with; "torchvision or timm", which share their names, is open.
+# The order per origin of weights. "torchvision or timm", which share parameter names, is undecided.
 ORDERS = dict.fromkeys(("torchvision", "mmpretrain", "pycls", "bearpaw", "prlz77", "Torch7"), "string")
 ORDERS["timm"] = "natural"
 IMAGENET_OUTPUTS = 1000
+USUAL_CLASSES = {"folder": 1000, "cifar10": 10, "cifar100": 100, "glyphs": 10}  # by data.dataset
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:
-    """Sort key: numbers as numbers and ahead of text, text without regard to case (timm's natural_key)."""
+    """Return timm's sort key: numbers as numbers and before text, text without regard to case."""
     parts = re.findall(r"(\d+)|(\D+)", name.lower())
     return [(0, int(number), "") if number else (1, 0, text) for number, text in parts]
 
 
 def sort_classes(names: Iterable[str], order: str | None = None) -> tuple[str, ...]:
-    """Names as their folders number them: in string or natural order; None: string, but 0…N-1 as numbers."""
+    """Sort names in string or natural order; None: string, except that 0…N-1 are sorted as numbers."""
     names = sorted(names)
     if order == "natural":
         names.sort(key=natural_key)
@@ -35,7 +34,7 @@ def sort_classes(names: Iterable[str], order: str | None = None) -> tuple[str, .
 
 
 def output_numbers(names: Collection[str], outputs: int) -> dict[int, str] | None:
-    """Output → name where all names are different numbers below `outputs`, else None."""
+    """Return output → name if all names are different numbers below `outputs`, else None."""
     if not all(re.fullmatch(r"[0-9]{1,9}", name) for name in names):
         return None
     numbers = {int(name): name for name in names}
@@ -45,11 +44,10 @@ def output_numbers(names: Collection[str], outputs: int) -> dict[int, str] | Non
 def name_outputs(
     names: Collection[str], outputs: int, origin: str, order: str | None, option: str
 ) -> tuple[tuple[str, ...], list[str]]:
-    """(class names in the order of the outputs, warnings) for weights that do not name their classes.
+    """Return (class names in the order of the outputs, warnings) for weights without class names.
 
-    `names` are the class folders; numbers of 0…outputs-1 are the outputs that they say. `order` is the
-    user's word on the order, given with `option`. Raises UserError where the orders differ and neither
-    the user nor the origin says which it is.
+    `names` are the class folders; numbers in 0…outputs-1 name their outputs. `order` is the user's choice,
+    given with `option`. Raise UserError if the orders differ and neither the user nor the origin decides.
     """
     string, natural = sort_classes(names, "string"), sort_classes(names, "natural")
     known = ORDERS.get(origin)
@@ -59,15 +57,15 @@ def name_outputs(
         sure = outputs == IMAGENET_OUTPUTS or string == numbered
         if known == "string" and len(names) == outputs and not sure:
             raise UserError(
-                f"the class folders 0…{outputs - 1} may be the outputs' numbers, or classes in the order "
-                f"of {origin}, {abbreviate(string)}; give {option}natural (numbers) or {option}string"
+                f"the class folders 0…{outputs - 1} may be numbers of outputs, or classes in the order of "
+                f"{origin}, {abbreviate(string)}; give {option}natural (numbers) or {option}string"
             )
         if known == "natural" or sure:
             return numbered, []
         return numbered, [
-            f"warning: the class folders ({abbreviate(natural)}) are taken for the numbers of the network's "
-            f"outputs; if it was trained on folders in the order {abbreviate(string)}, as by torchvision, give "
-            f"{option}string"
+            f"warning: the class folders ({abbreviate(natural)}) are interpreted as numbers of the network's "
+            f"outputs; if it was trained on folders in the order {abbreviate(string)}, as by torchvision, "
+            f"give {option}string"
         ]
     if len(names) != outputs:
         raise UserError(
@@ -77,25 +75,13 @@ def name_outputs(
     order = order or known
     if order is None and string != natural:
         raise UserError(
-            f"the class folders are {abbreviate(natural)} in timm's order, {abbreviate(string)} in torchvision's, and "
-            f"the weights do not say who trained them; give {option}natural (timm) or {option}string "
-            "(torchvision, mmpretrain, this program)"
+            f"the class folders are {abbreviate(natural)} in timm's order, {abbreviate(string)} in "
+            f"torchvision's, and the weights do not say who trained them; give {option}natural (timm) or "
+            f"{option}string (torchvision, mmpretrain, this program)"
         )
     return (natural if order == "natural" else string), []
 
 
-def abbreviate(names: tuple[str, ...]) -> str:
-    """The first names, for a message."""
+def abbreviate(names: Sequence[str]) -> str:
+    """Return the first names, for a message."""
     return ", ".join(name[:40] for name in names[:4]) + (", …" if len(names) > 4 else "")
-
-
-def name_classes(info: Any, names: tuple[str, ...], file: str) -> Any:
-    """What is known of weights (weights.Info), with the user's names for their outputs."""
-    if info.classes is not None:
-        raise UserError(f"--class-names: {info.file} names its classes; leave the option out")
-    if len(names) != info.outputs:
-        raise UserError(
-            f"--class-names {file}: names {len(names)} classes, and the network of {info.file} has "
-            f"{info.outputs}; write one name a line, in the order of the outputs"
-        )
-    return replace(info, classes=names)

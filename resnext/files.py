@@ -1,6 +1,10 @@
 """Files that commands read and write: checked before the work, written completely or not at all."""
 
+import contextlib
 import os
+import signal
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .errors import UserError
@@ -14,8 +18,8 @@ def check_source(source: str) -> None:
         raise UserError(f"{source}: no such run directory or file of weights; check the path")
 
 
-def check_target(option: str, path: Path) -> None:
-    """Raise UserError if a result cannot be written to `path`, or would replace a file of a run."""
+def check_target(option: str, path: Path, inputs: Iterable[str | Path] = ()) -> None:
+    """Raise UserError before the work if the result cannot be written, or would replace an input."""
     if path.suffix in (".pt", ".pth", ".pyth", ".tar", ".t7") or path.name in RUN_FILES:
         raise UserError(f"{option} {path}: has the name of a run file; choose another name for the result")
     if path.exists() and not path.is_file() and not path.is_dir():
@@ -26,18 +30,40 @@ def check_target(option: str, path: Path) -> None:
         writable = writable and (not path.exists() or os.access(path, os.W_OK))
     if not writable:
         raise UserError(f"{option} {path}: cannot be written; name a file in a folder that exists")
+    if path.is_file() and any(os.path.exists(used) and path.samefile(used) for used in inputs):
+        raise UserError(f"{option} {path}: is also an input; name another file for the result")
+
+
+@contextlib.contextmanager
+def whole_file(name: str, option: str = "") -> Iterator[Path]:
+    """Yield another name to write to; the file gets its own once it is complete, and never before.
+
+    A pipe or device is written to directly. SIGTERM removes what was written so far.
+    """
+    direct = Path(name).exists() and not Path(name).is_file()
+    target = Path(name) if direct else Path(name).resolve()
+    path = target if direct else target.with_name(f".{os.getpid()}.partial{target.suffix}")
+    handler = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield path
+        if not direct:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(path, target)
+    except OSError as error:
+        raise UserError(
+            f"{option} {name}: cannot be written ({error.strerror or error}); name another file".lstrip()
+        ) from None
+    finally:
+        if not direct:
+            path.unlink(missing_ok=True)
+        signal.signal(signal.SIGTERM, handler)
 
 
 def write_file(option: str, name: str, text: str) -> None:
-    """Write a result to the file, pipe, or device that an option names; raise UserError if that fails."""
-    path, content = Path(name), text.encode("utf-8", "surrogateescape")
-    try:
-        if path.exists() and not path.is_file():  # a pipe or device
-            path.write_bytes(content)
-        else:
-            atomic_write(path.resolve(), content)
-    except OSError as error:
-        raise UserError(f"{option} {name}: cannot be written ({error.strerror}); name another file") from None
+    """Write a text file that appears complete or not at all."""
+    with whole_file(name, option) as path:
+        path.write_bytes(text.encode("utf-8", "surrogateescape"))
 
 
 def atomic_write(path: Path, content: bytes) -> None:

@@ -1,16 +1,17 @@
-"""Files of torch.save, zip archives and those of before torch 1.6, read without executing anything.
+"""Read files of torch.save, zip archives and those of before torch 1.6, without executing anything.
 
-Numbers, texts, lists and dicts are read, tensors as Stored; whatever else a pickle names becomes an Inert,
-a placeholder that does nothing, so that files with argparse's or a trainer's objects can be read too.
+Numbers, texts, lists, tuples, dicts and tensors are read. Whatever else a pickle names is refused (`strict`)
+or becomes a Placeholder, so that files with argparse's or a trainer's objects can be read too.
 """
 
+import contextlib
 import io
 import math
 import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,14 +19,23 @@ from torch import Tensor
 
 from .errors import InvalidFileError
 
-MAX_PICKLE = 64 << 20  # bytes
-MAX_OPERATIONS = 4_000_000  # of a pickle; each may make an object of a hundred bytes
-KEYS = (str, int, float, bool, bytes, type(None))  # of a dict: to hash nested tuples may take for ever
+MAX_OPERATIONS = 4_000_000  # of a pickle; each may create an object of a hundred bytes
+PLAIN = (
+    str,
+    int,
+    float,
+    bool,
+    bytes,
+    type(None),
+)  # and keys of a dict: hashing nested tuples may take forever
+# Sets hash their elements, a bytearray is made as large as its opcode says, extensions are foreign classes.
+REFUSED_OPCODES = pickle.EMPTY_SET + pickle.FROZENSET + pickle.ADDITEMS + pickle.BYTEARRAY8
+REFUSED_OPCODES += pickle.EXT1 + pickle.EXT2 + pickle.EXT4
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_START = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 
-# What a pickle calls a type of numbers: a class of storages or, beside an untyped one, the dtype.
-NUMBERS = {
+# What a pickle calls a dtype: a class of storages or, beside an untyped one, the dtype itself.
+DTYPES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
     "HalfStorage": torch.float16,
@@ -43,9 +53,137 @@ NUMBERS = {
     "float8_e5m2fnuz": torch.float8_e5m2fnuz,
 }
 
+# Reads the elements of a storage, 1-D, given its key, dtype and number of elements.
+StorageReader = Callable[[str, torch.dtype, int], Tensor]
+
+
+# ---------------------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def open_archive(path: Path) -> Iterator[zipfile.ZipFile]:
+    """Open an uncompressed zip archive; whatever zipfile raises meanwhile becomes an InvalidFileError.
+
+    An entry that is read from it has the right checksum.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            sizes = [entry.file_size for entry in archive.infolist()]
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise InvalidFileError(
+                    "a compressed archive, which torch.save never writes; of a TorchScript program, save "
+                    "the state_dict"
+                )
+            if sum(sizes) > path.stat().st_size:
+                raise InvalidFileError("damaged (its entries overlap)")
+            yield archive
+    except (InvalidFileError, OSError):
+        raise
+    except Exception as error:  # zipfile raises many kinds on damaged archives
+        raise InvalidFileError(f"damaged or cut off ({error or type(error).__name__})") from None
+
+
+def read_archive(path: Path, strict: bool = False) -> Any:
+    """Return what torch.save wrote into a zip archive, every checksum verified.
+
+    `strict`: raise InvalidFileError for more than plain values and CPU tensors, or more than the file holds.
+    """
+    with open_archive(path) as archive:
+        unread = set(archive.namelist())
+        roots = [name.removesuffix("data.pkl") for name in unread if name.endswith("/data.pkl")]
+        if len(roots) != 1:
+            raise InvalidFileError("an archive without the one data.pkl of torch.save")
+        root = roots[0]
+        if f"{root}byteorder" in unread and archive.read(f"{root}byteorder").strip() != b"little":
+            raise InvalidFileError("its numbers are big-endian")
+        if f"{root}constants.pkl" in unread:
+            raise InvalidFileError("a TorchScript program; save its state_dict() with torch.save")
+
+        def read_storage(key: str, dtype: torch.dtype, _: int) -> Tensor:
+            name = f"{root}data/{key}"
+            if name not in unread:
+                raise InvalidFileError(f"the numbers of a tensor are missing ({name[:80]})")
+            unread.remove(name)
+            return _elements(archive.read(name), dtype)
+
+        stream = _Stream(archive.read(f"{root}data.pkl"))
+        value = _Unpickler(stream, read_storage, strict).read()
+        for name in unread:
+            archive.read(name)
+    if strict:
+        _check_plain(value, stream.count, path.stat().st_size)
+    return value
+
+
+def _check_plain(content: Any, operations: int, size: int) -> None:
+    """Raise InvalidFileError unless nested values are plain, few, and their tensors at most `size` bytes.
+
+    An honest pickle has an operation for each value. In another, [x, x] of [x, x] of ... has no end.
+    """
+    values, todo, tensor_bytes = 0, [content], 0
+    while todo:
+        value = todo.pop()
+        values += 1
+        if values > operations:
+            raise InvalidFileError("its pickle repeats its parts")
+        if isinstance(value, dict):
+            todo.extend(value.values())
+        elif isinstance(value, list | tuple):
+            todo.extend(value)
+        elif isinstance(value, Tensor):
+            tensor_bytes += value.nbytes
+        elif type(value) not in PLAIN or (isinstance(value, int) and value.bit_length() > 64):
+            raise InvalidFileError("it holds more than tensors and plain values")
+    if tensor_bytes > size:  # a few numbers expanded to any shape
+        raise InvalidFileError("its tensors are larger than the file")
+
+
+def read_legacy(content: bytes) -> Any:
+    """Return what torch.save wrote before version 1.6 (pickles, then the storages), as read_archive does."""
+    stream = _Stream(content)
+    dtypes: dict[str, torch.dtype] = {}
+
+    def outline(key: str, dtype: torch.dtype, count: int) -> Tensor:
+        dtypes[key] = dtype
+        return torch.empty(count, dtype=dtype, device="meta")  # takes no memory, whatever the file says
+
+    if _Unpickler(stream, outline).read() != LEGACY_MAGIC or _Unpickler(stream, outline).read() != 1001:
+        raise InvalidFileError("not a file of torch.save")
+    system = _Unpickler(stream, outline).read()
+    if not isinstance(system, dict) or system.get("little_endian") is not True:
+        raise InvalidFileError("its numbers are big-endian")
+    start = stream.tell()
+    _Unpickler(stream, outline).read()  # says which storages there are, and where they begin
+    keys = _Unpickler(stream, outline).read()
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise InvalidFileError("its list of tensors is damaged")
+    storages = {key: _legacy_storage(stream, dtypes.get(key)) for key in keys}
+    stream.seek(start)
+    return _Unpickler(stream, lambda key, *_: storages[key]).read()
+
+
+def _legacy_storage(stream: io.BytesIO, dtype: torch.dtype | None) -> Tensor:
+    head = stream.read(8)
+    count = int.from_bytes(head, "little", signed=True)
+    if len(head) < 8 or dtype is None or not 0 <= count <= len(stream.getbuffer()):
+        raise InvalidFileError("cut off, or its tensors are damaged")
+    elements = _elements(stream.read(count * dtype.itemsize), dtype)
+    if len(elements) != count:
+        raise InvalidFileError("cut off within its tensors")
+    return elements
+
+
+def _elements(content: bytes, dtype: torch.dtype) -> Tensor:
+    """Return little-endian bytes as a 1-D tensor."""
+    if len(content) % dtype.itemsize:
+        raise InvalidFileError("the numbers of a tensor are cut off")
+    if not content:
+        return torch.empty(0, dtype=dtype)
+    return torch.from_numpy(np.frombuffer(content, np.uint8).copy()).view(dtype)
+
 
 def view(storage: Tensor, offset: int, sizes: list[int], strides: list[int]) -> Tensor:
-    """A tensor inside a 1-D storage; `offset` counts from 0. Raises Unreadable where it would leave it."""
+    """Return a tensor inside a 1-D storage; from element `offset`."""
     if len(sizes) != len(strides) or len(sizes) > 32:
         raise InvalidFileError(f"a tensor of {len(sizes)} dimensions")
     numbers = [offset, *sizes, *strides]
@@ -56,130 +194,53 @@ def view(storage: Tensor, offset: int, sizes: list[int], strides: list[int]) -> 
         raise InvalidFileError(f"a tensor of shape {sizes} does not fit into {len(storage)} elements")
     if not math.prod(sizes):
         return storage.new_empty(sizes)
-    return storage.as_strided(sizes, strides, offset)
+    return storage.as_strided(sizes, strides, storage.storage_offset() + offset)
 
 
-class TensorRef:
-    """A tensor. Wrapped, because a pickle may call a torch.Tensor's own __setstate__."""
-
-    __slots__ = ("tensor",)
-
-    def __init__(self, tensor: Tensor):
-        self.tensor = tensor
-
-    def __setstate__(self, state: Any) -> None:
-        pass
+# ---------------------------------------------------------------------------- the unpickler
 
 
-class SafeDict(dict):
-    """A dict whose keys are simple, and to which a pickle can do nothing else."""
+def _rebuild_tensor(
+    storage: Tensor, offset: int, sizes: tuple[int, ...], strides: tuple[int, ...], *_: object
+) -> Tensor:
+    if not isinstance(storage, Tensor) or storage.ndim != 1:
+        raise InvalidFileError("a tensor without its numbers")
+    if not all(type(number) is int for number in (offset, *sizes, *strides)):
+        raise InvalidFileError("a tensor whose shape is no numbers")
+    return view(storage, offset, list(sizes), list(strides))
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        if type(key) not in KEYS:
-            raise InvalidFileError("a dict has a key that is neither text nor number")
-        super().__setitem__(key, value)
 
-    def __setstate__(self, state: Any) -> None:
-        pass
+def _rebuild_untyped(storage: Tensor, *arguments: Any) -> Tensor:
+    return _rebuild_tensor(storage.view(arguments[5]), *arguments)  # the dtype comes last: float8
+
+
+CALLABLES: dict[tuple[str, str], Callable[..., object]] = {
+    ("collections", "OrderedDict"): lambda *_: {},
+    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_untyped,
+}
 
 
 class Placeholder:
-    """Stands in place of an object of a class that is not read; takes anything, does nothing."""
+    """Stands for an object of a class that is not read; accepts anything, does nothing."""
 
-    def __new__(cls, *arguments: Any, **keywords: Any) -> "Placeholder":
+    name: str
+
+    def __new__(cls, *_: object, **__: object) -> "Placeholder":
         return super().__new__(cls)
 
-    def __init__(self, *arguments: Any, **keywords: Any):
+    def __init__(self, *_: object, **__: object):
         pass
 
-    def __call__(self, *arguments: Any, **keywords: Any) -> "Placeholder":
+    def __call__(self, *_: object, **__: object) -> "Placeholder":
         return self
 
-    def ignore(self, *arguments: Any) -> None:
-        pass
-
-    __setstate__ = __setitem__ = append = extend = add = ignore
+    append = extend = __init__
 
 
-def read_archive(path: Path) -> Any:
-    """What torch.save wrote into a zip archive (see checkpoint.verify_archive). Raises Unreadable."""
-    with zipfile.ZipFile(path) as archive:
-        names = set(archive.namelist())
-        roots = [name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl")]
-        if len(roots) != 1:
-            raise InvalidFileError("an archive without the one data.pkl of torch.save")
-        root = roots[0]
-        if f"{root}byteorder" in names and archive.read(f"{root}byteorder").strip() != b"little":
-            raise InvalidFileError("its numbers are big-endian")
-        if f"{root}constants.pkl" in names:
-            raise InvalidFileError("a TorchScript program; save its state_dict() with torch.save")
-
-        def storage(key: str, kind: torch.dtype) -> Tensor:
-            name = f"{root}data/{key}"
-            if name not in names:
-                raise InvalidFileError(f"the numbers of a tensor are missing ({name[:80]})")
-            return _numbers(archive.read(name), kind)
-
-        return _Unpickler(archive.read(f"{root}data.pkl"), storage).read()
-
-
-def verify_pickle(content: bytes) -> None:
-    """Raises Unreadable for a pickle that holds more than tensors and plain values, or takes for ever."""
-    _Unpickler(content, lambda key, kind: torch.empty(0, dtype=kind), checked=False, strict=True).read()
-
-
-def read_legacy(content: bytes) -> Any:
-    """What torch.save wrote before version 1.6: pickles, then the storages. Raises Unreadable."""
-    stream = io.BytesIO(content)
-    kinds: dict[str, torch.dtype] = {}
-
-    def remember(key: str, kind: torch.dtype) -> Tensor:
-        kinds[key] = kind
-        return torch.empty(0, dtype=kind)
-
-    def read(storage: Callable = remember, checked: bool = True) -> Any:
-        unpickler = _Unpickler(content[stream.tell() : stream.tell() + MAX_PICKLE], storage, checked)
-        value = unpickler.read()
-        stream.seek(unpickler.stream.tell(), io.SEEK_CUR)
-        return value
-
-    if read() != LEGACY_MAGIC or read() != 1001:
-        raise InvalidFileError("not a file of torch.save")
-    system = read()
-    if not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise InvalidFileError("its numbers are big-endian")
-    start = stream.tell()
-    read(checked=False)  # tells which storages there are, and where they begin
-    storages: dict[str, Tensor] = {}
-    for key in _keys(read()):
-        head = stream.read(8)
-        count = int.from_bytes(head, "little", signed=True)
-        kind = kinds.get(key)
-        if len(head) < 8 or kind is None or not 0 <= count <= len(content):
-            raise InvalidFileError("cut off, or its tensors are damaged")
-        storages[key] = _numbers(stream.read(count * kind.itemsize), kind)
-        if len(storages[key]) != count:
-            raise InvalidFileError("cut off within its tensors")
-    return _Unpickler(content[start : start + MAX_PICKLE], lambda key, kind: storages[key].view(kind)).read()
-
-
-def _keys(value: Any) -> list[str]:
-    if not isinstance(value, list) or not all(isinstance(key, str) for key in value):
-        raise InvalidFileError("its list of tensors is damaged")
-    return value
-
-
-def _numbers(content: bytes, kind: torch.dtype) -> Tensor:
-    """1-D, of little-endian bytes."""
-    if len(content) % kind.itemsize:
-        raise InvalidFileError("the numbers of a tensor are cut off")
-    if not content:
-        return torch.empty(0, dtype=kind)
-    return torch.from_numpy(np.frombuffer(content, np.uint8).copy()).view(kind)
-
-
-class _Operations(io.BytesIO):
-    """Counts what is read."""
+class _Stream(io.BytesIO):
+    """Counts what a pickle reads."""
 
     count = 0
 
@@ -191,66 +252,71 @@ class _Operations(io.BytesIO):
 
 
 class _Unpickler(pickle._Unpickler):
-    """Knows tensors and dicts; `storage` gives the numbers of a key as a 1-D tensor.
+    """Reads one pickle of a stream: plain values, tensors, and, unless `strict`, Placeholders.
 
-    In Python, because the one in C makes room for whatever number of a memo a damaged file says.
-    `strict` refuses where otherwise an Inert is made. Unless `checked`, tensors are None.
+    In Python, because the one in C allocates as many entries of a memo as a damaged file says.
     """
 
-    # Sets hash their elements, and a bytearray is made as large as its opcode says.
-    dispatch = {  # noqa: RUF012
-        code: function
-        for code, function in pickle._Unpickler.dispatch.items()
-        if bytes([code])
-        not in (pickle.BYTEARRAY8, pickle.EMPTY_SET, pickle.FROZENSET, pickle.EXT1, pickle.EXT2, pickle.EXT4)
+    stack: list[Any]  # this and the next two are the base class's, and not in its stubs
+    append: Callable[[object], None]
+    pop_mark: Callable[[], list[Any]]
+    dispatch: ClassVar[dict[int, Any]] = {
+        code: load for code, load in pickle._Unpickler.dispatch.items() if code not in REFUSED_OPCODES
     }
 
-    def __init__(
-        self,
-        content: bytes,
-        storage: Callable[[str, torch.dtype], Tensor],
-        checked: bool = True,
-        strict: bool = False,
-    ):
-        self.stream = _Operations(content[:MAX_PICKLE])
-        super().__init__(self.stream, encoding="latin1")
-        self.storage, self.checked, self.strict = storage, checked, strict
+    def __init__(self, stream: _Stream, read_storage: StorageReader, strict: bool = False):
+        super().__init__(stream, encoding="latin1")
+        self.stream, self.read_storage, self.strict = stream, read_storage, strict
         self.storages: dict[str, Tensor] = {}
 
     def read(self) -> Any:
-        """The value; whatever a damaged pickle raises is Unreadable."""
+        """Return the value; whatever a damaged pickle raises is an InvalidFileError."""
         try:
             return self.load()
-        except InvalidFileError:
+        except (InvalidFileError, OSError, zipfile.BadZipFile):
             raise
         except Exception as error:
             raise InvalidFileError(f"its pickle is damaged ({type(error).__name__})") from None
 
-    def load_empty_dictionary(self) -> None:
-        self.append(SafeDict())
+    def load_frame(self) -> None:
+        self.stream.read(8)  # its size: a frame is a buffer, and what is read from it would not be counted
+
+    def load_build(self) -> None:
+        self.stack.pop()  # attributes: of an OrderedDict, of objects that are not read, of a hostile file
 
     def load_dict(self) -> None:
         items = self.pop_mark()
-        self.append(SafeDict())
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            self.stack[-1][key] = value
+        self.append({})
+        self.put(items)
 
-    dispatch[pickle.EMPTY_DICT[0]] = load_empty_dictionary
-    dispatch[pickle.DICT[0]] = load_dict
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self.put([key, value])
+
+    def load_setitems(self) -> None:
+        self.put(self.pop_mark())
+
+    def put(self, items: list[Any]) -> None:
+        """Put keys and values, in turn, into the dict on top of the stack; other objects stay as they are."""
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if type(key) not in PLAIN:
+                raise InvalidFileError("a dict has a key that is neither text nor number")
+            if type(self.stack[-1]) is dict:
+                self.stack[-1][key] = value
+
+    dispatch |= {
+        pickle.FRAME[0]: load_frame,
+        pickle.BUILD[0]: load_build,
+        pickle.DICT[0]: load_dict,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+    }
 
     def find_class(self, module: str, name: str) -> Any:
-        # New functions and classes each time: a hostile file may set attributes on what it gets.
-        if module in ("torch", "torch.cuda", "torch.storage") and name in NUMBERS:
-            return _Kind(NUMBERS[name])
-        if (module, name) in (
-            ("torch._utils", "_rebuild_tensor_v2"),
-            ("torch._utils", "_rebuild_tensor"),
-        ):
-            return lambda *arguments: self.tensor(*arguments[:4])
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v3"):  # of an untyped storage: float8
-            return lambda *arguments: self.tensor(*arguments[:4], arguments[6])
-        if (module, name) == ("collections", "OrderedDict"):
-            return lambda *_: SafeDict()
+        if module in ("torch", "torch.cuda", "torch.storage") and name in DTYPES:
+            return DTYPES[name]
+        if (module, name) in CALLABLES:
+            return CALLABLES[module, name]
         if self.strict:
             raise InvalidFileError(f"it holds more than tensors and plain values ({module} {name})")
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
@@ -262,32 +328,15 @@ class _Unpickler(pickle._Unpickler):
             return identity[1]  # a class, beside its source
         if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] != "storage":
             raise InvalidFileError("it names something outside of itself that is no storage")
-        _, kind, key, _, count, *window = identity
-        if not isinstance(kind, _Kind) or not isinstance(key, str):
+        _, dtype, key, _, count, *window = identity
+        if not isinstance(dtype, torch.dtype) or not isinstance(key, str):
             raise InvalidFileError("a tensor of unknown numbers")
         if key not in self.storages:
-            self.storages[key] = self.storage(key, kind.dtype)
+            self.storages[key] = self.read_storage(key, dtype, count)
         storage = self.storages[key]
-        if storage.dtype != kind.dtype:
+        if storage.dtype != dtype:
             raise InvalidFileError("two types of numbers share a storage")
-        if window and window[0] is not None and self.checked:  # (its key, first element, elements)
+        if window and window[0] is not None:  # (its key, first element, elements)
             _, offset, count = window[0]
             storage = view(storage, offset, [count], [1])
-        return TensorRef(storage)
-
-    def tensor(self, storage: Any, offset: Any, sizes: Any, strides: Any, kind: Any = None) -> Any:
-        if not isinstance(storage, TensorRef) or storage.tensor.ndim != 1:
-            raise InvalidFileError("a tensor without its numbers")
-        if not self.checked:
-            return None
-        if not all(type(number) is int for number in (offset, *sizes, *strides)):
-            raise InvalidFileError("a tensor whose shape is no numbers")
-        numbers = storage.tensor if kind is None else storage.tensor.view(kind.dtype)
-        return TensorRef(view(numbers, offset, list(sizes), list(strides)))
-
-
-class _Kind:
-    """A type of numbers, for persistent_load and tensor."""
-
-    def __init__(self, dtype: torch.dtype):
-        self.dtype = dtype
+        return storage

@@ -29,6 +29,6 @@ def learning_rate(
         part = epoch / epochs
         return base * 0.1 ** (2 if part > 0.74 else 1 if part > 0.49 else 0)
     if schedule.name == "multistep":
-        return base * schedule.gamma ** sum(epoch > m for m in schedule.milestones)
+        return base * schedule.gamma ** sum(epoch > m for m in schedule.milestones or ())
     progress = (done - warmup) / (epochs * steps - warmup)
     return schedule.min_lr + (base - schedule.min_lr) * (1 + math.cos(math.pi * progress)) / 2

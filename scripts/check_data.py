@@ -1,9 +1,9 @@
-"""Check class folders before training on them: what training would say, every picture decoded, what is odd.
+"""Check class folders before training: report what training would say, decode every image, list odd ones.
 
     python scripts/check_data.py DIR                       DIR has train/CLASS/ and val/CLASS/
     python scripts/check_data.py DIR --json report.json    the complete lists too
 
-Exit status 0: fit for training, whatever the warnings and odd files (gray, CMYK, rotated, …); 1: training
+Exit status 0: fit for training, in spite of warnings and odd files (gray, CMYK, rotated, …); 1: training
 would refuse the folders, files are broken, or the same file is in train/ and val/; 2: wrong usage.
 """
 
@@ -25,22 +25,23 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from data import image_folder
 from data.decode import MAX_PIXELS, decode
-from data.image_folder import Listing, absent_classes, class_folders, class_names, list_split, split_folder
+from data.image_folder import Listing
 from data.walk import FORMATS, to_text
 from resnext.errors import UserError, command_parser, run_main
 from resnext.files import check_target, write_file
 
 SPLITS = ("train", "val")
-ALIASES = {"MPO": "JPEG", "DIB": "BMP"}  # Pillow's names of kinds of other formats
+ALIASES = {"MPO": "JPEG", "DIB": "BMP"}  # Pillow's names of variants of a format
 ODD = {
     "gray": "gray",
     "cmyk": "CMYK",
     "deep": "16 bits per channel",
-    "format": "not the format that the name says",
+    "format": "not the format of the file name",
     "orientation": "EXIF orientation, which is ignored",
-    "alpha": "transparency, which is dropped: the colors below it show",
-    "frames": "several pictures in one file, of which the first is used",
+    "alpha": "transparency, which is dropped: the colors below show",
+    "frames": "several images in one file; only the first is used",
     "small": "a side under 32 pixels",
     "large": "a side over 10,000 pixels",
     "aspect": "one side over 5 times the other",
@@ -52,7 +53,7 @@ PROBLEMS = {
 }
 RECORD = np.dtype(f"?, i4, i4, i8, S16, ({len(ODD)},)?")
 RECORD.names = ("decoded", "width", "height", "bytes", "hash", "odd")
-Inspected = tuple[np.ndarray, dict[int, str]]  # a RECORD per file; by number, why some are broken
+Inspected = tuple[np.ndarray, dict[int, str]]  # a RECORD per file; number of a broken file → reason
 CHUNK = 32  # files per task
 
 
@@ -60,22 +61,22 @@ def main() -> int:
     parser = command_parser(__doc__)
     parser.add_argument("folder", metavar="DIR", help="folder with train/ and val/")
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--workers", type=int, default=cores, metavar="N", help="default: one per core")
-    parser.add_argument("--json", metavar="FILE", help="write everything that was found to FILE")
+    parser.add_argument("--workers", type=int, default=cores, metavar="N", help="default: one per CPU core")
+    parser.add_argument("--json", metavar="FILE", help="write the complete report to FILE")
     parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help="data.max_pixels")
     arguments = parser.parse_args()
     if arguments.workers < 1:
-        raise UserError(f"--workers: must be at least 1, not {arguments.workers}")
+        raise UserError(f"--workers: must be at least 1 (got {arguments.workers})")
     for split in SPLITS:
-        split_folder(arguments.folder, split)
+        image_folder.split_folder(arguments.folder, split)
     root = Path(arguments.folder).expanduser()
     if arguments.json:
         check_target("--json", Path(arguments.json))
     try:
-        classes, refused = class_names(str(root)), []
+        classes, refused = image_folder.class_names(str(root)), []
     except UserError as error:
-        classes, refused = tuple(class_folders(root / "train")), [str(error)]
-    listings = {split: list_split(root / split, classes) for split in SPLITS}
+        classes, refused = tuple(image_folder.class_folders(root / "train")), [str(error)]
+    listings = {split: image_folder.list_split(root / split, classes) for split in SPLITS}
     paths = np.concatenate([np.char.add(f"{split}/".encode(), listings[split].paths) for split in SPLITS])
     found = inspect_all(root, paths, arguments.workers, arguments.max_pixels)
     report = summarize(root, classes, listings, paths, found)
@@ -88,30 +89,26 @@ def main() -> int:
 
 
 def inspect(root: Path, paths: np.ndarray, max_pixels: int) -> Inspected:
-    """Return a RECORD of each file, and the reasons why some are broken."""
+    """Return a RECORD per file, and why some are broken."""
     records = np.zeros(len(paths), RECORD)
     reasons = {}
-    for number, path in enumerate(paths):
-        name = os.fsdecode(path)
+    for number, name in enumerate(map(os.fsdecode, paths)):
+        path = root / name
         try:
-            records[number] = inspect_file(root / name, name, max_pixels)
-        except OSError as error:
-            reasons[number] = f"cannot be read ({error.strerror})"
+            records[number] = inspect_file(path, max_pixels)
         except UserError as error:
-            reasons[number] = str(error).removeprefix(f"{name}: ")
+            reasons[number] = str(error).removeprefix(f"{path}: ")
     return records, reasons
 
 
-def inspect_file(path: Path, name: str, max_pixels: int) -> tuple:
-    """Return the fields of a RECORD. Raise UserError or OSError if the file is broken."""
-    if path.stat().st_size > 1 << 30:
-        raise UserError("over 1 GiB, too large for a picture")
-    content = path.read_bytes()
+def inspect_file(path: Path, max_pixels: int) -> tuple:
+    """Return the fields of a RECORD. Raise UserError if the file is broken."""
+    content = image_folder.read_file(str(path), image_folder.LARGEST_FILE)
     if not content:
         raise UserError("empty")
-    height, width, _ = decode(content, name, max_pixels=max_pixels).shape
+    height, width, _ = decode(content, path, max_pixels=max_pixels).shape
     alpha, frames, orientation = False, False, 1
-    # The pixels have been decoded, but EXIF data may be damaged in any way.
+    # The pixels could be decoded, but EXIF data may be damaged in any way.
     with contextlib.suppress(Exception), Image.open(io.BytesIO(content)) as image:
         mode, kind, alpha = image.mode, image.format, image.has_transparency_data
         frames = kind != "MPO" and getattr(image, "n_frames", 1) > 1
@@ -119,7 +116,7 @@ def inspect_file(path: Path, name: str, max_pixels: int) -> tuple:
     odd = {
         "gray": mode in ("1", "L", "LA", "La") or mode.startswith("I"),
         "cmyk": mode == "CMYK",
-        # Pillow opens 16-bit color PNGs as 8-bit ones; their header tells.
+        # Pillow opens 16-bit color PNGs as 8-bit; their header has the depth.
         "deep": mode.startswith("I") or (kind == "PNG" and content[24:25] == b"\x10"),
         "format": Image.registered_extensions().get(path.suffix.lower()) != ALIASES.get(kind, kind),
         "orientation": orientation not in (0, 1),
@@ -134,11 +131,11 @@ def inspect_file(path: Path, name: str, max_pixels: int) -> tuple:
 
 
 def inspect_all(root: Path, paths: np.ndarray, workers: int, max_pixels: int) -> Inspected:
-    """Inspect all files in other processes. A file that crashes its process is one of the broken ones."""
+    """Inspect all files in other processes. A file that crashes its process counts as broken."""
     records = np.zeros(len(paths), RECORD)
     reasons: dict[int, str] = {}
     spans = [range(len(paths))[start : start + CHUNK] for start in range(0, len(paths), CHUNK)][::-1]
-    with progress("decoding", len(paths), " pictures") as bar:
+    with progress("decoding", len(paths), " images") as bar:
         while spans:
             running: dict[Future, range] = {}
             try:
@@ -153,28 +150,28 @@ def inspect_all(root: Path, paths: np.ndarray, workers: int, max_pixels: int) ->
                             records[span] = found
                             reasons.update({span[number]: reason for number, reason in why.items()})
                             bar.update(len(span))
-            except BrokenExecutor:  # run what was running file by file, to find the one that did it
+            except BrokenExecutor:  # inspect the running files one by one, to find the one that crashed
                 suspects = [range(n, n + 1) for span in running.values() for n in span]
                 if len(suspects) != 1:
                     spans += reversed(suspects)
                 else:
-                    reasons[suspects[0].start] = "its process died (the decoder crashed, or out of memory)"
+                    reasons[suspects[0].start] = "its process died (decoder crash or out of memory)"
                     bar.update()
     return records, reasons
 
 
 @contextlib.contextmanager
 def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that end at once if an exception or a signal ends the block, or if this process is killed."""
+    """Start processes that end at once if an exception or a signal ends the block, or if this one dies."""
     handler = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         try:
-            # Workers inherit the mask: Ctrl-C is for this process. They are started by `submit`.
+            # `submit` starts the workers. They inherit the mask: only this process handles Ctrl-C.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             started = [pool.submit(int) for _ in range(workers)]
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             if started[0].exception():
-                raise UserError("worker processes die as they start; is there enough memory?")
+                raise UserError("--workers: worker processes die as they start; free memory or start fewer")
             yield pool
         except BaseException:
             for child in multiprocessing.active_children():
@@ -185,13 +182,13 @@ def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def end_with_parent() -> None:
-    """In a worker: exit when the parent process has ended, however that happened."""
+    """Let a worker exit when the parent process has ended for whatever reason."""
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: os._exit(parent.join() or 1), daemon=True).start()
 
 
 def progress(title: str, total: int, unit: str) -> tqdm:
-    """A progress bar on standard error; if that is not a terminal, an update every 30 s."""
+    """Return a progress bar on standard error; without a terminal it prints a line every 30 seconds."""
     seconds = 0.1 if sys.stderr.isatty() else 30
     often = {"delay": seconds, "mininterval": seconds, "miniters": 1}
     return tqdm(desc=title, total=total, unit=unit, unit_scale=unit == "B", leave=False, **often)
@@ -200,7 +197,7 @@ def progress(title: str, total: int, unit: str) -> tqdm:
 def summarize(
     root: Path, classes: tuple[str, ...], listings: dict[str, Listing], paths: np.ndarray, found: Inspected
 ) -> dict:
-    """Return everything that was found, as plain values for JSON."""
+    """Return the report as plain values for JSON."""
 
     def names(numbers: Iterable[int]) -> list[str]:
         return [to_text(paths[number]) for number in numbers]
@@ -217,7 +214,7 @@ def summarize(
     train, val = listings["train"], listings["val"]
     parts = zip(SPLITS, np.split(records, [len(train.paths)]), strict=True)
     decoded = {split: part[part["decoded"]] for split, part in parts}
-    notes = [*train.notes, *val.notes, *absent_classes(root / "val", val.labels, classes)]
+    notes = [*train.notes, *val.notes, *image_folder.absent_classes(root / "val", val.labels, classes)]
     return {
         "folder": str(root),
         "pictures": {split: len(listing.paths) for split, listing in listings.items()},
@@ -245,31 +242,31 @@ def summarize(
 
 
 def quantiles(values: np.ndarray) -> dict[str, int]:
-    """Return minimum, 5 %, median, 95 % and maximum."""
+    """Return minimum, 5% quantile, median, 95% quantile and maximum."""
     return {f"{q:g}": int(np.quantile(values, q)) for q in (0, 0.05, 0.5, 0.95, 1)}
 
 
 def print_report(report: dict, json_file: str | None) -> None:
-    """Print a page for people."""
+    """Print a summary."""
     for split, counts in report["classes"].items():
-        text = f"{split}: {report['pictures'][split]:,} pictures in {len(counts):,} classes"
+        text = f"{split}: {report['pictures'][split]:,} images in {len(counts):,} classes"
         if counts:
             low, high = min(counts, key=counts.get), max(counts, key=counts.get)
             text += f", {counts[low]:,} ({plain(low)}) to {counts[high]:,} ({plain(high)}) each"
             text += f", median {np.median(list(counts.values())):,g}"
         print(text)
     if any(report["sizes"].values()):
-        print(f"\n{'':14}" + "".join(f"{text:>12}" for text in ("least", "5 %", "median", "95 %", "most")))
+        print(f"\n{'':14}" + "".join(f"{text:>12}" for text in ("least", "5%", "median", "95%", "most")))
     for split, table in report["sizes"].items():
         for key, row in table.items():
             print(f"{split + ' ' + key:14}" + "".join(f"{value:>12,}" for value in row.values()))
     more = f"in {json_file}" if json_file else "with --json FILE"
     kinds = ODD | {split: f"the same file several times in {split}/" for split in SPLITS}
-    kinds["ignored"] = f"ignored, as not {FORMATS}"
+    kinds["ignored"] = f"ignored: not {FORMATS}"
     remarks = report["odd"] | report["duplicates"] | {"ignored": report["ignored"]}
     print_lists("Problems", PROBLEMS, report["problems"], 10, more)
-    print_lists("Warnings", {"warnings": "training says too"}, report, 10, more)
-    print_lists("Odd, but no obstacle", kinds, remarks, 3, more)
+    print_lists("Warnings", {"warnings": "training also prints"}, report, 10, more)
+    print_lists("Odd, but harmless", kinds, remarks, 3, more)
     print("\nnot fit for training" if any(report["problems"].values()) else "\nfit for training")
 
 
@@ -292,7 +289,7 @@ def print_lists(title: str, kinds: dict[str, str], found: dict, limit: int, more
 
 
 def plain(name: str) -> str:
-    """Return a file's name in a form that can be printed, whatever bytes it is made of."""
+    """Return a file name in printable form, whatever its bytes."""
     return name if name.isprintable() else ascii(name)
 
 

@@ -1,96 +1,101 @@
-"""Features of pictures from trained weights: what enters the last layer, or any layer's output.
+"""Write the features of images under trained weights: the input of the last layer, or any layer's output.
 
     python scripts/extract_features.py RUN photos/ --output features.npz
     python scripts/extract_features.py RUN photos/ --output features.safetensors --layer layer3
     python scripts/extract_features.py RUN photos/ --output maps.npz --layer layer4.2.conv2 --no-pool
 
-PICTURE is a file, a folder, a quoted pattern, or - for names from standard input, as for predict.py. The
-file holds `features`, float32 (pictures, channels), `paths` and `layer`; .safetensors has the latter two in
-its metadata, the paths as JSON. It appears whole or not at all. A picture that cannot be read is named and
-left out, the others are done; the exit status is then 2.
+IMAGE is a file, a folder, a quoted pattern, or - for names from standard input, as for predict.py. The file
+holds `features`, float32 (images, channels), `paths`, and `layer`; .safetensors has the latter two in its
+metadata, the paths as JSON. It appears complete or not at all. An image that cannot be read is named and
+skipped; the exit status is then 2.
 """
 
-import argparse
 import difflib
 import importlib.util
 import json
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # its own folder too, for python -P
+sys.path.insert(0, str(ROOT))
 import numpy as np
-from predict import (
-    Network,
-    argument_parser,
-    find_inputs,
-    load_network,
-    report_broken,
-    scores,
-    whole_file,
-)
 
+from data.unlabeled import find_images
+from resnext.arguments import check_limits, image_parser
 from resnext.errors import UserError, run_main
+from resnext.files import check_source, check_target, whole_file
 
-INPUT = "fc_input"  # what enters the last layer, fc
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+INPUT = "fc_input"  # the input of the last layer, fc
 
 
 def main() -> None:
-    parser = argument_parser(__doc__)
+    parser = image_parser(__doc__)
     add = parser.add_argument
     add("--output", required=True, metavar="FILE", help="a name that ends in .npz or .safetensors")
-    add(
-        "--layer",
-        default=INPUT,
-        metavar="NAME",
-        help=f"a module of the network (default: {INPUT}, after global average pooling)",
-    )
-    add(
-        "--no-pool",
-        action="store_true",
-        help="keep height and width: features are (pictures, channels, h, w)",
-    )
+    layer_help = f"a module of the network (default: {INPUT}, after global average pooling)"
+    add("--layer", default=INPUT, metavar="NAME", help=layer_help)
+    pool_help = "keep height and width: features are (images, channels, h, w)"
+    add("--no-pool", action="store_true", help=pool_help)
     arguments = parser.parse_intermixed_args()
-    suffix = Path(arguments.output).suffix
+    check_limits(arguments)
+    check_source(arguments.weights)
+    check_format(arguments.output)
+    paths, broken, notes = find_images(arguments.images, sys.stdin.buffer if "-" in arguments.images else ())
+    check_target("--output", Path(arguments.output), [arguments.weights, *paths])
+    for line in [*(f"warning: {problem}" for problem in broken), *notes]:
+        print(line, file=sys.stderr)
+    named = len(paths) + len(broken)
+
+    from data.unlabeled_loader import unlabeled_batches
+    from resnext.engine.inference import check_all_read, run_images
+    from resnext.weights.load import load_weights
+
+    model, info = load_weights(arguments.weights)
+    latest = watch(model, arguments.layer, pool=not arguments.no_pool)
+    logits = run_images(model, info, paths, arguments, unlabeled_batches, broken)
+    shape = write_features(logits, latest, arguments.output, arguments.layer)
+    print(f"wrote {arguments.output}: {' x '.join(map(str, shape))}, {arguments.layer}")
+    check_all_read(broken, named)
+
+
+def check_format(output: str) -> None:
+    """Raise UserError if the name's suffix is unknown, or the format's package is missing."""
+    suffix = Path(output).suffix
     if suffix not in WRITERS:
-        raise UserError(f"--output {arguments.output}: the name must end in {' or '.join(WRITERS)}")
+        raise UserError(f"--output {output}: the name must end in {' or '.join(WRITERS)}")
     if suffix == ".safetensors" and importlib.util.find_spec("safetensors") is None:
         raise UserError(
-            f"--output {arguments.output}: needs the package safetensors; pip install safetensors, or name "
-            "the file .npz"
+            f"--output {output}: needs the package safetensors; pip install safetensors, or use .npz"
         )
-    paths, broken = find_inputs(arguments)
-    named = len(paths) + len(broken)
-    network = load_network(arguments, classifier=False)
-    taken = watch(network.model, arguments.layer, pool=not arguments.no_pool)
-    collect(network, taken, paths, arguments, broken)
-    report_broken(broken, named)
 
 
-def watch(model: Any, layer: str, pool: bool) -> list[Any]:
-    """A list that will hold, after each forward pass, the layer's features alone: float32 on the device.
+def watch(model: "nn.Module", layer: str, pool: bool) -> list["Tensor"]:
+    """Return a list that holds, after each forward pass, the layer's features alone: float32, on the device.
 
-    Maps (N, C, h, w) are averaged to (N, C) with `pool`.
+    With `pool`, maps (N, C, h, w) are averaged to (N, C).
     """
-    taken: list[Any] = []
+    latest: list[Tensor] = []
 
-    def take(tensor: Any) -> None:
+    def keep(tensor: "Tensor") -> None:
         # At once and into new memory: the ReLU that may follow works in place.
         pooled = pool and tensor.dim() == 4
-        taken[:] = [tensor.float().mean((2, 3)) if pooled else tensor.float().clone()]
+        latest[:] = [tensor.float().mean((2, 3)) if pooled else tensor.float().clone()]
 
     if layer == INPUT:
-        model.fc.register_forward_pre_hook(lambda _, inputs: take(inputs[0]))
+        model.fc.register_forward_pre_hook(lambda _, inputs: keep(inputs[0]))
     else:
-        find_layer(model, layer).register_forward_hook(lambda _, inputs, output: take(output))
-    return taken
+        find_layer(model, layer).register_forward_hook(lambda _, inputs, output: keep(output))
+    return latest
 
 
-def find_layer(model: Any, name: str) -> Any:
-    """The module whose output is that layer's; a UserError with similar names where there is none."""
+def find_layer(model: "nn.Module", name: str) -> "nn.Module":
+    """Return the module with that output; raise UserError with similar names if there is none."""
     from torch.nn import ModuleList, Sequential
 
     modules = dict(model.named_modules())
@@ -105,26 +110,26 @@ def find_layer(model: Any, name: str) -> Any:
     return module
 
 
-def collect(
-    network: Network, taken: list[Any], paths: list[str], arguments: argparse.Namespace, broken: list[str]
-) -> None:
-    """Write the features of all pictures; until their number is known they wait on the disk."""
-    read: list[str] = []
-    target = Path(arguments.output).resolve()
-    with whole_file(arguments.output) as path, tempfile.TemporaryFile(dir=target.parent) as waiting:
-        for names, _ in scores(network, paths, arguments, broken):
-            (features,) = taken
-            read += names
+def write_features(
+    batches: Iterable[tuple[list[str], "Tensor"]], latest: list["Tensor"], output: str, layer: str
+) -> tuple[int, ...]:
+    """Write the features of all images and return their shape.
+
+    They wait in a temporary file until the number of images that could be read is known.
+    """
+    names: list[str] = []
+    target = Path(output).resolve()
+    with whole_file(output, "--output") as path, tempfile.TemporaryFile(dir=target.parent) as waiting:
+        for paths, _ in batches:
+            (features,) = latest
+            names += paths
             waiting.write(features.contiguous().cpu().numpy())
         waiting.flush()
-        if not read:
-            raise UserError(
-                f"none of the {len(paths):,} pictures could be read (see the warnings); no file was written"
-            )
-        shape = (len(read), *features.shape[1:])
-        array = np.memmap(waiting, np.float32, "r", shape=shape)
-        WRITERS[target.suffix](path, array, read, arguments.layer)
-    print(f"wrote {arguments.output}: {' x '.join(map(str, shape))}, {arguments.layer}")
+        if not names:
+            raise UserError("none of the images could be read (see the warnings); no file was written")
+        shape = (len(names), *features.shape[1:])
+        WRITERS[target.suffix](path, np.memmap(waiting, np.float32, "r", shape=shape), names, layer)
+    return shape
 
 
 def write_npz(path: Path, features: np.ndarray, names: list[str], layer: str) -> None:

@@ -7,44 +7,46 @@ python scripts/plot_curves.py runs/a runs/b --output both.svg
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from resnext.errors import UserError, command_parser, run_main
 
 FORMATS = (".png", ".svg", ".pdf")
+Row = dict[str, Any]  # of metrics.jsonl
 
 
 def main() -> None:
     parser = command_parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
-    parser.add_argument("--output", metavar="FILE", help="picture to write: .png, .svg or .pdf")
+    parser.add_argument("--output", metavar="FILE", help="image to write: .png, .svg, or .pdf")
     arguments = parser.parse_args()
     runs = [Path(run) for run in arguments.runs]
-    target = runs[0] / "curves.png" if len(runs) == 1 else Path("curves.png")
-    target = Path(arguments.output) if arguments.output else target
+    default = runs[0] / "curves.png" if len(runs) == 1 else "curves.png"
+    target = Path(arguments.output or default)
     names = [run.resolve().name for run in runs]
     labels = names if len(set(names)) == len(names) else map(str, runs)
     draw({label: [epoch_rows(run)] for label, run in zip(labels, runs, strict=True)}, target)
     print(f"wrote {target}")
 
 
-def epoch_rows(run: Path) -> list[dict]:
-    """The epoch rows of a run's metrics.jsonl."""
+def epoch_rows(run: Path) -> list[Row]:
+    """Return the epoch rows of a run's metrics.jsonl."""
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{run}: not a run directory (no metrics.jsonl); give one that train.py wrote")
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except ValueError as error:
-        raise UserError(f"{path}: damaged ({error}); resuming the run cuts off a torn last line") from None
+        raise UserError(f"{path}: damaged ({error}); resume the run to cut off a torn last line") from None
     rows = [row for row in rows if row["kind"] == "epoch"]
     if not rows:
-        raise UserError(f"{run}: no epoch is finished yet; there is nothing to draw")
+        raise UserError(f"{run}: has not finished an epoch, so there is nothing to draw; resume it first")
     return rows
 
 
-def draw(curves: dict[str, list[list[dict]]], target: Path) -> None:
-    """Top-1 error in percent: label → epoch rows of one run, or of several seeds, whose mean is drawn."""
+def draw(curves: dict[str, list[list[Row]]], target: Path) -> None:
+    """Draw top-1 errors: label → epoch rows of each seed, whose mean is drawn."""
     if target.suffix not in FORMATS:
         raise UserError(f"--output {target}: the name must end in {', '.join(FORMATS)}")
     import matplotlib
@@ -56,20 +58,13 @@ def draw(curves: dict[str, list[list[dict]]], target: Path) -> None:
     highest = 0.0
     for number, (label, seeds) in enumerate(curves.items()):
         name = label.encode("utf-8", "backslashreplace").decode()  # a folder's name may be any bytes
-        epochs = min(map(len, seeds))
-        marker = "o" if epochs < 3 else None
-        for part, style in (("train", "--"), ("val", "-")):
-            mean = [sum(rows[i][part]["top1_error"] for rows in seeds) / len(seeds) for i in range(epochs)]
-            axes.plot(
-                [seeds[0][i]["epoch"] for i in range(epochs)],
-                mean,
-                style,
-                color=f"C{number % 10}",
-                linewidth=1.5 if part == "val" else 1.0,
-                marker=marker,
-                markersize=4,
-                label=f"{name}, {'validation' if part == 'val' else 'training'} ({mean[-1]:.2f} %)",
-            )
+        count = min(map(len, seeds))
+        epochs = [row["epoch"] for row in seeds[0][:count]]
+        look = {"color": f"C{number % 10}", "marker": "o" if count < 3 else None, "markersize": 4}
+        for part, title, line, width in (("train", "training", "--", 1.0), ("val", "validation", "-", 1.5)):
+            mean = [sum(rows[i][part]["top1_error"] for rows in seeds) / len(seeds) for i in range(count)]
+            text = f"{name}, {title} ({mean[-1]:.2f}%)"
+            axes.plot(epochs, mean, line, linewidth=width, label=text, **look)
             highest = max(highest, *mean)
     axes.set(xlabel="epoch", ylabel="top-1 error (%)", ylim=(0, min(100, highest * 1.05)))
     axes.xaxis.get_major_locator().set_params(integer=True)

@@ -228,7 +228,7 @@ def arguments_of(words: str, *more: object) -> list[object]:
 
 def test_a_split_is_not_mistaken_for_a_class(place):
     """If train/ or val/ is missing, the message does not take the other for a class folder."""
-    data, expected = place.folder / "data", "it must hold train/CLASS/*.jpg and val/CLASS/*.jpg"
+    data, expected = place.folder / "data", "put images into train/CLASS/ and val/CLASS/"
     for missing, other in (("train", "val"), ("val", "train")):
         place.prepare("cat3 dog3")
         shutil.rmtree(data / missing)

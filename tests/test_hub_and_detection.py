@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from commands import ROOT
-from test_export import SMALL, write_weights
+from networks import SMALL, write_weights
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import resnext

@@ -137,7 +137,7 @@ def test_strict_workers_decode_what_pillow_warns_of(tmp_path):
     picture.save(tmp_path / "train" / "cat" / "exif.jpg", exif=exif.tobytes()[:30])
     result = run_python(*BARE, ROOT / "scripts/check_data.py", tmp_path, "--workers", "1", cwd="/")
     assert (result.status, result.error) == (0, "")
-    assert "train: 3 pictures" in result.output and "\nfit for training\n" in result.output
+    assert "train: 3 images" in result.output and "\nfit for training\n" in result.output
 
 
 def test_benchmark_finds_its_other_modules():

@@ -1,8 +1,8 @@
 """Agreement with the original: numbers computed by the Lua code, in double precision.
 
-Networks (one training step's forward and backward, then evaluation), a four-epoch training
-through the project's own step, rates and counts, learning rates, error counts, and the CIFAR
-transforms. golden/make.py says how the numbers were trimmed.
+Networks (forward and backward pass of one step, then evaluation), four epochs of training through the
+project's own step, learning rates, error counts, and the CIFAR transforms. golden/make.py says how the
+numbers were trimmed.
 """
 
 import importlib.util
@@ -28,7 +28,7 @@ from oracle import (
 )
 
 from data.augment import cifar_crop, normalize
-from resnext.config import STATISTICS, ScheduleConfig, parse_config
+from resnext.config import STATISTICS, ScheduleConfig, read_config
 from resnext.engine.evaluator import count_correct, evaluate, sum_crops
 from resnext.engine.train_state import MetricSums, autocast, build_train_state, init_momentum
 from resnext.engine.trainer import train_step
@@ -37,30 +37,26 @@ from resnext.schedule import learning_rate
 
 FACTS = golden("oracle.json")
 CPU = torch.device("cpu")
-STRICT = 1e-10
+STRICT, LOOSE = 1e-10, 1e-9  # of one step, of a training
 
 
 # ---------------------------------------------------------------------------- networks
 
 
-def configuration(options, more=""):
-    """The project's configuration for the original's options."""
+def configure(options, *more):
+    """Return the project's configuration for the original's options."""
     resnet = options["bottleneckType"] == "resnet"
-    return parse_config(
-        f"""
-        model:
-            stem: {"imagenet" if options["dataset"] == "imagenet" else "cifar"}
-            architecture: {"resnet" if resnet else "resnext"}
-            depth: {options["depth"]}
-            cardinality: {options["cardinality"]}
-            base_width: {options["baseWidth"]}
-            block: {"C" if resnet else options["bottleneckType"].removeprefix("resnext_")}
-            shortcut: {options["shortcutType"]}
-        data: {{dataset: {options["dataset"].replace("imagenet", "folder")}}}
-        {more}
-        """,
-        "test",
-    )
+    settings = {
+        "model.stem": "imagenet" if options["dataset"] == "imagenet" else "cifar",
+        "model.architecture": "resnet" if resnet else "resnext",
+        "model.depth": options["depth"],
+        "model.cardinality": options["cardinality"],
+        "model.base_width": options["baseWidth"],
+        "model.block": "C" if resnet else options["bottleneckType"].removeprefix("resnext_"),
+        "model.shortcut": options["shortcutType"],
+        "data.dataset": options["dataset"].replace("imagenet", "folder"),
+    }
+    return read_config(None, [*(f"{key}={value}" for key, value in settings.items()), *more])
 
 
 class Case:
@@ -68,8 +64,8 @@ class Case:
 
     def __init__(self, name):
         facts = FACTS["models"][name]
-        self.name, self.facts, self.theirs = name, facts, golden(f"{name}.npz")
-        self.model = build_model(configuration(facts["options"]).model, facts["n_classes"]).double()
+        self.facts, self.theirs = facts, golden(f"{name}.npz")
+        self.model = build_model(configure(facts["options"]).model, facts["n_classes"]).double()
         fill_parameters(self.model)
         fill_running_statistics(self.model)
         images = network_input(facts["input"]["shape"], facts["input"]["offset"])
@@ -89,14 +85,11 @@ def case(request):
     return Case(request.param)
 
 
-def test_parameter_shapes(case):
-    shapes = [list(p.shape) for p in case.model.parameters()]
-    assert shapes == case.facts["parameter_shapes"]
-
-
-def test_training_logits_and_loss(case):
+def test_shapes_logits_and_loss(case):
+    assert [list(p.shape) for p in case.model.parameters()] == case.facts["parameter_shapes"]
     assert relative_error(case.logits_train, case.theirs["logits_train"]) < STRICT
     assert case.loss == pytest.approx(case.facts["loss_train"], rel=STRICT)
+    assert relative_error(case.logits_eval, case.theirs["logits_eval"]) < STRICT
 
 
 def test_gradients(case):
@@ -116,7 +109,7 @@ def test_gradients(case):
 
 
 def check_summaries(tensors, theirs, prefix, bound):
-    """Norms, sums and projections, relative to the norms; a sum of n elements to norm · sqrt(n)."""
+    """Compare norms, sums and projections relative to the norms; a sum of n elements to norm · sqrt(n)."""
     ours, norms = summary(tensors), theirs[f"{prefix}_norm"]
     roots = np.array([t.numel() for t in tensors]) ** 0.5
     for key, scale in (("norm", norms), ("sum", norms * roots), ("proj", norms)):
@@ -124,7 +117,7 @@ def check_summaries(tensors, theirs, prefix, bound):
 
 
 def check_pieces(ours, flat, scales, bound):
-    """Pieces of `flat` the size of `ours`, each relative to its scale."""
+    """Compare the pieces of `flat` with `ours`, each relative to its scale."""
     assert sum(o.size for o in ours) == flat.size
     for a, b, scale in zip(ours, split_like(flat, ours), scales, strict=True):
         assert relative_error(a, b, scale) < bound
@@ -143,33 +136,31 @@ def test_running_statistics(case):
     assert all(n.num_batches_tracked == 1 for n in batch_norms(case.model))
 
 
-def test_evaluation_logits(case):
-    assert relative_error(case.logits_eval, case.theirs["logits_eval"]) < STRICT
-
-
 # ---------------------------------------------------------------------------- a training
 
 
 @pytest.fixture(scope="module")
 def run():
-    """The four epochs of the original's training loop, through train_step and evaluate."""
+    """Return the state after the four epochs of the original's training loop, and the facts of each epoch."""
     facts = FACTS["trajectory"]
     options = facts["options"]
-    config = configuration(
+    config = configure(
         options,
-        f"""
-        train: {{epochs: {options["nEpochs"]}, batch_size: {facts["batch_shape"][0]}}}
-        optimizer: {{lr: {options["LR"]}, momentum: {options["momentum"]},
-                     weight_decay: {options["weightDecay"]}}}
-        schedule: {{name: cifar_step}}
-        """,
+        "schedule.name=cifar_step",
+        f"train.epochs={options['nEpochs']}",
+        f"train.batch_size={facts['batch_shape'][0]}",
+        f"optimizer.lr={options['LR']}",
+        f"optimizer.momentum={options['momentum']}",
+        f"optimizer.weight_decay={options['weightDecay']}",
     )
     training = build_train_state(config, tuple("0123456789"), CPU, {})
     training.model.double()
     init_momentum(training.optimizer)
     fill_parameters(training.model)
     logits = []
-    training.model.register_forward_hook(lambda module, inputs, output: logits.append(output.detach()))
+    training.model.register_forward_hook(
+        lambda module, inputs, output: logits.append(output.detach().clone())
+    )
     batches = [
         (network_input(facts["batch_shape"], b["input_offset"]), torch.tensor(b["target"]) - 1)
         for b in [*facts["train_batches"], facts["eval_batch"]]
@@ -177,51 +168,39 @@ def run():
     epochs = []
     for epoch in range(1, config.train.epochs + 1):
         training.model.train()
+        logits.clear()
         rate = learning_rate(config.schedule, config.optimizer.lr, config.train.epochs, epoch)
-        sums, losses = MetricSums(), []
+        found = {"lr": rate, "losses": []}
+        sums = MetricSums()
         for images, labels in batches[:-1]:
             loss, top1, top5 = train_step(training, images, labels, rate).tolist()
             sums.add(loss, top1, top5, len(labels))
-            losses.append(loss)
-        score = evaluate(training.model, batches[-1:], training.autocast)
-        epochs.append(
-            {
-                "lr": rate,
-                "losses": losses,
-                "train": sums.as_row(),
-                "test": score.as_row(),
-                "logits": [x.clone() for x in logits],
-                "statistics": running_statistics(training.model),
-            }
-        )
-        logits.clear()
+            found["losses"].append(loss)
+        found["test"] = evaluate(training.model, batches[-1:], training.autocast).as_row()
+        found |= {
+            "train": sums.as_row(),
+            "logits": [*logits],
+            "statistics": running_statistics(training.model),
+        }
+        epochs.append(found)
     return training, epochs
 
 
-LOOSE = 1e-9
-EPOCHS = range(1, 5)
-
-
-@pytest.mark.parametrize("epoch", EPOCHS)
-def test_trajectory_losses_and_errors(run, epoch):
+@pytest.mark.parametrize("epoch", range(1, 5))
+def test_trajectory(run, epoch):
     ours, theirs = run[1][epoch - 1], FACTS["trajectory"]["epochs"][epoch - 1]
     assert ours["lr"] == theirs["lr"]
     assert ours["losses"] == pytest.approx(theirs["losses"], rel=LOOSE)
     for split in ("train", "test"):
         for name, key in (("top1_error", "top1"), ("top5_error", "top5"), ("loss", "loss")):
             assert ours[split][name] == pytest.approx(theirs[f"{split}_{key}"], rel=LOOSE)
-
-
-@pytest.mark.parametrize("epoch", EPOCHS)
-def test_trajectory_logits_and_statistics(run, epoch):
-    ours, theirs = run[1][epoch - 1], golden("trajectory.npz")
+    theirs = golden("trajectory.npz")
     *train, test = ours["logits"]
     for number, logits in enumerate(train, 1):
         assert relative_error(logits, theirs[f"train_logits_epoch{epoch}_iter{number}"]) < LOOSE
     assert relative_error(test, theirs[f"eval_logits_epoch{epoch}"]) < LOOSE
-    means, variances = ours["statistics"]
-    assert statistics_error(means, theirs[f"bn_mean_epoch{epoch}"]) < LOOSE
-    assert statistics_error(variances, theirs[f"bn_var_epoch{epoch}"]) < LOOSE
+    for values, name in zip(ours["statistics"], ("mean", "var"), strict=True):
+        assert statistics_error(values, theirs[f"bn_{name}_epoch{epoch}"]) < LOOSE
 
 
 @pytest.mark.parametrize("group", ["params", "dfdx"])
@@ -251,23 +230,14 @@ def test_learning_rates_are_the_same_doubles(case):
     assert ours == case["lr"]
 
 
-class SumCrops(torch.nn.Module):
-    def __init__(self, crops):
-        super().__init__()
-        self.crops = crops
-
-    def forward(self, x):
-        return sum_crops(x, self.crops)
-
-
 @pytest.mark.parametrize("case", golden("compute_score.json"))
 def test_error_counts(case):
     output = torch.tensor(case["output"], dtype=torch.float64)
     labels = torch.tensor(case["target"]) - 1
     expected = [round(len(labels) * (1 - case[key] / 100)) for key in ("top1", "top5")]
     assert count_correct(sum_crops(output, case["nCrops"]), labels).tolist() == expected
-    model = SumCrops(case["nCrops"])
-    score = evaluate(model, [(output, labels)], lambda: autocast(CPU, "fp32"))
+    batches = [(output, labels)]
+    score = evaluate(torch.nn.Identity(), batches, lambda: autocast(CPU, "fp32"), crops=case["nCrops"])
     assert score.top1_error == pytest.approx(case["top1"], rel=1e-14)
     assert score.top5_error == pytest.approx(case["top5"], rel=1e-14)
 
@@ -275,30 +245,18 @@ def test_error_counts(case):
 # ---------------------------------------------------------------------------- CIFAR transforms
 
 
-@pytest.fixture(params=["cifar10", "cifar100"])
-def pictures(request):
-    """(name, uint8 pictures (8, 32, 32, 3), mean, std)"""
-    offset = FACTS["cifar"][request.param]["pixel_offset"]
-    i = np.arange(8 * 3 * 32 * 32) + offset
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_transforms(name):
+    facts, theirs = FACTS["cifar"][name], golden("cifar_transforms.npz")
+    i = np.arange(8 * 3 * 32 * 32) + facts["pixel_offset"]
     pixels = ((i % 4093 * 2654435761) % 2**32 >> 16 & 255).astype(np.uint8).reshape(8, 3, 32, 32)
-    mean, std = (torch.tensor(values) for values in STATISTICS[request.param])
-    return request.param, torch.from_numpy(pixels).permute(0, 2, 3, 1).contiguous(), mean, std
-
-
-def test_cifar_training_transform(pictures):
-    name, images, mean, std = pictures
-    draws = FACTS["cifar"][name]["draws"]
-    mirrored, x, y = (torch.tensor([d[i]["value"] for d in draws]) for i in range(3))
-    ours = cifar_crop(images, mirrored < 0.5, x, y, 4, mean, std)
-    theirs = golden("cifar_transforms.npz")[f"{name}_train"]
+    images = torch.from_numpy(pixels).permute(0, 2, 3, 1).contiguous()
+    mean, std = (torch.tensor(values) for values in STATISTICS[name])
+    mirrored, x, y = (torch.tensor([draw[i]["value"] for draw in facts["draws"]]) for i in range(3))
     assert (mirrored < 0.5).any() and (mirrored >= 0.5).any() and (x != y).all()
-    assert np.abs(ours.numpy() - theirs).max() < 1e-6
-
-
-def test_cifar_validation_transform(pictures):
-    name, images, mean, std = pictures
-    theirs = golden("cifar_transforms.npz")[f"{name}_val"]
-    assert np.abs(normalize(images, mean, std).numpy() - theirs).max() < 1e-6
+    ours = cifar_crop(images, mirrored < 0.5, x, y, 4, mean, std)
+    assert np.abs(ours.numpy() - theirs[f"{name}_train"]).max() < 1e-6
+    assert np.abs(normalize(images, mean, std).numpy() - theirs[f"{name}_val"]).max() < 1e-6
 
 
 # ---------------------------------------------------------------------------- the copies

@@ -21,6 +21,7 @@ from .schema import (
     DataConfig,
     ModelConfig,
     OptimizerConfig,
+    Precision,
     RunConfig,
     ScheduleConfig,
     TrainConfig,

@@ -32,8 +32,8 @@ SCALARS: dict[object, tuple[str, str]] = {  # type: (what is expected, how it is
 }
 
 
-def find_config(name: str) -> Path:
-    """Return the file that --config names: a path, or a name looked up in configs/."""
+def find_config(name: str, option: str = "--config") -> Path:
+    """Return the file that `option` names: a path, or a name looked up in configs/."""
     path = Path(name)
     if path.parent == Path() and not path.is_file():
         path = CONFIG_FOLDER / path
@@ -43,7 +43,7 @@ def find_config(name: str) -> Path:
         known = sorted(p.stem for p in CONFIG_FOLDER.glob("*.yaml"))
         close = difflib.get_close_matches(path.stem, known, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]}.yaml?" if close else f"choose one of the files in {CONFIG_FOLDER}"
-        raise UserError(f"--config {name}: no such file; {hint}")
+        raise UserError(f"{option} {name}: no such file; {hint}")
     return path
 
 

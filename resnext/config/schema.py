@@ -33,6 +33,9 @@ def key(default: Value, comment: str, aliases: str = "", **limits: float) -> Any
 
 
 # fmt: off
+Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The network."""
@@ -142,7 +145,7 @@ class TrainConfig:
     sync_bn: bool = key(False, "BN statistics over the micro-batch of all GPUs")
     label_smoothing: float = key(0.0,
         "share of the target spread over all classes", "smoothing", at_least=0, below=1)
-    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = key("fp32",
+    precision: Precision = key("fp32",  # noqa: RUF009 (an alias hides the Literal)
         "fp32, tf32, autocast to bf16 or fp16 (with loss scaling); auto: bf16 if in hardware, else fp32",
         "amp")
     channels_last: bool | None = key(None, "memory layout; null: on where measured faster")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..config import DataConfig, network_name
+from ..config import network_name
 from ..models.complexity import complexity
 from .train_state import TrainState
 
@@ -10,17 +10,22 @@ from .train_state import TrainState
 def introduction(
     training: TrainState, train_images: int, val_images: int, output: Path, source: Path | None, resumed: bool
 ) -> str:
-    """What is about to run, in a few lines."""
-    config, progress = training.config, training.progress
-    train = config.train
-    parameters, macs = complexity(training.model, config.data.image_size)
+    """Describe the network, the dataset, the recipe, and where the run goes and starts from."""
+    config, progress, versions = training.config, training.progress, training.versions
+    train, data = config.train, config.data
+    parameters, macs = complexity(training.model, data.image_size)
+    images = f"{data.image_size} pixels"
+    if data.pipeline != "memory":
+        size = f" ({data.train_size} in training)" if data.train_size != data.image_size else ""
+        images += f"{size} from {data.resize}, {data.pipeline}, {data.decoder}"
+    processes = "" if versions["processes"] == "1" else f" of {versions['processes']} processes"
     lines = [
         f"{network_name(config.model)}: {parameters:,} parameters, "
         f"{macs / 1e6:,.0f} M multiply-adds per image",
-        f"{config.data.dataset}: {train_images:,} training and {val_images:,} validation images, "
-        f"{len(training.classes)} classes, {config.data.image_size} pixels{view(config.data)}",
-        f"global batch {train.batch_size}{processes(training)}, lr {config.optimizer.lr}, "
-        f"{train.epochs} epochs, {train.precision} on {training.versions['device']}",
+        f"{data.dataset}: {train_images:,} training and {val_images:,} validation images, "
+        f"{len(training.classes)} classes, {images}",
+        f"global batch {train.batch_size}{processes}, lr {config.optimizer.lr}, "
+        f"{train.epochs} epochs, {train.precision} on {versions['device']}",
         f"run directory: {output}; top-1 and top-5 below are errors in percent",
     ]
     if source:
@@ -28,17 +33,3 @@ def introduction(
     elif resumed:
         lines.append("nothing was saved in the run directory yet: starting from the beginning")
     return "\n".join(lines)
-
-
-def processes(training: TrainState) -> str:
-    """How many share a batch, for the introduction; nothing for one."""
-    number = training.versions["processes"]
-    return "" if number == "1" else f" of {number} processes"
-
-
-def view(data: DataConfig) -> str:
-    """How files become pictures, for the introduction; nothing for a set in memory."""
-    if data.pipeline == "memory":
-        return ""
-    size = f" ({data.train_size} in training)" if data.train_size != data.image_size else ""
-    return f"{size} from {data.resize}, {data.pipeline}, {data.decoder}"

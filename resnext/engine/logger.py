@@ -1,4 +1,4 @@
-"""What a run says: console, progress bar, log.txt, metrics.jsonl, TensorBoard."""
+"""What a run writes: console, progress bar, log.txt, metrics.jsonl, TensorBoard."""
 
 import contextlib
 import datetime
@@ -10,9 +10,9 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -20,15 +20,19 @@ from tqdm import tqdm
 from ..distributed import rank, world_size
 from ..errors import UserError
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+Batch = TypeVar("Batch")
+
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Programs and hardware, to repeat a run: plain texts."""
+    """Return the programs and hardware that are needed to repeat a run."""
     versions = {"python": platform.python_version()}
     for package in ("torch", "torchvision", "numpy", "pillow", "simplejpeg"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # simplejpeg may be missing
             versions[package] = importlib.metadata.version(package)
-    folder = Path(__file__).resolve().parents[1]
-    versions["commit"] = _git(folder, "describe", "--always", "--dirty", "--abbrev=12") or "unknown"
+    versions["commit"] = _commit() or "unknown"
     if device.type == "cuda":
         versions["device"] = torch.cuda.get_device_name(device)
         versions["cudnn"] = str(torch.backends.cudnn.version())
@@ -39,9 +43,10 @@ def environment(device: torch.device) -> dict[str, str]:
     return versions
 
 
-def _git(folder: Path, *arguments: str) -> str:
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).resolve().parents[1])]
+    command += ["describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        command = ["git", "-C", str(folder), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return ""
@@ -51,27 +56,24 @@ def _git(folder: Path, *arguments: str) -> str:
 def _cpu_name() -> str:
     try:
         with open("/proc/cpuinfo") as file:
-            names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-        return names[0]
-    except (OSError, IndexError):
+            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, IndexError, StopIteration):
         return platform.processor() or platform.machine()
 
 
 def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
+    """Return seconds as h:mm:ss."""
     return str(datetime.timedelta(seconds=round(seconds)))
 
 
 class RunLogger:
-    """Everything a run writes but its checkpoints.
+    """Rank 0's logger: everything a run writes but its checkpoints.
 
-    `rows` is how many rows of metrics.jsonl the run has a right to: those that a checkpoint
-    counts. Later ones, written after it by a run that was killed, are cut off, as the steps they
-    tell of are done again. `global_step` does the same for TensorBoard.
+    `rows` is the number of rows of metrics.jsonl that the checkpoint recorded. Later rows are removed: a
+    killed run wrote them, and their steps are repeated. `global_step` does the same for TensorBoard.
     """
 
     def __init__(self, folder: Path, rows: int, global_step: int, tensorboard: bool):
-        self.terminal = sys.stdout.isatty()
         self.bar: tqdm | None = None
         with contextlib.ExitStack() as files:
             try:
@@ -86,20 +88,20 @@ class RunLogger:
             except OSError as error:
                 raise UserError(f"{error.filename}: cannot be written ({error.strerror})") from None
             self.files = files.pop_all()
-        self.board: Any = None
+        self.board: SummaryWriter | None = None
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+            from torch.utils import tensorboard as writers
 
             purge = global_step + 1 if global_step else None
             with self.board_may_fail():
-                self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+                self.board = writers.SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
 
     def warn(self, text: str) -> None:
-        """A warning that any of several processes may have."""
+        """Log a warning that any rank may have."""
         self.say(text)
 
     def say(self, text: str, console: bool = True) -> None:
-        """A line for the console and log.txt."""
+        """Write lines to the console and log.txt."""
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         print(*(f"{stamp} {line}" for line in text.splitlines()), sep="\n", file=self.log_file)
         self.log_file.flush()
@@ -107,69 +109,60 @@ class RunLogger:
             try:
                 tqdm.write(text, file=sys.stdout)
                 sys.stdout.flush()
-            except BrokenPipeError:  # the reader of the pipe has gone; the run goes on
+            except BrokenPipeError:  # the reader of the pipe has left; the run continues
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    def row(self, row: dict[str, Any]) -> None:
-        """A row for metrics.jsonl."""
+    def row(self, row: Mapping[str, object]) -> None:
+        """Write a row to metrics.jsonl."""
         self.metrics.write(json.dumps(row) + "\n")
         self.metrics.flush()
         self.rows += 1
 
-    def scalars(self, prefix: str, values: dict[str, float], global_step: int) -> None:
-        """Scalars for TensorBoard."""
+    def scalars(self, prefix: str, values: Mapping[str, float], global_step: int) -> None:
+        """Write scalars for TensorBoard."""
         with self.board_may_fail():
-            for name, value in values.items() if self.board else ():
-                self.board.add_scalar(f"{prefix}/{name}", value, global_step)
+            if self.board:
+                for name, value in values.items():
+                    self.board.add_scalar(f"{prefix}/{name}", value, global_step)
 
     @contextlib.contextmanager
     def board_may_fail(self) -> Iterator[None]:
-        """TensorBoard's files are a convenience: the run goes on without them."""
+        """Turn errors of TensorBoard into a warning: the run continues without its files."""
         try:
             yield
-        except Exception as error:  # of its file system's own kinds
+        except Exception as error:  # TensorBoard's file systems have their own kinds
             self.board = None
-            self.say(f"warning: TensorBoard's files cannot be written ({error}); going on without them")
+            self.say(f"warning: TensorBoard's files cannot be written ({error}); continuing without them")
 
-    def open_bar(self, title: str, total: int, done: int = 0) -> None:
-        """A progress bar, on a terminal only."""
-        if self.terminal:
-            self.bar = tqdm(
-                total=total,
-                initial=done,
-                desc=title,
-                leave=False,
-                file=sys.stdout,
-                dynamic_ncols=True,
-                mininterval=0.25,
-            )
-
-    def advance(self) -> None:
-        """One step of the bar."""
-        if self.bar is not None:
-            self.bar.update()
-
-    def close_bar(self) -> None:
-        """Take the bar away."""
-        if self.bar is not None:
+    def with_bar(self, batches: Iterable[Batch], title: str, steps: int, done: int = 0) -> Iterator[Batch]:
+        """Yield the batches of the remaining steps, with a progress bar on a terminal."""
+        if not sys.stdout.isatty():
+            yield from batches
+            return
+        self.bar = tqdm(
+            batches, title, steps, False, sys.stdout, initial=done, dynamic_ncols=True, mininterval=0.25
+        )
+        try:
+            yield from self.bar
+        finally:
             self.bar.close()
             self.bar = None
 
     def step_line(self, text: str, status: str) -> None:
-        """A step's numbers: on a terminal behind the bar, else as a line; always in log.txt."""
+        """Write a step's metrics to log.txt, and to the bar or, if there is none, the console."""
         self.say(text, console=self.bar is None)
         if self.bar is not None:
             self.bar.set_postfix_str(status)
 
     def sync(self) -> None:
-        """Rows onto the disk, ahead of the checkpoint that counts them."""
+        """Flush the rows to the disk, before the checkpoint that counts them."""
         os.fsync(self.metrics.fileno())
         with self.board_may_fail():
             if self.board:
                 self.board.flush()
 
     def close(self) -> None:
-        self.close_bar()
+        """Close all files."""
         with self.board_may_fail():
             if self.board:
                 self.board.close()
@@ -177,20 +170,26 @@ class RunLogger:
 
 
 class NullLogger:
-    """The reporter of all processes but the first: what they would say it says."""
+    """The logger of the other ranks, which discards everything but warnings."""
 
     rows = 0
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *arguments, **options: None
+    def discard(self, *_: object, **__: object) -> None:
+        """Do nothing."""
+
+    say = row = scalars = step_line = sync = close = discard
+
+    def with_bar(self, batches: Iterable[Batch], title: str, steps: int, done: int = 0) -> Iterator[Batch]:
+        """Return the batches."""
+        return iter(batches)
 
     def warn(self, text: str) -> None:
-        """A warning is theirs alone, and log.txt is out of reach."""
+        """Print a warning of this rank, which does not reach log.txt."""
         print(f"process {rank()}: {text}", flush=True)
 
 
 def _keep_rows(path: Path, rows: int) -> int:
-    """Cut metrics.jsonl to its first `rows` whole lines; returns how many there are."""
+    """Cut metrics.jsonl to its first `rows` whole lines; return how many there are."""
     if not path.exists():
         return 0
     with open(path, "rb") as file:

@@ -1,4 +1,4 @@
-"""The results of an evaluation as plain values, as CSV and as text for people."""
+"""The results of an evaluation as plain values for JSON, as CSV, and as text."""
 
 import csv
 import io
@@ -8,73 +8,121 @@ from typing import Any
 
 import numpy as np
 
+from ..config import network_name
+from ..weights.load import WeightsInfo, preprocessing
 from .evaluator import EvalResult, Predictions
+from .inference import InferenceNetwork
 from .metrics import most_confused, per_class, precision_recall_f1, wilson_interval
 
-FEW_CLASSES = 20  # so many class folders are shown without being asked for
+FEW_CLASSES = 20  # up to this many class folders get a table without --per-class
 SHOWN_CLASSES, SHOWN_PAIRS = 20, 10
+DATA_KEYS = ("dataset", "pipeline", "interpolation", "mean", "std", "image_size", "resize")
+SHARES = ("precision", "recall", "f1")
+
+Row = dict[str, Any]  # a JSON object
 
 # ---------------------------------------------------------------------------- values
 
 
-def score_row(score: EvalResult) -> dict[str, Any]:
-    """Counts, errors in percent and their 95 % intervals."""
-
-    def interval(errors: int) -> list[float]:
-        return [100 * bound for bound in wilson_interval(errors, score.images)]
-
-    return score.as_row() | {
-        "top1_interval": interval(score.top1_errors),
-        "top5_interval": interval(score.top5_errors),
-    }
+def score_row(score: EvalResult) -> Row:
+    """Return counts, errors in percent, and their 95% intervals."""
+    row: Row = {**score.as_row()}
+    for name in ("top1", "top5"):
+        bounds = wilson_interval(getattr(score, f"{name}_errors"), score.images)
+        row[f"{name}_interval"] = [100 * bound for bound in bounds]
+    return row
 
 
-def class_rows(predictions: Predictions, classes: Sequence[str]) -> dict[str, Any]:
-    """Each class, the average of those that have images, and all confusions; shares in percent."""
+def class_rows(predictions: Predictions, classes: Sequence[str]) -> Row:
+    """Return each class, the average of those that have images, and all confusions; shares in percent."""
     counts = per_class(predictions.labels, predictions.top, len(classes))
-    measures = 100 * np.stack(precision_recall_f1(counts))
+    shares = 100 * np.stack(precision_recall_f1(counts))
     rows = []
     for i, name in enumerate(classes):
         images, top1, top5 = (int(n[i]) for n in (counts.images, counts.top1, counts.top5))
-        split_batch = [None if math.isnan(share) else share for share in measures[:, i].tolist()]
-        rows.append(
-            {
-                "class": name,
-                "images": images,
-                "predicted": int(counts.predicted[i]),
-                "top1_errors": images - top1,
-                "top5_errors": images - top5,
-                "top1_error": 100 * (images - top1) / images if images else None,
-                **dict(zip(("precision", "recall", "f1"), split_batch, strict=True)),
-            }
-        )
-    average = measures[:, counts.images > 0].mean(1).tolist()
+        row = {
+            "class": name,
+            "images": images,
+            "predicted": int(counts.predicted[i]),
+            "top1_errors": images - top1,
+            "top5_errors": images - top5,
+            "top1_error": 100 * (images - top1) / images if images else None,
+        }
+        for key, share in zip(SHARES, shares[:, i].tolist(), strict=True):
+            row[key] = None if math.isnan(share) else share
+        rows.append(row)
+    average = shares[:, counts.images > 0].mean(1).tolist()
     pairs = most_confused(predictions.labels, predictions.top[:, 0], len(classes))
     return {
         "accuracy": 100 * int(counts.top1.sum()) / len(predictions.labels),
-        "macro_average": dict(zip(("precision", "recall", "f1"), average, strict=True)),
+        "macro_average": dict(zip(SHARES, average, strict=True)),
         "per_class": rows,
         "confusions": [{"true": classes[a], "predicted": classes[b], "images": n} for a, b, n in pairs],
     }
 
 
+def result_row(
+    info: WeightsInfo,
+    network: InferenceNetwork,
+    crops: int,
+    classes: Sequence[str],
+    classes_file: str | None,
+    score: EvalResult,
+    predictions: Predictions,
+) -> Row:
+    """Return all results but those of splits; `info.config.data` is what was evaluated."""
+    data = info.config.data
+    return {
+        "checkpoint": info.file,
+        "origin": info.origin,
+        "network": network_name(info.config.model),
+        "preprocessing": None if info.origin == "this program" else preprocessing(info),
+        "weights": info.weights,
+        "global_step": info.steps,
+        **score_row(score),
+        "data": data.dir,
+        **{key: getattr(data, key) for key in DATA_KEYS},
+        "crops": crops,
+        "precision": network.precision,
+        "device": network.device.type,
+        "classes": len(classes),
+        "network_classes": info.outputs,
+        "classes_file": classes_file,
+        **class_rows(predictions, classes),
+    }
+
+
+def split_rows(
+    file: str | None, lines: Sequence[object], members: dict[str, list[int]], predictions: Predictions
+) -> Row:
+    """Return the results per split; `members` maps a split to its images, `lines` are those of the file."""
+    outside = len(predictions.labels) - len(set().union(*members.values()))
+    unused = len(lines) - sum(map(len, members.values()))
+    return {
+        "splits_file": file,
+        "splits": {split: score_row(predictions.score(images)) for split, images in members.items()},
+        "images_in_no_split": outside if file else None,
+        "unused_split_lines": unused if file else None,
+    }
+
+
 def to_csv(key: str, names: Sequence[str], predictions: Predictions, classes: Sequence[str]) -> str:
-    """A row for each image; `key` says what the names are."""
+    """Return a row for each image; `key` is the header of the images' names."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     places = [f"top{place}" for place in range(1, predictions.top.shape[1] + 1)]
     writer.writerow([key, "label", *places, "confidence", "correct"])
-    columns = (predictions.labels, predictions.top, predictions.confidence, predictions.right)
-    for name, label, top, confidence, right in zip(names, *(c.tolist() for c in columns), strict=True):
-        writer.writerow([name, classes[label], *(classes[c] for c in top), f"{confidence:.6f}", int(right)])
+    columns = (predictions.labels, predictions.top, predictions.confidence, predictions.correct)
+    for name, label, top, confidence, hit in zip(names, *(c.tolist() for c in columns), strict=True):
+        writer.writerow([name, classes[label], *(classes[c] for c in top), f"{confidence:.6f}", int(hit)])
     return text.getvalue()
 
 
-# ---------------------------------------------------------------------------- the console
+# ---------------------------------------------------------------------------- text
 
 
-def report(result: dict[str, Any], per_class: bool) -> str:
-    """The results for people."""
+def report(result: Row, per_class: bool) -> str:
+    """Return the console text of a result; `per_class` asks for the table of classes."""
     view = f"{result['image_size']} pixels"
     if result["pipeline"] != "memory":
         crops = "one crop" if result["crops"] == 1 else f"{result['crops']} crops"
@@ -85,8 +133,8 @@ def report(result: dict[str, Any], per_class: bool) -> str:
         f"{result['checkpoint']}: {result['weights']}{steps}; {view}, {result['precision']}",
         *([result["preprocessing"]] if result["preprocessing"] else []),
         *aligned([[name, *score_cells(row, result["classes"])] for name, row in scores.items()], gap=" "),
-        "errors in percent, [95 % interval]",
-        *notes(result),
+        "errors in percent, [95% interval]",
+        *footnotes(result),
     ]
     if per_class or (result["dataset"] == "folder" and result["classes"] <= FEW_CLASSES):
         lines += ["", *class_table(result)]
@@ -98,7 +146,7 @@ def report(result: dict[str, Any], per_class: bool) -> str:
 
 
 def aligned(rows: list[list[str]], gap: str = "  ") -> list[str]:
-    """Rows as lines: the first column left, the others right."""
+    """Return rows as lines: the first column left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *others in rows:
@@ -107,8 +155,8 @@ def aligned(rows: list[list[str]], gap: str = "  ") -> list[str]:
     return lines
 
 
-def score_cells(row: dict[str, Any], classes: int) -> list[str]:
-    """One space between them; those that begin a group have another."""
+def score_cells(row: Row, classes: int) -> list[str]:
+    """Return the cells of a score; one that begins a group has a leading space."""
     cells = [f"{row['images']:,} images"]
     for name, title in (("top1", "top-1"), ("top5", f"top-{min(5, classes)}")):
         low, high = row[f"{name}_interval"]
@@ -117,39 +165,34 @@ def score_cells(row: dict[str, Any], classes: int) -> list[str]:
     return [*cells, " loss", f"{math.nan if row['loss'] is None else row['loss']:.4f}"]
 
 
-def notes(result: dict[str, Any]) -> list[str]:
-    """What else one must know to read the numbers."""
+def footnotes(result: Row) -> list[str]:
+    """Return notes on the classes and splits that were scored."""
     lines = []
     if result["classes_file"]:
         empty = sum(row["images"] == 0 for row in result["per_class"])
-        lines.append(
-            f"{result['classes_file']}: {result['classes']:,} of the network's {result['network_classes']:,} "
-            f"classes compete, {empty:,} of them without images"
-        )
-    if result["images_in_no_split"]:
-        lines.append(f"{result['splits_file']}: images in no split: {result['images_in_no_split']:,}")
-    if result["unused_split_lines"]:
-        lines.append(
-            f"{result['splits_file']}: lines that name no scored image: {result['unused_split_lines']:,}"
-        )
+        competing = f"{result['classes']:,} of the network's {result['network_classes']:,} classes compete"
+        lines.append(f"{result['classes_file']}: {competing}, {empty:,} of them without images")
+    for key, text in (
+        ("images_in_no_split", "images in no split"),
+        ("unused_split_lines", "lines that name no scored image"),
+    ):
+        if result[key]:
+            lines.append(f"{result['splits_file']}: {text}: {result[key]:,}")
     return lines
 
 
-def class_table(result: dict[str, Any]) -> list[str]:
-    """The worst classes and the average of all."""
+def class_table(result: Row) -> list[str]:
+    """Return the worst classes and the average of all as lines."""
     present = [row for row in result["per_class"] if row["images"]]
-    shown = sorted(present, key=lambda row: -row["top1_error"])[:SHOWN_CLASSES]
-    average = result["macro_average"]
-
-    def cells(name: str, images: int, errors: int, split_batch: dict[str, float]) -> list[str]:
-        measures = [100 - split_batch["recall"], *(split_batch[key] for key in ("precision", "recall", "f1"))]
-        return [name, f"{images:,}", f"{errors:,}", *(f"{measure:.2f}" for measure in measures)]
-
+    worst = sorted(present, key=lambda row: -row["top1_error"])[:SHOWN_CLASSES]
+    average = result | result["macro_average"] | {"class": "macro average"}
     table = [["class", "images", "errors", "top-1 error", "precision", "recall", "F1"]]
-    table += [cells(row["class"], row["images"], row["top1_errors"], row) for row in shown]
-    table += [cells("macro average", result["images"], result["top1_errors"], average)]
+    for row in [*worst, average]:
+        shares = [100 - row["recall"], *(row[key] for key in SHARES)]
+        counts = [f"{row[key]:,}" for key in ("images", "top1_errors")]
+        table.append([row["class"], *counts, *(f"{share:.2f}" for share in shares)])
     head, *rows, last = aligned(table)
-    hidden = len(present) - len(shown)
+    hidden = len(present) - len(worst)
     rows += [f"and {hidden:,} more classes; --json FILE has them all"] * (hidden > 0)
-    note = f"accuracy {result['accuracy']:.3f} %; each row takes its class as the positive one; worst first"
+    note = f"accuracy {result['accuracy']:.3f}%; each row has its class as the positive one; worst first"
     return [head, *rows, last, note]

@@ -1,11 +1,9 @@
-"""The state of a run: network, optimiser, scaler, average and progress, made and restored."""
+"""The state of a run: network, optimizer, loss scaler, EMA and progress; how it is built and saved."""
 
 import contextlib
-import inspect
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -13,14 +11,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from ..batch_plan import check_world_size
+from ..batch_plan import check_world_size, ghost_batches
 from ..config import Config, OptimizerConfig, to_yaml
-from ..device import is_out_of_memory
 from ..distributed import gradient_group, world_size
 from ..errors import UserError
 from ..models.ghost_batchnorm import kernels_work, use_ghost_batchnorm
 from ..models.resnext import ResNeXt, build_model
-from .checkpoint import check_state
+from .evaluator import Row
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass
@@ -33,12 +32,14 @@ class MetricSums:
     images: int = 0
 
     def add(self, loss: float, top1: float, top5: float, images: int) -> None:
+        """Add a step: mean loss, numbers of correct answers, number of images."""
         self.loss += loss * images
         self.top1 += int(top1)
         self.top5 += int(top5)
         self.images += images
 
     def as_row(self) -> dict[str, float]:
+        """Return the mean loss, the errors in percent and the number of images."""
         return {
             "loss": self.loss / self.images,
             "top1_error": 100.0 * (self.images - self.top1) / self.images,
@@ -49,28 +50,26 @@ class MetricSums:
 
 @dataclass
 class TrainProgress:
-    """Where a run stands; plain numbers, kept in every checkpoint."""
+    """Where a run stands: plain numbers, stored in every checkpoint."""
 
     epoch: int = 1  # the epoch in progress
-    step: int = 0  # steps of it that are done
-    global_step: int = 0  # optimiser steps since the start
+    step: int = 0  # finished steps of this epoch
+    global_step: int = 0  # optimizer steps since the start
     interval: MetricSums = field(default_factory=MetricSums)  # since the last step row
     epoch_sums: MetricSums = field(default_factory=MetricSums)  # since the start of the epoch
-    last: dict[str, Any] | None = None  # validation of the latest finished epoch
-    best: dict[str, Any] | None = None  # and of the one with the lowest top-1 error
+    last: Row | None = None  # validation of the latest finished epoch
+    best: Row | None = None  # validation of the epoch with the lowest top-1 error
     rows: int = 0  # rows of metrics.jsonl
     seconds: float = 0.0  # training and validation time
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainProgress":
-        values = dict(values)
-        for name in ("interval", "epoch_sums"):
-            values[name] = MetricSums(**values[name])
-        return cls(**values)
+        sums = {name: MetricSums(**values[name]) for name in ("interval", "epoch_sums")}
+        return cls(**values | sums)
 
 
 class Average(AveragedModel):
-    """Exponential average of a network's weights and running statistics, and the counters of the latest."""
+    """Exponential moving average (EMA) of weights and running statistics; counters are the latest ones."""
 
     def __init__(self, model: nn.Module, decay: float):
         super().__init__(model)
@@ -78,14 +77,18 @@ class Average(AveragedModel):
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        """As AveragedModel with get_ema_multi_avg_fn, which would wait for the device in each step."""
-        averaging, averaged, copied = bool(self.n_averaged), [], []
+        """Compute what get_ema_multi_avg_fn does, without waiting for the device in every step."""
+        averaging = bool(self.n_averaged)
+        averaged: list[tuple[Tensor, Tensor]] = []
+        copied: list[tuple[Tensor, Tensor]] = []
         for kind in ("parameters", "buffers"):
             for own, latest in zip(getattr(self.module, kind)(), getattr(model, kind)(), strict=True):
                 (averaged if averaging and own.is_floating_point() else copied).append((own, latest))
         if averaged:
-            torch._foreach_lerp_(*zip(*averaged, strict=True), 1 - self.decay)
-        torch._foreach_copy_(*zip(*copied, strict=True))
+            averages, values = zip(*averaged, strict=True)
+            torch._foreach_lerp_(averages, values, 1 - self.decay)
+        copies, values = zip(*copied, strict=True)
+        torch._foreach_copy_(copies, values)
         self.n_averaged += 1
 
 
@@ -93,17 +96,18 @@ class Average(AveragedModel):
 class TrainState:
     """The live objects of a run.
 
-    `forward` is the model, compiled where that is asked for, and in DistributedDataParallel where
-    processes exchange gradients.
+    `forward` is the model, compiled if configured, and wrapped in DistributedDataParallel if ranks exchange
+    gradients.
     """
 
     config: Config
     classes: tuple[str, ...]
     versions: dict[str, str]
     device: torch.device
-    model: nn.Module
+    model: ResNeXt
     forward: Callable[[Tensor], Tensor]
-    optimizer: torch.optim.Optimizer
+    criterion: nn.CrossEntropyLoss
+    optimizer: torch.optim.SGD
     scaler: torch.amp.GradScaler
     ema: Average | None
     progress: TrainProgress
@@ -113,72 +117,74 @@ class TrainState:
 
     @property
     def layout(self) -> torch.memory_format:
-        return memory_layout(self.config, self.device)
+        return memory_layout(self.config.train.channels_last, self.config.train.precision, self.device)
 
     @property
     def exchanges(self) -> bool:
-        """Whether gradients are averaged over processes."""
+        """Whether ranks exchange gradients."""
         return isinstance(self.forward, DistributedDataParallel)
 
     def exchange(self, last: bool) -> contextlib.AbstractContextManager:
-        """The context of an accumulation part: gradients are exchanged once, in the last."""
-        return contextlib.nullcontext() if last or not self.exchanges else self.forward.no_sync()
+        """Return the context of a micro-batch: ranks exchange gradients once, in the last one."""
+        if last or not isinstance(self.forward, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.forward.no_sync()
 
     def broadcast_buffers(self) -> None:
-        """Running statistics, which differ in training, become those of the first process everywhere."""
-        if self.exchanges:
+        """Give all ranks the running statistics of rank 0; they differ during training."""
+        if isinstance(self.forward, DistributedDataParallel):
             for buffer in self.evaluated_model.buffers():
                 dist.broadcast(buffer, 0, group=self.forward.process_group)
 
     @property
     def evaluated_model(self) -> nn.Module:
-        """What validation and best.pt speak of: the averaged weights where there are any."""
+        """The network that is validated: the EMA if there is one."""
         return self.ema.module if self.ema else self.model
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """The context in which a forward pass runs at a precision."""
+    """Return the context of a forward pass in a precision."""
     kind = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     return torch.autocast(device.type, kind) if kind else contextlib.nullcontext()
 
 
-def memory_layout(config: Config, device: torch.device) -> torch.memory_format:
-    """That of the network, and of images ahead of its forward pass: else convolutions convert one of them."""
-    channels_last = config.train.channels_last
+def memory_layout(channels_last: bool | None, precision: str, device: torch.device) -> torch.memory_format:
+    """Return the layout of the network and its input images, which must agree or convolutions convert one.
+
+    `channels_last` is the configuration key; None chooses by precision and device.
+    """
     if channels_last is None:  # 1.5x faster on a CPU (docs/results.md)
-        channels_last = device.type == "cpu" or config.train.precision in ("bf16", "fp16")
+        channels_last = device.type == "cpu" or precision in ("bf16", "fp16")
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def to_device(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
+def to_device(model: Network, config: Config, device: torch.device) -> Network:
     """Move a network to the device in the configured memory layout."""
-    return model.to(device=device, memory_format=memory_layout(config, device))
+    train = config.train
+    layout = memory_layout(train.channels_last, train.precision, device)
+    return model.to(device).to(memory_format=layout)
 
 
 def build_train_state(
     config: Config, classes: tuple[str, ...], device: torch.device, versions: dict[str, str]
 ) -> TrainState:
-    """A fresh run: network, optimiser, scaler and average, from the seed."""
+    """Build the state of a new run from its configuration and seed."""
     train = config.train
     torch.manual_seed(config.run.seed)
     model = build_model(config.model, len(classes))
     model.activation_checkpointing = train.activation_checkpointing
     group = gradient_group(device, config.run.timeout)
     check_world_size(train, world_size())
-    groups = 1
-    if train.bn_group is not None:
-        groups = train.batch_size // train.accumulation_steps // train.bn_group // world_size()
-    use_ghost_batchnorm(model, groups, kernels_work(device))
+    use_ghost_batchnorm(model, ghost_batches(train, world_size()) // world_size(), kernels_work(device))
     if train.frozen_stages is not None:
         model.freeze(train.frozen_stages)
     model = to_device(model, config, device)
-    ema = None
-    if train.ema_decay is not None:  # a copy, which SyncBN with its group would not allow
-        ema = Average(model, train.ema_decay)
+    # The EMA is a deep copy, which SyncBatchNorm with its group does not allow: copy first.
+    ema = None if train.ema_decay is None else Average(model, train.ema_decay)
     if train.sync_bn:
         if device.type != "cuda":
             raise UserError("train.sync_bn: needs GPUs; remove the key on a CPU")
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model, group)
+        nn.SyncBatchNorm.convert_sync_batchnorm(model, group)  # in place
     optimizer = torch.optim.SGD(
         parameter_groups(model, config.optimizer),
         lr=config.optimizer.lr,
@@ -187,9 +193,9 @@ def build_train_state(
         fused=True if device.type == "cuda" else None,
     )
     init_momentum(optimizer)
-    # Static shapes: one graph for each batch size. DDP outside: graphs then end where its buckets do, and
-    # their gradients are exchanged during the backward pass.
-    compiled = torch.compile(model, dynamic=False) if train.compile else model
+    # Static shapes give one graph per batch size. With DDP outside, graphs end where its buckets end, and
+    # gradients are exchanged during the backward pass.
+    compiled = cast(nn.Module, torch.compile(model, dynamic=False)) if train.compile else model
     return TrainState(
         config=config,
         classes=classes,
@@ -197,57 +203,58 @@ def build_train_state(
         device=device,
         model=model,
         forward=distribute(compiled, device, group),
+        criterion=nn.CrossEntropyLoss(label_smoothing=train.label_smoothing),
         optimizer=optimizer,
-        # At torch's 2**16 the first gradients of ResNeXt-50 overflow fp16.
+        # At torch's default, 2**16, the first gradients of ResNeXt-50 overflow fp16.
         scaler=torch.amp.GradScaler(device.type, init_scale=2.0**10, enabled=train.precision == "fp16"),
         ema=ema,
         progress=TrainProgress(),
     )
 
 
-def distribute(model: nn.Module, device: torch.device, group: Any) -> nn.Module:
-    """The model in DistributedDataParallel where there is a group."""
+def distribute(model: nn.Module, device: torch.device, group: dist.ProcessGroup | None) -> nn.Module:
+    """Wrap a model in DistributedDataParallel if there is a group."""
     if group is None:
         return model
-    known = inspect.signature(DistributedDataParallel).parameters
-    buffers = (
-        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    )  # older torch
-    return DistributedDataParallel(
+    wrapped = DistributedDataParallel(
         model,
         device_ids=[device] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         process_group=group,
-        **{buffers: False},  # see Training.settle_buffers
     )
+    # Running statistics may differ until TrainState.broadcast_buffers. torch renamed the argument for this.
+    wrapped.broadcast_buffers = False
+    return wrapped
 
 
 def parameter_groups(model: ResNeXt, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
-    """What is learned, as one group; BatchNorm's and the last layer's apart where keys of theirs say how."""
-    norms, head = set(), set()
+    """Return SGD's parameter groups; BatchNorm and the last layer are separate if configured separately."""
+    norms, head, norm_weight_decay, head_scale = set(), set(), optimizer.weight_decay, 1.0
     if optimizer.norm_weight_decay is not None:
         found = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         norms = {id(parameter) for norm in found for parameter in norm.parameters()}
+        norm_weight_decay = optimizer.norm_weight_decay
     if optimizer.head_lr is not None:
         head = set(map(id, model.fc.parameters()))
+        head_scale = optimizer.head_lr / optimizer.lr
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in filter(lambda p: p.requires_grad, model.parameters()):
         groups.setdefault((id(parameter) in norms, id(parameter) in head), []).append(parameter)
     return [
         {
             "params": parameters,
-            "weight_decay": optimizer.norm_weight_decay if is_norm else optimizer.weight_decay,
-            "lr_scale": optimizer.head_lr / optimizer.lr if is_head else 1.0,
+            "weight_decay": norm_weight_decay if is_norm else optimizer.weight_decay,
+            "lr_scale": head_scale if is_head else 1.0,
         }
         for (is_norm, is_head), parameters in groups.items()
     ]
 
 
 def init_momentum(optimizer: torch.optim.SGD) -> None:
-    """Give every learned parameter its momentum, in the parameter's memory layout; 0 where there was none.
+    """Give every trained parameter its momentum in the parameter's memory layout; new ones are 0.
 
-    SGD makes it in its first step, the fused one without a value where the loss scaler skips that step; and
-    the fused step takes other strides for the parameter's.
+    SGD would create momentum in its first step. If the loss scaler skips that step, the fused SGD leaves it
+    uninitialized. The fused step also assumes that the strides equal the parameter's.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"] if group["momentum"] else ():
@@ -256,70 +263,19 @@ def init_momentum(optimizer: torch.optim.SGD) -> None:
             state["momentum_buffer"] = fresh if before is None else fresh.copy_(before)
 
 
-def check_network(config: Config, content: dict[str, Any], path: Path) -> None:
-    """A UserError where a checkpoint's weights are not those of the configured network; costs no memory."""
-    with torch.device("meta"):
-        check_state(build_model(config.model, len(content["classes"])), content["model"], path)
-
-
-def restore(training: TrainState, content: dict[str, Any], path: Path) -> None:
-    """Bring a fresh Training to the state of a checkpoint (see checkpoint.read_checkpoint)."""
-    if tuple(content["classes"]) != training.classes:
-        raise UserError(
-            f"{path}: was trained on other classes ({len(content['classes'])} of them) than the "
-            f"data has ({len(training.classes)}); give the data of the run with --data"
-        )
-    check_state(training.model, content["model"], path)
-    training.model.load_state_dict(content["model"])
-    if training.ema:
-        check_state(training.ema, content["ema"], path)
-        training.ema.load_state_dict(content["ema"])
-    try:
-        training.progress = TrainProgress.from_dict(content["progress"])
-        fused = training.optimizer.defaults["fused"]
-        training.optimizer.load_state_dict(content["optimizer"])
-        for parameter, state in training.optimizer.state.items():
-            if state["momentum_buffer"] is not None and state["momentum_buffer"].shape != parameter.shape:
-                raise ValueError("the momentum does not fit the weights")
-        if content["scaler"] is not None:
-            training.scaler.load_state_dict(content["scaler"])
-        torch.set_rng_state(content["rng"]["cpu"])
-        if training.device.type == "cuda" and content["rng"]["cuda"] is not None:
-            torch.cuda.set_rng_state(content["rng"]["cuda"])
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise UserError(f"{path}: damaged, its state cannot be restored ({error!r}); use another") from error
-    config = training.config.optimizer
-    fresh = parameter_groups(training.model, config)
-    for group, own in zip(training.optimizer.param_groups, fresh, strict=True):
-        group["momentum"], group["nesterov"] = config.momentum, config.nesterov
-        group["weight_decay"] = own["weight_decay"]  # the configuration wins, as it was logged
-        group["lr_scale"] = own["lr_scale"]
-        group["fused"] = fused  # this device's
-    init_momentum(training.optimizer)
-
-
 def checkpoint_content(training: TrainState) -> dict[str, Any]:
-    """The state as the plain dict that checkpoint.write_checkpoint stores."""
+    """Return the state as the plain dict that checkpoint.write_checkpoint stores."""
     data = training.config.data
-    cuda = training.device.type == "cuda"
+    cuda = torch.cuda.get_rng_state() if training.device.type == "cuda" else None
     return {
         "model": training.model.state_dict(),
         "optimizer": training.optimizer.state_dict(),
         "scaler": training.scaler.state_dict() or None,
         "ema": training.ema.state_dict() if training.ema else None,
         "progress": asdict(training.progress),
-        "rng": {
-            "cpu": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state() if cuda else None,
-        },
+        "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
         "config": to_yaml(training.config),
         "classes": list(training.classes),
-        "preprocessing": {
-            "image_size": data.image_size,
-            "mean": list(data.mean),
-            "std": list(data.std),
-        },
+        "preprocessing": {"image_size": data.image_size, "mean": list(data.mean), "std": list(data.std)},
         "versions": training.versions,
     }

@@ -1,189 +1,175 @@
-"""The training loop: SGD as the original's train.lua, stoppable and resumable at any step.
-
-`train` reads as the recipe. Batches come from anything with `images` (of all processes), `steps` and
-`epoch(number, first_step)`, which yields this process's (images, labels) of each global batch, on the
-device; labels are classes, or shares of all classes where pictures were mixed.
-"""
+"""The training loop: SGD as in the original's train.lua, stoppable and resumable at any step."""
 
 import contextlib
-import math
-import shlex
-import time
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..batch_plan import check_last_batch, split_batch
-from ..distributed import rank, sum_over_ranks, world_size
-from ..errors import UserError
+from ..distributed import rank, world_size
 from ..models.ghost_batchnorm import frozen_running_statistics
 from ..schedule import learning_rate
 from .checkpoint import write_checkpoint
 from .evaluator import EvalResult, count_correct, evaluate, promote_to_float32
-from .logger import RunLogger, duration
+from .progress import Logger, StepMetrics, Timer, report_epoch, report_step
 from .train_state import MetricSums, TrainState, checkpoint_content
 
+Batch = tuple[Tensor, Tensor]  # this rank's images and labels, on the device
 
-class InMemoryTrainLoader(Protocol):
-    images: int
+
+class TrainLoader(Protocol):
+    """Training batches. Labels are class numbers, or the share of each class if images were mixed."""
+
+    images: int  # of all ranks, per epoch
+    steps: int  # per epoch
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]: ...
+
+
+class ValLoader(Protocol):
+    """Validation batches."""
+
     steps: int
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]: ...
-
-
-# ---------------------------------------------------------------------------- the loop
+    def __iter__(self) -> Iterator[Batch]: ...
 
 
 def train(
     training: TrainState,
-    make_train_loader: InMemoryTrainLoader,
-    val_batches: Any,
+    train_loader: TrainLoader,
+    val_loader: ValLoader,
     folder: Path,
-    reporter: RunLogger,
+    logger: Logger,
     should_stop: Callable[[], bool],
 ) -> bool:
-    """Train to the configured number of epochs, or until told to stop; saved either way.
+    """Train for the configured number of epochs, or until told to stop; save in both cases.
 
-    Returns whether the end was reached.
+    Return whether the training is complete.
     """
     progress, config = training.progress, training.config
-    check_last_batch(config, make_train_loader.images, world_size())
+    check_last_batch(config, train_loader.images, world_size())
     warm_up_ddp(training)
-    clock = Timer(progress.seconds, progress.epoch - 1 + progress.step / make_train_loader.steps)
+    timer = Timer(progress.seconds, progress.epoch - 1 + progress.step / train_loader.steps)
     while progress.epoch <= config.train.epochs:
-        done = train_epoch(training, make_train_loader, folder, reporter, should_stop, clock)
-        score = done and validate(training, val_batches, reporter, should_stop)
-        progress.seconds = clock.total()
-        if not score:
-            save(training, folder, reporter)
+        done = train_epoch(training, train_loader, folder, logger, should_stop, timer)
+        result = validate(training, val_loader, logger, should_stop) if done else None
+        progress.seconds = timer.total()
+        if result is None:
+            save(training, folder, logger)
             return False
-        finish_epoch(training, score, reporter, clock)
-        save(training, folder, reporter, checkpoint_names(training))
+        finish_epoch(training, result, logger, timer)
+        save(training, folder, logger, checkpoint_names(training))
     return True
-
-
-class Timer:
-    """Time of a run over all its sessions, and what is left at the pace of this one."""
-
-    def __init__(self, seconds_before: float, epochs_before: float):
-        self.seconds_before, self.epochs_before = seconds_before, epochs_before
-        self.start = time.perf_counter()
-
-    def total(self) -> float:
-        """Seconds of this and all earlier sessions."""
-        return self.seconds_before + time.perf_counter() - self.start
-
-    def remaining(self, epochs_done: float, epochs: int) -> str:
-        """Time to the end of the training, as text."""
-        done = epochs_done - self.epochs_before
-        if not done:  # resumed just ahead of a validation
-            return "?"
-        return duration((time.perf_counter() - self.start) / done * (epochs - epochs_done))
 
 
 def train_epoch(
     training: TrainState,
-    batches: InMemoryTrainLoader,
+    loader: TrainLoader,
     folder: Path,
-    reporter: RunLogger,
+    logger: Logger,
     should_stop: Callable[[], bool],
-    clock: Timer,
+    timer: Timer,
 ) -> bool:
-    """The rest of an epoch; False when told to stop before its end."""
-    progress, config = training.progress, training.config
-    steps, epochs, size = batches.steps, config.train.epochs, config.train.batch_size
+    """Train the rest of an epoch. Return False if told to stop before its end."""
+    progress, config, steps = training.progress, training.config, loader.steps
+    epochs, size = config.train.epochs, config.train.batch_size
     training.model.train()
-    meter = StepMetrics(training)
-    reporter.open_bar(f"epoch {progress.epoch}/{epochs}", steps, progress.step)
-    try:
-        for images, labels in meter.timed(batches.epoch(progress.epoch, progress.step)):
-            rate = learning_rate(
-                config.schedule, config.optimizer.lr, epochs, progress.epoch, progress.step, steps
-            )
-            total = min(size, batches.images - progress.step * size)
-            meter.add(train_step(training, images, labels, rate, total), total)
-            progress.step += 1
-            progress.global_step += 1
-            reporter.advance()
-            last = progress.step == steps
-            if last or progress.step % config.run.log_interval == 0:
-                meter.collect(folder)
-                report_step(training, reporter, meter, clock, rate, steps)
-            if should_stop():
-                meter.collect(folder)
-                return False
-            interval = config.run.save_interval
-            if interval and not last and progress.step % interval == 0:
-                meter.collect(folder)
-                progress.seconds = clock.total()
-                save(training, folder, reporter)
-    finally:
-        reporter.close_bar()
+    metrics = StepMetrics(progress, folder)
+    timer.start_row()
+    batches = timer.wait_for(loader.epoch(progress.epoch, progress.step))
+    title = f"epoch {progress.epoch}/{epochs}"
+    for images, labels in logger.with_bar(batches, title, steps, progress.step):
+        position = progress.epoch, progress.step, steps
+        rate = learning_rate(config.schedule, config.optimizer.lr, epochs, *position)
+        total = min(size, loader.images - progress.step * size)
+        metrics.add(train_step(training, images, labels, rate, total), total)
+        timer.images += total
+        progress.step += 1
+        progress.global_step += 1
+        last = progress.step == steps
+        if last or progress.step % config.run.log_interval == 0:
+            metrics.collect()
+            report_step(training, logger, timer, rate, steps)
+        if should_stop():
+            metrics.collect()
+            return False
+        interval = config.run.save_interval
+        if interval and not last and progress.step % interval == 0:
+            metrics.collect()
+            progress.seconds = timer.total()
+            save(training, folder, logger)
     return True
 
 
 def train_step(
     training: TrainState, images: Tensor, labels: Tensor, rate: float, total: int | None = None
 ) -> Tensor:
-    """One optimiser step on a global batch; [mean loss, top-1 hits, top-5 hits], float64 (3,).
+    """Take one optimizer step on a global batch; return [mean loss, top-1 hits, top-5 hits], float64 (3,).
 
-    `images` and `labels` are this process's share of the `total` (None: they are all), and the result is
-    its share of the sums. The batch is cut into accumulation parts whose gradients, over all parts and
-    processes, add up to that of the mean loss over the whole batch; running statistics follow the first
-    part, as on the original's first GPU. Nothing here waits for the device.
+    `images` and `labels` are this rank's share of `total` images (None: all of them), and the result is its
+    share of the sums. Over all micro-batches and ranks, gradients add up to that of the mean loss over the
+    global batch. Running statistics follow the first micro-batch, as on the original's first GPU. Nothing
+    here waits for the device.
     """
-    train, ranks = training.config.train, world_size()
     total = len(labels) if total is None else total
     images = images.to(memory_format=training.layout)
     for group in training.optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
     training.optimizer.zero_grad(set_to_none=True)
-    sizes = [part[rank()] for part in split_batch(total, train, ranks) if any(part)]
+    sizes = [part[rank()] for part in split_batch(total, training.config.train, world_size()) if any(part)]
     results = []
-    for number, (part, targets) in enumerate(zip(images.split(sizes), labels.split(sizes), strict=True), 1):
+    for number, part in enumerate(zip(images.split(sizes), labels.split(sizes), strict=True), 1):
         statistics = frozen_running_statistics(training.model) if number > 1 else contextlib.nullcontext()
         with statistics, training.exchange(last=number == len(sizes)):
-            if len(part):
-                with training.autocast():
-                    output = training.forward(part)
-                output = promote_to_float32(output)
-                loss = F.cross_entropy(output, targets, label_smoothing=train.label_smoothing)
-                loss = loss * (len(part) / total)
-                if targets.ndim == 2:  # mixed: a hit is the label with the larger share
-                    targets = targets.argmax(1)
-                results.append(
-                    torch.cat([loss.detach().double()[None], count_correct(output, targets).double()])
-                )
-            else:
-                loss = zero_loss(training, part)
-            # DDP takes the mean over the processes, and the sum is wanted.
-            training.scaler.scale(loss * ranks).backward()
-    if train.clip_grad_norm is not None:
-        training.scaler.unscale_(training.optimizer)
-        nn.utils.clip_grad_norm_(training.model.parameters(), train.clip_grad_norm)
-    training.scaler.step(training.optimizer)
-    training.scaler.update()
-    if training.ema:
-        training.ema.update_parameters(training.model)
-    return sum(results) if results else torch.zeros(3, dtype=torch.float64, device=images.device)
+            loss, result = forward_loss(training, *part, total)
+            # DDP averages gradients over the ranks; their sum is wanted.
+            training.scaler.scale(loss * world_size()).backward()
+        results.append(result)
+    update_weights(training)
+    return functools.reduce(torch.add, results)
+
+
+def forward_loss(training: TrainState, images: Tensor, labels: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Return (loss, [loss, top-1 hits, top-5 hits]) of a micro-batch; its share of the mean over `total`."""
+    if not len(images):
+        return zero_loss(training, images), torch.zeros(3, dtype=torch.float64, device=images.device)
+    with training.autocast():
+        output = training.forward(images)
+    output = promote_to_float32(output)
+    loss = training.criterion(output, labels) * (len(images) / total)
+    if labels.ndim == 2:  # mixed images: a hit is the class with the largest share
+        labels = labels.argmax(1)
+    return loss, torch.cat([loss.detach().double()[None], count_correct(output, labels).double()])
 
 
 def zero_loss(training: TrainState, images: Tensor) -> Tensor:
-    """The loss of a process without an image in the last batch: 0, with gradients of 0 for the exchange."""
+    """Return a loss of 0 for a rank without images; its gradients of 0 take part in the exchange."""
     with training.autocast():
         pixels = images.new_zeros(2, *images.shape[1:]).to(memory_format=training.layout)
         return training.forward(pixels).sum() * 0.0
 
 
-def warm_up_ddp(training: TrainState) -> None:
-    """Of several processes, one step whose gradient is thrown away.
+def update_weights(training: TrainState) -> None:
+    """Clip the gradients if configured, update the weights, and then their average."""
+    clip = training.config.train.clip_grad_norm
+    if clip is not None:
+        training.scaler.unscale_(training.optimizer)
+        nn.utils.clip_grad_norm_(training.model.parameters(), clip)
+    training.scaler.step(training.optimizer)
+    training.scaler.update()
+    if training.ema:
+        training.ema.update_parameters(training.model)
 
-    After its first step DDP sorts gradients into other buckets, and sums are rounded otherwise. Now the
-    first steps of a run, and the first after a resume, find the final ones.
+
+def warm_up_ddp(training: TrainState) -> None:
+    """Take one step on every rank and discard its gradients.
+
+    After its first step DDP rebuilds its gradient buckets, which changes rounding. This way, the first steps
+    of a new or resumed run already use the final buckets.
     """
     if not training.exchanges:
         return
@@ -198,207 +184,51 @@ def warm_up_ddp(training: TrainState) -> None:
     training.optimizer.zero_grad(set_to_none=True)
 
 
-class StepMetrics:
-    """Losses and counts of steps, left on the device until a row or a checkpoint needs them.
-
-    Then the processes add up their shares.
-    """
-
-    def __init__(self, training: TrainState):
-        self.training = training
-        self.pending: list[tuple[Tensor, int]] = []
-        self.waited = 0.0  # seconds spent waiting for data since the last row
-        self.since = time.perf_counter()
-        self.images = 0
-
-    def timed(self, batches: Iterator) -> Iterator:
-        """The batches, with the time waited for them added up."""
-        while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
-            self.waited += time.perf_counter() - start
-            if batch is None:
-                return
-            yield batch
-
-    def add(self, result: Tensor, images: int) -> None:
-        self.pending.append((result, images))
-        self.images += images
-
-    def collect(self, folder: Path) -> None:
-        """Bring what is pending to the host; a UserError at the first non-finite loss."""
-        if not self.pending:
-            return
-        progress = self.training.progress
-        shared = torch.stack([result for result, _ in self.pending]).cpu()
-        results = sum_over_ranks(shared).tolist()
-        first = progress.step - len(results) + 1
-        for step, ((loss, top1, top5), (_, images)) in enumerate(
-            zip(results, self.pending, strict=True), first
-        ):
-            if not math.isfinite(loss):
-                raise UserError(non_finite(loss, progress.epoch, step, folder))
-            progress.interval.add(loss, top1, top5, images)
-            progress.epoch_sums.add(loss, top1, top5, images)
-        self.pending.clear()
-
-    def restart(self) -> None:
-        self.waited, self.images, self.since = 0.0, 0, time.perf_counter()
-
-
-def non_finite(loss: float, epoch: int, step: int, folder: Path) -> str:
-    last = folder / "checkpoints" / "last.pt"
-    good = f"the last good checkpoint is {last}" if last.exists() else "nothing was saved yet"
-    return (
-        f"the loss is {loss} at epoch {epoch}, step {step}; {good}; lower optimizer.lr, add "
-        "schedule.warmup_epochs or train.clip_grad_norm, or use train.precision bf16 or fp32"
-    )
-
-
-def report_step(
-    training: TrainState, reporter: RunLogger, meter: StepMetrics, clock: Timer, rate: float, steps: int
-) -> None:
-    """Row, line and scalars of the steps since the last row."""
-    progress, epochs = training.progress, training.config.train.epochs
-    taken = max(time.perf_counter() - meter.since, 1e-9)
-    values = progress.interval.as_row()
-    speed = meter.images / taken
-    batches = max(1, round(meter.images / training.config.train.batch_size))
-    left = clock.remaining(progress.epoch - 1 + progress.step / steps, epochs)
-    row = {
-        "kind": "step",
-        "epoch": progress.epoch,
-        "step": progress.step,
-        "global_step": progress.global_step,
-        "lr": rate,
-        **values,
-    }
-    timing = {"seconds": taken, "data_seconds": meter.waited, "images_per_second": speed}
-    reporter.row(row | {"time": timing})
-    reporter.scalars(
-        "train",
-        {"lr": rate, "images_per_second": speed}
-        | {name: values[name] for name in ("loss", "top1_error", "top5_error")},
-        progress.global_step,
-    )
-    errors = error_text(values, len(training.classes))
-    reporter.step_line(
-        f"epoch {progress.epoch}/{epochs}  step {progress.step}/{steps}  "
-        f"time {taken / batches:.3f}  data {meter.waited / batches:.3f}  "
-        f"loss {values['loss']:.4f}  {errors}  lr {rate:.4g}  {speed:.0f} img/s  "
-        f"ETA {left}",
-        f"loss {values['loss']:.3f}, top-1 {values['top1_error']:.2f}, ETA {left}",
-    )
-    progress.interval = MetricSums()
-    meter.restart()
-
-
-def error_text(row: dict[str, Any], classes: int) -> str:
-    """The two errors in percent; the second is top-5, or top-n of fewer classes."""
-    return f"top-1 {row['top1_error']:6.3f}  top-{min(5, classes)} {row['top5_error']:6.3f}"
-
-
 def validate(
-    training: TrainState, batches: Any, reporter: RunLogger, should_stop: Callable[[], bool]
+    training: TrainState, loader: ValLoader, logger: Logger, should_stop: Callable[[], bool]
 ) -> EvalResult | None:
-    """Exact validation errors of the weights that the run is about; None when told to stop.
+    """Return the exact validation result of the weights that the run saves; None if told to stop.
 
-    What is evaluated is what is saved: the running statistics of the first process.
+    What is evaluated is what is saved: all ranks use the running statistics of rank 0.
     """
     training.broadcast_buffers()
-    shown = with_bar("validation", batches, reporter)
-    return evaluate(training.evaluated_model, shown, training.autocast, should_stop, layout=training.layout)
+    batches = logger.with_bar(loader, "validation", loader.steps)
+    return evaluate(training.evaluated_model, batches, training.autocast, should_stop, layout=training.layout)
 
 
-def read_through(batches: Any, reporter: RunLogger, should_stop: Callable[[], bool]) -> None:
-    """Decode all validation files once, so that a broken one is found now and not after the first epoch."""
-    for _ in with_bar("trying the validation files", batches, reporter):
+def read_through(loader: ValLoader, logger: Logger, should_stop: Callable[[], bool]) -> None:
+    """Decode all validation files once, to find a broken one now and not after the first epoch."""
+    for _ in logger.with_bar(loader, "trying the validation files", loader.steps):
         if should_stop():
             return
 
 
-def with_bar(title: str, batches: Any, reporter: RunLogger) -> Iterator:
-    """The batches, with a progress bar on a terminal."""
-    reporter.open_bar(title, batches.steps)
-    try:
-        for batch in batches:
-            yield batch
-            reporter.advance()
-    finally:
-        reporter.close_bar()
-
-
-def finish_epoch(training: TrainState, score: EvalResult, reporter: RunLogger, clock: Timer) -> None:
-    """Row, line and scalars of a finished epoch; then the next one is in progress."""
-    progress, epochs = training.progress, training.config.train.epochs
-    progress.last = {"epoch": progress.epoch, **score.as_row()}
-    if progress.best is None or score.top1_error < progress.best["top1_error"]:
-        progress.best = progress.last
-    training_row = progress.epoch_sums.as_row()
-    reporter.row(
-        {
-            "kind": "epoch",
-            "epoch": progress.epoch,
-            "global_step": progress.global_step,
-            "train": training_row,
-            "val": score.as_row(),
-            "weights": "ema" if training.ema else "model",
-            "best_epoch": progress.best["epoch"],
-            "best_top1_error": progress.best["top1_error"],
-            "time": {"total_seconds": clock.total()},
-        }
-    )
-    for name in ("loss", "top1_error", "top5_error"):
-        reporter.scalars("epoch", {f"train_{name}": training_row[name]}, progress.global_step)
-        reporter.scalars("epoch", {f"val_{name}": score.as_row()[name]}, progress.global_step)
-    reporter.say(
-        f" * epoch {progress.epoch}/{epochs}  train top-1 {training_row['top1_error']:6.3f}  "
-        f"val {error_text(score.as_row(), len(training.classes))}  "
-        f"loss {score.loss:.4f}  best {progress.best['top1_error']:.3f} "
-        f"(epoch {progress.best['epoch']})  ETA {clock.remaining(progress.epoch, epochs)}"
-    )
+def finish_epoch(training: TrainState, result: EvalResult, logger: Logger, timer: Timer) -> None:
+    """Record and report the validation, and start the next epoch."""
+    progress = training.progress
+    progress.last = {"epoch": progress.epoch, **result.as_row()}
+    best = progress.best
+    if best is None or result.top1_error < cast(float, best["top1_error"]):
+        best = progress.best = progress.last
+    report_epoch(training, result, best, logger, timer)
     progress.epoch += 1
     progress.step = 0
     progress.epoch_sums = MetricSums()
-    progress.seconds = clock.total()
+    progress.seconds = timer.total()
 
 
 def checkpoint_names(training: TrainState) -> tuple[str, ...]:
-    """The names under which the state is saved after an epoch."""
+    """Return the names under which the state is saved after an epoch."""
     progress, every = training.progress, training.config.run.keep_every
     finished = progress.epoch - 1
-    best = ("best.pt",) if progress.best["epoch"] == finished else ()
+    best = ("best.pt",) if progress.best and progress.best["epoch"] == finished else ()
     kept = (f"epoch_{finished:03d}.pt",) if every and finished % every == 0 else ()
     return ("last.pt", *best, *kept)
 
 
-def save(
-    training: TrainState, folder: Path, reporter: RunLogger, names: tuple[str, ...] = ("last.pt",)
-) -> None:
-    """Write the state under checkpoints/, last.pt and others."""
+def save(training: TrainState, folder: Path, logger: Logger, names: tuple[str, ...] = ("last.pt",)) -> None:
+    """Let rank 0 write the state under checkpoints/."""
     if rank() == 0:
-        training.progress.rows = reporter.rows
-        reporter.sync()
+        training.progress.rows = logger.rows
+        logger.sync()
         write_checkpoint(checkpoint_content(training), folder / "checkpoints", list(names))
-
-
-def summary(training: TrainState, folder: Path, signal: Any) -> str:
-    """The end of a run's session: result, time, where things are, the next command."""
-    progress, epochs = training.progress, training.config.train.epochs
-    finished = progress.epoch > epochs
-    weights = " (averaged weights)" if training.ema else ""
-    k = min(5, len(training.classes))
-    if finished:
-        lines = [f"finished: {epochs} epochs in {duration(progress.seconds)}"]
-    else:
-        lines = [f"stopped by {signal.name} in epoch {progress.epoch}, after {progress.step} of its steps"]
-    for title, row in (("last", progress.last), ("best", progress.best)):
-        if row:
-            lines.append(
-                f"{title} validation error{weights}: top-1 {row['top1_error']:.3f} "
-                f"({row['top1_errors']}/{row['images']}), top-{k} {row['top5_error']:.3f} "
-                f"({row['top5_errors']}/{row['images']}), epoch {row['epoch']}"
-            )
-    lines.append(f"checkpoints: {folder / 'checkpoints'}; log, metrics and curves: {folder}")
-    following = ["evaluate.py"] if finished else ["train.py", "--resume"]
-    return "\n".join([*lines, f"next: {shlex.join(['python', *following, str(folder)])}"])

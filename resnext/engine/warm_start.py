@@ -1,4 +1,6 @@
-"""What a fresh training starts from other than nothing: trained weights, or a run of the Lua code."""
+"""What a fresh training starts from other than nothing: pretrained weights, or a run of the Lua code."""
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -14,32 +16,28 @@ from .train_state import TrainProgress, TrainState, init_momentum
 
 
 def load_pretrained(training: TrainState, source: ResNeXt, info: WeightsInfo) -> list[str]:
-    """Trained weights for a fresh run (-retrain, -resetClassifier); lines for the log.
+    """Load pretrained weights into a fresh run (-retrain, -resetClassifier); return lines for the log.
 
-    The last layer is taken along where there is one and the classes are the same, perhaps in another order;
-    otherwise it starts anew.
+    The last layer is kept if the classes are the same, perhaps in another order; otherwise reinitialized.
     """
     own, theirs = training.config, info.config
     check_architecture(theirs.model, own.model, f"model.pretrained: {info.file}")
     state = convert_state_form(source.state_dict(), theirs.model, own.model)
     outputs, lines = pretrained_classes(info, own, training.classes)
-    kept = outputs is not None
-    if kept:
+    if outputs is not None:
         row = {name: output for output, name in enumerate(outputs)}
         order = torch.tensor([row[name] for name in training.classes])
         state |= {key: state[key][order] for key in ("fc.weight", "fc.bias")}
+        last = "last layer included"
+        if info.classes is None:
+            last += " (the file names no classes: if they are others, set model.reset_classifier=true)"
     else:
         fresh = training.model.state_dict()
         state |= {key: fresh[key] for key in ("fc.weight", "fc.bias")}
-    check_state(training.model, state, info.file)
-    training.model.load_state_dict(state)
-    if training.ema:
-        training.ema.module.load_state_dict(state)
-    last = "last layer included" if kept else f"a new last layer of {len(training.classes)} classes"
-    if info.outputs is None:
-        last += " (the file has none)"
-    if kept and info.classes is None:
-        last += " (the file names no classes: if they are others, set model.reset_classifier=true)"
+        last = f"a new last layer of {len(training.classes)} classes"
+        if info.outputs is None:
+            last += " (the file has none)"
+    load_weights_and_ema(training, state, info.file)
     lines.append(f"starting from the {info.weights} of {info.file} ({info.origin}), {last}")
     keys = ["mean", "std"]
     if "memory" not in (own.data.pipeline, theirs.data.pipeline):
@@ -50,14 +48,22 @@ def load_pretrained(training: TrainState, source: ResNeXt, info: WeightsInfo) ->
         if getattr(own.data, key) != getattr(theirs.data, key)
     ]
     if settings:
-        lines.append(f"warning: they are meant for {' '.join(settings)}, and this run has others")
+        lines.append(f"warning: these weights expect {' '.join(settings)}; this run uses other values")
     return lines
+
+
+def load_weights_and_ema(training: TrainState, state: dict[str, Tensor], file: str) -> None:
+    """Load a state_dict into the network, and into its EMA if there is one."""
+    check_state(training.model, state, file)
+    training.model.load_state_dict(state)
+    if training.ema:
+        training.ema.module.load_state_dict(state)
 
 
 def pretrained_classes(
     info: WeightsInfo, config: Config, classes: tuple[str, ...]
 ) -> tuple[tuple[str, ...] | None, list[str]]:
-    """(names of the outputs of weights, warnings); None where they are not a training's `classes`."""
+    """Return (names of the outputs of weights, warnings); None if they are not a training's `classes`."""
     if info.outputs != len(classes) or config.model.reset_classifier:
         return None, []
     if info.classes is not None:
@@ -74,16 +80,16 @@ def pretrained_classes(
 
 
 def convert_state_form(
-    state: dict[str, Tensor], source: ModelConfig, target: ModelConfig
+    state: Mapping[str, Tensor], source: ModelConfig, target: ModelConfig
 ) -> dict[str, Tensor]:
-    """Weights (or momenta) of a network of one block form for another; the function stays the same."""
+    """Return weights (or momenta) of one block form in another; the network's function stays the same."""
     if source.block == target.block:
         return dict(state)
     return convert_form(state, source.cardinality, source.block, target.block)
 
 
 def check_architecture(found: ModelConfig, configured: ModelConfig, where: str) -> None:
-    """A UserError that names the keys in which weights and configuration are of different networks."""
+    """Raise UserError with the keys in which weights and configuration are different networks."""
     keys = ("stem", "stages", "cardinality", "base_width", "preactivation")
     pairs = [(key, getattr(found, key), getattr(configured, key)) for key in keys]
     differing = [f"model.{key}={to_text(theirs)}" for key, theirs, ours in pairs if theirs != ours]
@@ -95,11 +101,11 @@ def check_architecture(found: ModelConfig, configured: ModelConfig, where: str) 
 
 
 def resume_from_lua(training: TrainState, run: LuaCheckpoint) -> list[str]:
-    """Bring a fresh Training to the end of a Lua run's latest epoch (-resume); lines for the log.
+    """Bring a fresh TrainState to the end of a Lua run's latest epoch (-resume); return lines for the log.
 
-    As in ours, and unlike there, the configuration's momentum and decay are used.
+    The configuration's momentum and weight decay are used, as with our checkpoints and unlike the Lua code.
     """
-    own, config, where = training.model, training.config, f"--resume {run.info.file}"
+    config, where = training.config, f"--resume {run.info.file}"
     check_architecture(run.info.config.model, config.model, where)
     classes = run.model.fc.out_features
     if classes != len(training.classes):
@@ -108,14 +114,12 @@ def resume_from_lua(training: TrainState, run: LuaCheckpoint) -> list[str]:
             "with --data"
         )
     state = convert_state_form(run.model.state_dict(), run.info.config.model, config.model)
-    check_state(own, state, run.info.file)
-    own.load_state_dict(state)
-    if training.ema:
-        training.ema.module.load_state_dict(state)
-    momentum = convert_state_form(run.momentum, run.info.config.model, config.model) if run.momentum else {}
-    for name, parameter in own.named_parameters():
-        if parameter.requires_grad and momentum:
-            training.optimizer.state[parameter]["momentum_buffer"] = momentum[name]
+    load_weights_and_ema(training, state, run.info.file)
+    if run.momentum:
+        momentum = convert_state_form(run.momentum, run.info.config.model, config.model)
+        for name, parameter in training.model.named_parameters():
+            if parameter.requires_grad:
+                training.optimizer.state[parameter]["momentum_buffer"] = momentum[name]
     init_momentum(training.optimizer)
     training.progress = TrainProgress(epoch=run.epoch + 1, global_step=run.steps)
     pairs = {"momentum": "momentum", "nesterov": "nesterov", "weight_decay": "weightDecay"}

@@ -1,183 +1,158 @@
-"""Networks of the Lua code (models/resnext.lua, resnet.lua, preresnet.lua) as state_dicts.
+"""Convert networks of the Lua code (models/resnext.lua, resnet.lua, preresnet.lua) to state_dicts.
 
-Modules are told by kind and order and not by their place, because published files nest them otherwise
-than the code does. Whatever would compute something else than our network is refused.
+Modules are recognized by kind and order, not by position, because published files nest them differently
+from the code. A network that would compute something different from ours is refused.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import InvalidFileError
-from .t7 import Object, Table, parse_t7
+from .t7 import Object, Table, Value, parse_t7
 
 EPS = 1e-5  # of our BatchNorm
 MAX_MODULES, MAX_NESTING = 100_000, 50
 
-CONVOLUTIONS = ("SpatialConvolution", "SpatialConvolutionMM")
-NORMS = ("SpatialBatchNormalization", "BatchNormalization")
-RELUS = ("ReLU", "Threshold")
 NEUTRAL = ("View", "Reshape", "Identity", "Copy", "Contiguous", "Squeeze")  # change no number
 CONTAINERS = ("Sequential", "ConcatTable", "Concat", "DepthConcat")
 REPLICAS = ("DataParallelTable", "DataParallel")  # hold the network several times
-KINDS = dict.fromkeys(CONVOLUTIONS, "conv") | dict.fromkeys(NORMS, "bn") | dict.fromkeys(RELUS, "relu")
-KINDS |= {"SpatialMaxPooling": "maxpool", "SpatialAveragePooling": "avgpool", "Linear": "linear"}
-KINDS |= {"CAddTable": "add", "JoinTable": "join", "MulConstant": "zero", "Padding": "padding"}
+KINDS = {"SpatialConvolution": "conv", "SpatialConvolutionMM": "conv", "Linear": "linear"}
+KINDS |= {"SpatialBatchNormalization": "bn", "BatchNormalization": "bn"}
+KINDS |= {"ReLU": "relu", "Threshold": "relu", "MulConstant": "zero", "Padding": "padding"}
+KINDS |= {"SpatialMaxPooling": "maxpool", "SpatialAveragePooling": "avgpool"}
+KINDS |= {"CAddTable": "add", "JoinTable": "join"}
+TENSORS = ("weight", "bias", "running_mean", "running_var", "running_std")
 
 
 @dataclass
 class Op:
-    """One module that computes something, or parallel branches of them (kind "branches")."""
+    """One module that computes something, or a container of parallel branches (kind "branches")."""
 
     kind: str
-    module: Object | None = None
+    module: Object
     branches: list[list["Op"]] = field(default_factory=list)
 
 
-@dataclass
-class LuaNetwork:
-    """state: a state_dict in our names. parameters: those of its keys that are learned, in Lua's order."""
-
-    state: dict[str, Tensor]
-    parameters: list[str]
+END = Op("end", Object("nothing"))
 
 
-def convert_network(root: Any, limit: int) -> LuaNetwork:
-    """The network in a module tree as parse_t7 reads it; `limit`: the most elements that it may have.
+def read_network(path: Path) -> dict[str, Tensor]:
+    """Return the state_dict of a model_N.t7 or a published file, under our names, in Lua's order.
 
-    Raises Unreadable for what is none of these networks.
+    Raise InvalidFileError for other networks and other files.
     """
-    ops, order = _flatten(root)
-    names = _Names(ops)
-    names.network()
-    if sum(tensor.numel() for module in order for tensor in _all_tensors(module)) > limit:
-        raise InvalidFileError("its tensors are larger than the file")
-    state: dict[str, Tensor] = {}
-    parameters: list[str] = []
-    for module in order:
-        name = names.of[id(module)]
-        learned, statistics = _tensors(module, name)
-        for key, value in learned.items():
-            state[f"{name}.{key}"] = value
-            parameters.append(f"{name}.{key}")
-        state |= {f"{name}.{key}": value for key, value in statistics.items()}
-    return LuaNetwork(state, parameters)
-
-
-@dataclass
-class LuaRun:
-    """A directory of checkpoints.lua: network, epochs done, and the optimiser's state (optim.sgd)."""
-
-    network: LuaNetwork
-    epoch: int
-    optimizer: Table
-
-
-def read_network(path: Path) -> LuaNetwork:
-    """The network of a model_N.t7 or a published file. Raises Unreadable."""
     content = path.read_bytes()
     root = parse_t7(content)
     if isinstance(root, Table) and "modelFile" in root:
         raise InvalidFileError("names the files of a Lua run; give its folder")
-    return convert_network(root, len(content))
+    ops, modules = _flatten(root)
+    names = _Names(ops, {})
+    names.network()
+    tensors = [_tensor(module, key) for module in modules for key in TENSORS]
+    if sum(tensor.numel() for tensor in tensors if tensor is not None) > len(content):
+        raise InvalidFileError("its tensors are larger than the file")
+    state: dict[str, Tensor] = {}
+    for module in modules:
+        name = names.of[id(module)]
+        state |= {f"{name}.{key}": value for key, value in _convert(module, name).items()}
+    return state
 
 
-def model_file(folder: Path) -> Path:
-    """The model that a directory's latest.t7 names. Raises Unreadable."""
-    return _named_file(folder, _latest(folder), "modelFile")
+def learned_keys(state: dict[str, Tensor]) -> list[str]:
+    """Return the keys of the learned parameters of read_network's state_dict, in Lua's order."""
+    return [key for key in state if not key.endswith(("running_mean", "running_var"))]
 
 
-def read_run(folder: Path) -> LuaRun:
-    """What latest.t7, and the two files that it names, hold. Raises Unreadable."""
-    latest = _latest(folder)
+def read_run(folder: Path) -> tuple[dict[str, Tensor], int, Table]:
+    """Return the state_dict, the finished epochs, and the optimizer's state (optim.sgd) of a Lua run.
+
+    checkpoints.lua writes them to the two files that latest.t7 names. Raise InvalidFileError.
+    """
+    latest = read_latest(folder)
     epoch = latest.get("epoch")
-    optimizer = parse_t7(_named_file(folder, latest, "optimFile").read_bytes())
-    whole = type(epoch) is float and epoch >= 1 and epoch.is_integer()
-    if not whole or not isinstance(optimizer, Table):
-        raise InvalidFileError("latest.t7 or the optimiser's state is not what checkpoints.lua writes")
-    return LuaRun(read_network(_named_file(folder, latest, "modelFile")), int(epoch), optimizer)
+    if not isinstance(epoch, float) or epoch < 1 or not epoch.is_integer():
+        raise InvalidFileError(f"latest.t7 has no number of finished epochs (got {str(epoch)[:40]})")
+    optimizer = parse_t7(named_file(folder, latest, "optimFile").read_bytes())
+    if not isinstance(optimizer, Table):
+        raise InvalidFileError("its optimizer's state is not a file of checkpoints.lua")
+    return read_network(named_file(folder, latest, "modelFile")), int(epoch), optimizer
 
 
-def _latest(folder: Path) -> Table:
+def read_latest(folder: Path) -> Table:
+    """Return the content of a directory's latest.t7. Raise InvalidFileError."""
     latest = parse_t7((folder / "latest.t7").read_bytes())
     if not isinstance(latest, Table):
-        raise InvalidFileError("latest.t7 is not what checkpoints.lua writes")
+        raise InvalidFileError("latest.t7 is not a file of checkpoints.lua")
     return latest
 
 
-def _named_file(folder: Path, latest: Table, key: str) -> Path:
-    """Beside latest.t7, wherever the run was."""
+def named_file(folder: Path, latest: Table, key: str) -> Path:
+    """Return the file that latest.t7 names; it is beside latest.t7, wherever the run wrote it."""
     name = latest.get(key)
     if not isinstance(name, str) or not name.rpartition("/")[2]:
         raise InvalidFileError(f"latest.t7 names no {key}")
     path = folder / name.rpartition("/")[2]
     if not path.is_file():
-        raise InvalidFileError(f"{path.name}, which latest.t7 names, is not there")
+        raise InvalidFileError(f"{path.name}, which latest.t7 names, is missing")
     return path
 
 
 # ---------------------------------------------------------------------------- the tree as a list
 
 
-def _flatten(root: Any) -> tuple[list[Op], list[Object]]:
-    """(what a module tree does, one after another; its modules with weights as Lua walks them)."""
-    order: dict[int, Object] = {}
+def _flatten(root: Value) -> tuple[list[Op], list[Object]]:
+    """Return what a module tree does, in order, and its modules with weights in Lua's order."""
+    weighted: dict[int, Object] = {}
     inside: set[int] = set()
     visits = 0
 
-    def walk(module: Any) -> list[Op]:
+    def walk(module: Value) -> list[Op]:
         nonlocal visits
         visits += 1
         if visits > MAX_MODULES or id(module) in inside or len(inside) > MAX_NESTING:
             raise InvalidFileError(
-                f"a module holds itself, or over {MAX_MODULES:,} others, or {MAX_NESTING} nested"
+                f"a module holds itself, over {MAX_MODULES:,} others, or over {MAX_NESTING} levels"
             )
-        kind = _class(module)
-        if kind in CONTAINERS or kind in REPLICAS:
+        if not isinstance(module, Object):
+            raise InvalidFileError("holds no network (it has a plain value in place of an nn module)")
+        name = _class(module)
+        if name in NEUTRAL:
+            return []
+        if name in CONTAINERS or name in REPLICAS:
             inside.add(id(module))
             children = _children(module)
-            branches = [walk(child) for child in (children[:1] if kind in REPLICAS else children)]
+            branches = [walk(child) for child in (children[:1] if name in REPLICAS else children)]
             inside.remove(id(module))
-            if kind == "Sequential" or kind in REPLICAS:
+            if name == "Sequential" or name in REPLICAS:
                 return [op for branch in branches for op in branch]
-            joined = [] if kind == "ConcatTable" else [Op("join")]
+            joined = [] if name == "ConcatTable" else [Op("join", module)]
             return [Op("branches", module, branches), *joined]
-        if kind in NEUTRAL:
-            return []
-        _check_kind(module, kind)
-        if KINDS[kind] in ("conv", "bn", "linear"):
-            if id(module) in order:
+        if name not in KINDS:
+            raise InvalidFileError(f"has a module {module.class_name[:60]!r}, which no known network has")
+        if name == "Threshold" and (_number(module, "threshold"), _number(module, "val")) != (0, 0):
+            raise InvalidFileError("has a threshold other than ReLU's")
+        if KINDS[name] in ("conv", "bn", "linear"):
+            if id(module) in weighted:
                 raise InvalidFileError("a module with weights is used twice")
-            order[id(module)] = module
-        return [Op(KINDS[kind], module)]
+            weighted[id(module)] = module
+        return [Op(KINDS[name], module)]
 
-    return walk(root), list(order.values())
-
-
-def _check_kind(module: Object, kind: str) -> None:
-    if kind not in KINDS:
-        raise InvalidFileError(
-            f"it has a module {module.class_name[:60]!r}, which these networks do not have"
-        )
-    if kind == "Threshold" and (_number(module, "threshold", 0), _number(module, "val", 0)) != (0, 0):
-        raise InvalidFileError("it has a threshold that is not ReLU's")
+    return walk(root), list(weighted.values())
 
 
-def _class(module: Any) -> str:
-    """The class name of a module without its package: nn, cudnn, fbnn, inn."""
-    if not isinstance(module, Object) or module.fields is None:
-        raise InvalidFileError("it holds no network: something else stands in place of an nn module")
+def _class(module: Object) -> str:
+    """Return the class name of a module without its package (nn, cudnn, fbnn, inn)."""
     return module.class_name.rpartition(".")[2]
 
 
-def _children(module: Object) -> list[Any]:
+def _children(module: Object) -> list[Value]:
     children = module.fields.get("modules")
     if not isinstance(children, Table) or not len(children):
-        raise InvalidFileError(f"a {module.class_name[:60]} without modules")
+        raise InvalidFileError(f"a {module.class_name[:60]} has no modules")
     return [children.get(number) for number in range(1, len(children) + 1)]
 
 
@@ -185,51 +160,43 @@ def _children(module: Object) -> list[Any]:
 
 
 class _Names:
-    """Walks the list and gives each module with weights the name it has with us."""
+    """A parser of the list; it gives each module with weights the name of its counterpart in our network."""
 
-    def __init__(self, ops: list[Op]):
-        self.ops, self.place = ops, 0
-        self.of: dict[int, str] = {}
+    def __init__(self, ops: list[Op], of: dict[int, str]):
+        self.ops, self.place = [*ops, END], 0
+        self.of = of  # id of a module → name
 
     # -- the cursor
 
     def sees(self, *kinds: str) -> bool:
         return [op.kind for op in self.ops[self.place : self.place + len(kinds)]] == list(kinds)
 
-    def next(self, kind: str, what: str) -> Op:
-        if not self.sees(kind):
-            found = self.ops[self.place].kind if self.place < len(self.ops) else "nothing"
-            raise InvalidFileError(
-                f"{what}: {found} stands where {kind} should; this is none of the networks read"
-            )
+    def next(self, kind: str, where: str) -> Op:
+        op = self.ops[self.place]
+        if op.kind != kind:
+            raise InvalidFileError(f"{where}: not a known network (got {op.kind}, expected {kind})")
         self.place += 1
-        return self.ops[self.place - 1]
+        return op
 
     def norm(self, name: str) -> None:
         self.of[id(self.next("bn", name).module)] = name
 
-    def convolution(self, name: str, kernel: int, stride: int = 1) -> Object:
+    def norm_relu(self, name: str) -> None:
+        self.norm(name)
+        self.next("relu", name)
+
+    def convolution(self, name: str, kernel: int, stride: int = 1) -> None:
         module = self.next("conv", name).module
         _check_sizes(module, name, kernel, stride, kernel // 2)
         self.of[id(module)] = name
-        return module
-
-    def inner(self, ops: list[Op]) -> "_Names":
-        names = _Names(ops)
-        names.of = self.of
-        return names
-
-    def end(self, what: str) -> None:
-        if self.place < len(self.ops):
-            raise InvalidFileError(f"{what}: goes on with {self.ops[self.place].kind} where it should end")
 
     # -- the grammar
 
     def network(self) -> None:
         first = next((op for op in self.ops if op.kind == "branches"), None)
         if first is None:
-            raise InvalidFileError("it holds no network with residual blocks")
-        self.preactivation = max((_trunk(branch) for branch in first.branches), key=len)[-1:] == ["conv"]
+            raise InvalidFileError("holds no network with residual blocks")
+        self.preactivation = max(map(_trunk, first.branches), key=len)[-1:] == ["conv"]
         self.stem()
         stage, channels, index = 0, None, 0
         while self.sees("branches") or self.sees("bn", "relu", "branches"):
@@ -239,57 +206,47 @@ class _Names:
             self.block(stage, index)
             index += 1
         if self.preactivation:
-            self.norm("final_bn")
-            self.next("relu", "final_bn")
-        self.next("avgpool", "the pooling ahead of the last layer")
+            self.norm_relu("final_bn")
+        self.next("avgpool", "the last pooling")
         self.of[id(self.next("linear", "fc").module)] = "fc"
-        self.end("fc")
+        self.next("end", "fc")
 
     def stem(self) -> None:
-        first = self.ops[0].module if self.sees("conv") else None
-        self.imagenet = first is not None and _number(first, "kW", 0) == 7
-        if self.imagenet:
-            self.convolution("conv1", 7, 2)
-        else:
-            self.convolution("conv1", 3)
+        self.imagenet = self.sees("conv") and _number(self.ops[0].module, "kW") == 7
+        self.convolution("conv1", *((7, 2) if self.imagenet else (3, 1)))
         if self.imagenet or not self.preactivation:
-            self.norm("bn1")
-            self.next("relu", "bn1")
+            self.norm_relu("bn1")
         if self.imagenet:
             pool = self.next("maxpool", "maxpool").module
             _check_sizes(pool, "maxpool", 3, 2, 1)
             if pool.fields.get("ceil_mode") is True:
-                raise InvalidFileError("maxpool: rounds sizes up, ours down")
+                raise InvalidFileError("maxpool: rounds sizes up, but ours rounds down")
 
     def block(self, stage: int, index: int) -> None:
         name, first = f"layer{stage}.{index}", index == 0
         stride = 2 if first and stage > 1 else 1
-        bare = not self.preactivation or (self.imagenet and first and stage == 1)
-        if not bare and first:  # the shortcut sees the activated input too
-            self.norm(f"{name}.bn0")
-            self.next("relu", name)
+        activated = self.preactivation and not (self.imagenet and first and stage == 1)
+        if activated and first:  # the shortcut also gets the activated input
+            self.norm_relu(f"{name}.bn0")
         sides = self.next("branches", name).branches
         self.next("add", name)
         if len(sides) != 2:
-            raise InvalidFileError(f"{name}: has {len(sides)} branches, not a branch and a shortcut")
+            raise InvalidFileError(f"{name}: has {len(sides)} branches, expected a branch and a shortcut")
         branch, shortcut = sorted(sides, key=lambda ops: len(_trunk(ops)), reverse=True)
         if _trunk(branch).count("conv") == 2:
-            raise InvalidFileError(
-                "its blocks have two convolutions; these networks have bottlenecks of three"
-            )
-        inner = self.inner(branch)
-        if not bare and not first:
-            inner.norm(f"{name}.bn0")
-            inner.next("relu", name)
+            raise InvalidFileError("its blocks have two convolutions, expected bottlenecks of three")
+        inner = _Names(branch, self.of)
+        if activated and not first:
+            inner.norm_relu(f"{name}.bn0")
         inner.branch(name, stride)
         if not self.preactivation:
             inner.norm(f"{name}.bn3")
             self.next("relu", name)
-        inner.end(name)
-        self.inner(shortcut).shortcut(name, stride, with_bn=not self.preactivation)
+        inner.next("end", name)
+        _Names(shortcut, self.of).shortcut(name, stride, with_bn=not self.preactivation)
 
     def branch(self, name: str, stride: int) -> None:
-        """The convolutions of form C, or the paths of B (joined) and A (added)."""
+        """Read the convolutions of form C, or the paths of form B (joined) or A (added)."""
         if not self.sees("branches"):
             self.path(name, stride)
             self.convolution(f"{name}.conv3", 1)
@@ -298,70 +255,64 @@ class _Names:
         added = self.sees("add")
         self.next("add" if added else "join", name)
         for number, ops in enumerate(paths):
-            path = self.inner(ops)
+            path = _Names(ops, self.of)
             path.path(f"{name}.paths.{number}", stride)
             if added:
                 path.convolution(f"{name}.paths.{number}.conv3", 1)
-            path.end(name)
+            path.next("end", name)
         if not added:
             self.convolution(f"{name}.conv3", 1)
 
     def path(self, name: str, stride: int) -> None:
         for number, (kernel, step) in enumerate(((1, 1), (3, stride)), 1):
             self.convolution(f"{name}.conv{number}", kernel, step)
-            self.norm(f"{name}.bn{number}")
-            self.next("relu", name)
+            self.norm_relu(f"{name}.bn{number}")
 
     def shortcut(self, name: str, stride: int, with_bn: bool) -> None:
-        """The identity, a 1x1 convolution, or the subsampled input with zero channels appended."""
+        """Read the identity, a 1x1 convolution, or the subsampled input with zero channels appended."""
         if self.sees("conv"):
             self.convolution(f"{name}.downsample.0", 1, stride)
             if with_bn:
                 self.norm(f"{name}.downsample.1")
-        elif self.ops:
-            if self.sees("avgpool"):
-                _check_sizes(self.next("avgpool", name).module, f"{name}'s shortcut", 1, stride, 0)
-            if self.sees("branches", "join"):
-                kinds = [[op.kind for op in branch] for branch in self.ops[self.place].branches]
-                zero = kinds == [[], ["zero"]] and self.ops[self.place].branches[1][0].module
-                if not zero or _number(zero, "constant_scalar", 1) != 0:
-                    raise InvalidFileError(f"{name}: its shortcut is none of A, B and C")
-                self.place += 2
-            elif self.sees("padding"):
-                self.place += 1
-        self.end(f"{name}'s shortcut")
+            self.next("end", f"{name}'s shortcut")
+            return
+        if self.sees("avgpool"):
+            _check_sizes(self.next("avgpool", name).module, f"{name}'s shortcut", 1, stride, 0)
+        if self.sees("branches", "join"):
+            branches = self.next("branches", name).branches
+            kinds = [[op.kind for op in branch] for branch in branches]
+            if kinds != [[], ["zero"]] or _number(branches[1][0].module, "constant_scalar", 1) != 0:
+                raise InvalidFileError(f"{name}: its shortcut is not of type A, B or C")
+            self.next("join", name)
+        elif self.sees("padding"):
+            self.next("padding", name)
+        self.next("end", f"{name}'s shortcut")
+
+
+def _weighted(ops: Iterable[Op]) -> Iterator[Op]:
+    """Yield the convolutions and norms of a branch, including those of its inner branches."""
+    for op in ops:
+        if op.kind in ("conv", "bn"):
+            yield op
+        for inner in op.branches:
+            yield from _weighted(inner)
 
 
 def _trunk(ops: Iterable[Op]) -> list[str]:
-    """The kinds of the modules with weights of a branch, those of its inner branches ahead of them."""
-    return [
-        kind
-        for op in ops
-        for kind in (
-            [k for inner in op.branches for k in _trunk(inner)] if op.kind == "branches" else [op.kind]
-        )
-        if kind in ("conv", "bn")
-    ]
+    return [op.kind for op in _weighted(ops)]
 
 
-def _outputs(branches: Op) -> int:
-    """The channels that a block puts out: those of the last convolution of its longest branch."""
-
-    def convolutions(ops: list[Op]) -> Iterator[Object]:
-        for op in ops:
-            if op.kind == "conv":
-                yield op.module
-            for inner in op.branches:
-                yield from convolutions(inner)
-
-    found = max((list(convolutions(ops)) for ops in branches.branches), key=len)
-    return _whole(found[-1], "nOutputPlane") if found else 0
+def _outputs(block: Op) -> int:
+    """Return the output channels of a block: those of the last convolution of its longest branch."""
+    branches = [[op.module for op in _weighted(ops) if op.kind == "conv"] for ops in block.branches]
+    longest = max(branches, key=len)
+    return _whole(longest[-1], "nOutputPlane") if longest else 0
 
 
-# ---------------------------------------------------------------------------- numbers of a module
+# ---------------------------------------------------------------------------- fields of a module
 
 
-def _number(module: Object, name: str, default: float) -> float:
+def _number(module: Object, name: str, default: float = 0) -> float:
     value = module.fields.get(name)
     return value if type(value) is float else default
 
@@ -369,8 +320,18 @@ def _number(module: Object, name: str, default: float) -> float:
 def _whole(module: Object, name: str, default: int = 0) -> int:
     value = _number(module, name, default)
     if not 0 <= value < 1 << 31 or value != int(value):
-        raise InvalidFileError(f"{name} of a {module.class_name[:60]} is {value}")
+        raise InvalidFileError(f"{name} of a {module.class_name[:60]} is {value}, expected an integer")
     return int(value)
+
+
+def _check_sizes(module: Object, name: str, kernel: int, stride: int, padding: int) -> None:
+    defaults = {"kW": 0, "kH": 0, "dW": 1, "dH": 1, "padW": 0, "padH": 0}
+    found = [_number(module, key, default) for key, default in defaults.items()]
+    if found != [kernel, kernel, stride, stride, padding, padding]:
+        k, s, p = (f"{found[i]:g}x{found[i + 1]:g}" for i in (0, 2, 4))
+        raise InvalidFileError(
+            f"{name}: kernel {k}, stride {s}, padding {p}, expected {kernel}, {stride}, {padding}"
+        )
 
 
 def _tensor(module: Object, name: str) -> Tensor | None:
@@ -378,60 +339,46 @@ def _tensor(module: Object, name: str) -> Tensor | None:
     if not isinstance(value, Tensor) or not value.numel():
         return None
     if not value.is_floating_point():
-        raise InvalidFileError(f"{name} of a {module.class_name[:60]} holds whole numbers")
+        raise InvalidFileError(f"{name} of a {module.class_name[:60]} holds integers")
     return value
 
 
-def _all_tensors(module: Object) -> list[Tensor]:
-    keys = ("weight", "bias", "running_mean", "running_var", "running_std")
-    return [tensor for key in keys if (tensor := _tensor(module, key)) is not None]
-
-
-def _check_sizes(module: Object, name: str, kernel: int, stride: int, padding: int) -> None:
-    fields = ("kW", "kH", "dW", "dH", "padW", "padH")
-    defaults = (0, 0, 1, 1, 0, 0)
-    found = [_number(module, key, default) for key, default in zip(fields, defaults, strict=True)]
-    if found != [kernel, kernel, stride, stride, padding, padding]:
-        k, s, p = (f"{found[i]:g}x{found[i + 1]:g}" for i in (0, 2, 4))
-        raise InvalidFileError(
-            f"{name}: kernel {k}, stride {s}, padding {p}, where ours has {kernel}, {stride}, {padding}"
-        )
-
-
-def _tensors(module: Object, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(learned tensors, statistics) of a module, of the shapes that ours have."""
+def _convert(module: Object, name: str) -> dict[str, Tensor]:
+    """Return the learned tensors, then the statistics of a module, with the shapes of ours."""
     weight, bias = _tensor(module, "weight"), _tensor(module, "bias")
-    if KINDS[_class(module)] == "conv":
-        return {"weight": _convolution_weight(module, weight, bias, name)}, {}
-    if KINDS[_class(module)] == "linear":
+    kind = KINDS[_class(module)]
+    if kind == "conv":
+        if bias is not None and bias.count_nonzero():
+            raise InvalidFileError(f"{name}: has a bias, but ours has none")
+        return {"weight": _convolution_weight(module, weight, name)}
+    if kind == "linear":
         if weight is None or weight.ndim != 2:
-            raise InvalidFileError(f"{name}: has no matrix of weights")
-        return {"weight": weight, "bias": weight.new_zeros(len(weight)) if bias is None else bias}, {}
+            raise InvalidFileError(f"{name}: has no weight matrix")
+        return {"weight": weight, "bias": weight.new_zeros(len(weight)) if bias is None else bias}
     mean, variance = _tensor(module, "running_mean"), _tensor(module, "running_var")
     eps, deviation = _number(module, "eps", EPS), _tensor(module, "running_std")
     if variance is None and deviation is not None:  # before version 2: 1 / sqrt(variance + eps)
         variance = deviation.double() ** -2 - eps
     if mean is None or variance is None or mean.shape != variance.shape:
         raise InvalidFileError(f"{name}: has no running statistics")
-    learned = {
-        "weight": torch.ones_like(mean) if weight is None else weight,
-        "bias": torch.zeros_like(mean) if bias is None else bias,
-    }
     if eps != EPS:  # ours adds its own
         variance = variance.double() + (eps - EPS)
-    return learned, {"running_mean": mean, "running_var": variance}
+    return {
+        "weight": torch.ones_like(mean) if weight is None else weight,
+        "bias": torch.zeros_like(mean) if bias is None else bias,
+        "running_mean": mean,
+        "running_var": variance,
+    }
 
 
-def _convolution_weight(module: Object, weight: Tensor | None, bias: Tensor | None, name: str) -> Tensor:
-    """(outputs, inputs / groups, kernel, kernel), however a backend stored it."""
-    if bias is not None and bias.count_nonzero():
-        raise InvalidFileError(f"{name}: has a bias, ours has none")
+def _convolution_weight(module: Object, weight: Tensor | None, name: str) -> Tensor:
+    """Return (outputs, inputs / groups, kernel, kernel), in whatever shape a backend stored it."""
     keys = ("nOutputPlane", "nInputPlane", "kH", "kW")
     outputs, inputs, height, width = (_whole(module, key) for key in keys)
     groups = _whole(module, "groups", 1)
     if groups < 1 or inputs % groups or weight is None:
-        raise InvalidFileError(f"{name}: a convolution of {inputs} channels in {groups} groups")
+        raise InvalidFileError(f"{name}: has no weights for {inputs} channels in {groups} groups")
     shape = (outputs, inputs // groups, height, width)
     if weight.numel() != torch.Size(shape).numel():
-        raise InvalidFileError(f"{name}: {weight.numel()} weights do not make {shape}")
+        raise InvalidFileError(f"{name}: has {weight.numel()} weights, which do not make {shape}")
     return weight.reshape(shape)

@@ -1,33 +1,45 @@
-"""The cached list of files: used where nothing has changed, and never stale, whatever happened to it."""
+"""The cached file list: used if nothing has changed, never stale, harmless if damaged."""
 
 import io
 import os
 import pickle
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 
-from data import file_list_cache
 from data.image_folder import list_files, list_set
 from resnext.errors import UserError
 
 CLASSES = ("cat", "dog")
+BEFORE = [
+    ("cat/1.png", 0),
+    ("cat/2.jpg", 0),
+    ("dog/1.PNG", 1),
+    ("dog/deep/4.png", 1),
+    ("dog/deep/er/3.png", 1),
+]
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
-    """A cache of this test alone."""
+    """A cache for this test alone."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 @pytest.fixture
 def root(tmp_path) -> Path:
-    """train/ with five files, one of them nested, as if it had been there for an hour."""
-    root = tmp_path / "train"
-    for name in ("cat/1.png", "cat/2.jpg", "dog/1.PNG", "dog/deep/er/3.png", "dog/deep/4.png"):
+    """train/ with the five files of BEFORE, an hour old."""
+    return touch(tmp_path / "train", *(name for name, _ in BEFORE))
+
+
+def touch(root: Path, *names: str) -> Path:
+    """Create empty files below `root`, an hour old."""
+    for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
     age(root)
@@ -35,7 +47,7 @@ def root(tmp_path) -> Path:
 
 
 def age(root: Path, seconds: float = 3600) -> None:
-    """Folders look as if they had last changed so long ago; each by another nanosecond."""
+    """Set the modification times of all folders, each to another nanosecond."""
     for number, folder in enumerate(sorted(p for p in [root, *root.rglob("*")] if p.is_dir())):
         then = time.time_ns() - int(seconds * 1e9) + number
         os.utime(folder, ns=(then, then))
@@ -47,60 +59,55 @@ def listed(root: Path, classes: tuple[str, ...] = CLASSES) -> list[tuple[str, in
     return [(os.fsdecode(path), label) for path, label in zip(paths, labels.tolist(), strict=True)]
 
 
-BEFORE = [
-    ("cat/1.png", 0),
-    ("cat/2.jpg", 0),
-    ("dog/1.PNG", 1),
-    ("dog/deep/4.png", 1),
-    ("dog/deep/er/3.png", 1),
-]
-
-
-def no_walk(*_, **__):
-    pytest.fail("the folders were listed")
+def forbid_listing(monkeypatch) -> None:
+    monkeypatch.setattr(os, "scandir", lambda *_: pytest.fail("a folder was listed"))
 
 
 def entries(cache: Path) -> list[Path]:
-    return sorted(cache.rglob("*.npz"))
+    """Return the cache's files, all of which must be complete lists."""
+    found = sorted(path for path in cache.rglob("*") if path.is_file())
+    assert all(path.suffix == ".npz" and not path.name.startswith(".") for path in found)
+    return found
 
 
-def test_second_listing_reads_no_folder(root, cache, monkeypatch):
-    assert listed(root) == BEFORE
-    assert len(entries(cache)) == 1
-    assert [p for p in cache.rglob("*") if p.is_file()] == entries(cache), "no temporary files"
-    monkeypatch.setattr(os, "walk", no_walk)
-    monkeypatch.setattr(os, "scandir", no_walk)
-    assert listed(root) == BEFORE
-
-
-def test_the_list_is_found_by_any_name_of_the_folder(root, monkeypatch):
-    listed(root)
-    (root.parent / "link").symlink_to(root)
-    monkeypatch.setattr(os, "walk", no_walk)
+def test_the_second_listing_reads_no_folder(root, cache, monkeypatch):
+    """By any name of the folder."""
+    (root.parent / "up").symlink_to(root.parent)
+    assert listed(root) == BEFORE and len(entries(cache)) == 1
+    forbid_listing(monkeypatch)
     monkeypatch.chdir(root.parent)
-    assert listed(Path("train")) == listed(root.parent / "link") == listed(root / ".." / "train") == BEFORE
-
-
-CHANGES = {
-    "file added": lambda root: (root / "cat" / "3.png").touch(),
-    "file added deep below": lambda root: (root / "dog" / "deep" / "er" / "9.png").touch(),
-    "file removed": lambda root: (root / "dog" / "1.PNG").unlink(),
-    "file renamed": lambda root: (root / "cat" / "1.png").rename(root / "cat" / "0.png"),
-    "file moved": lambda root: (root / "cat" / "1.png").rename(root / "dog" / "deep" / "1.png"),
-    "folder added": lambda root: (root / "cat" / "more").mkdir() or (root / "cat" / "more" / "7.png").touch(),
-    "folder renamed": lambda root: (root / "dog" / "deep").rename(root / "dog" / "below"),
-    "folder linked": lambda root: (root / "cat" / "link").symlink_to(elsewhere(root)),
-    "folders exchanged": lambda root: [
-        (root / a).rename(root / b) for a, b in (("cat", "x"), ("dog", "cat"), ("x", "dog"))
-    ],
-}
+    for name in (root, Path("train"), Path("up/train"), root / ".." / "train"):
+        assert listed(name) == BEFORE
 
 
 def elsewhere(root: Path) -> Path:
-    """A folder of a file, outside of what is listed."""
-    (root.parent / "elsewhere").mkdir()
-    (root.parent / "elsewhere" / "5.png").touch()
-    return root.parent / "elsewhere"
+    """Return a folder with a file, outside `root`."""
+    return touch(root.parent / "elsewhere", "5.png")
+
+
+def exchange(root: Path) -> None:
+    for a, b in (("cat", "x"), ("dog", "cat"), ("x", "dog")):
+        (root / a).rename(root / b)
+
+
+def replace_root(root: Path) -> None:
+    """Put another folder in its place."""
+    root.rename(root.parent / "old")
+    age(touch(root, "cat/a.png", "dog/b.png"), 7200)
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "file added": lambda root: (root / "cat/3.png").touch(),
+    "file added deep below": lambda root: (root / "dog/deep/er/9.png").touch(),
+    "file removed": lambda root: (root / "dog/1.PNG").unlink(),
+    "file renamed": lambda root: (root / "cat/1.png").rename(root / "cat/0.png"),
+    "file moved": lambda root: (root / "cat/1.png").rename(root / "dog/deep/1.png"),
+    "folder added": lambda root: ((root / "cat/more").mkdir(), (root / "cat/more/7.png").touch()),
+    "folder renamed": lambda root: (root / "dog/deep").rename(root / "dog/below"),
+    "folder linked": lambda root: (root / "cat/link").symlink_to(elsewhere(root)),
+    "folders exchanged": exchange,
+    "another folder": replace_root,
+}
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -109,9 +116,9 @@ def test_a_change_is_seen(change, root, monkeypatch):
     CHANGES[change](root)
     found = listed(root)
     assert found != BEFORE
-    monkeypatch.setattr(file_list_cache, "cached", lambda *_: None)
-    monkeypatch.setattr(file_list_cache, "remember", lambda *_: None)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(root.parent / "another cache"))
+    if change == "another folder":
+        assert listed(root.parent / "old") == BEFORE
+    monkeypatch.setenv("XDG_CACHE_HOME", str(root.parent / "empty cache"))
     assert found == listed(root)
 
 
@@ -119,141 +126,88 @@ def test_a_file_added_behind_a_linked_folder_is_seen(root):
     linked = elsewhere(root)
     (root / "cat" / "link").symlink_to(linked)
     age(root)
-    age(linked)
     assert ("cat/link/5.png", 0) in listed(root)
     (linked / "6.png").touch()
     assert ("cat/link/6.png", 0) in listed(root)
 
 
-def test_an_added_class_is_refused_as_without_a_cache(root):
+def test_added_and_removed_classes_are_seen(root):
     listed(root)
     (root / "zebra").mkdir()
     with pytest.raises(UserError, match="'zebra' is not in train/"):
         listed(root)
-
-
-def test_a_removed_class_is_seen(root):
-    listed(root)
-    for path in (root / "cat").iterdir():
-        path.unlink()
-    (root / "cat").rmdir()
-    with pytest.raises(UserError, match="cat"):
+    (root / "zebra").rmdir()
+    (root / "cat").rename(root.parent / "aside")
+    with pytest.raises(UserError, match="cat: contains no images"):
         listed(root)
     assert listed(root, ("dog",)) == [(path, 0) for path, label in BEFORE if label == 1]
 
 
-def test_another_class_list_has_other_labels(root):
-    assert listed(root) == BEFORE
-    assert listed(root, ("dog", "cat")) == sorted(
-        ((path, 1 - label) for path, label in BEFORE), key=lambda entry: (entry[1], entry[0])
-    )
-    assert listed(root) == BEFORE
-
-
-def test_warnings_are_remembered(root, cache, monkeypatch):
-    (root / "cat" / "back").symlink_to(root / "dog" / "deep")
-    (root / "cat" / "x.heic").touch()
-    age(root)
-    expected = list_files(root, CLASSES)[2]
-    assert expected == (
-        f"warning: {root}: left out are links to what is there already: 1, such as cat/back to dog/deep",
-        f"warning: {root}: left out are files of no known format: 1 (.heic 1), such as "
-        "cat/x.heic; convert them to JPEG or PNG",
-    )
-    assert len(entries(cache)) == 1
-    monkeypatch.setattr(os, "scandir", no_walk)
-    assert list_files(root, CLASSES)[2] == expected
-
-
-def test_a_part_of_the_classes_is_not_mixed_up(root):
-    """The classes of a trained model, some of which val/ may lack, also in the cache."""
-    root = root.rename(root.with_name("val"))
-    for number in range(2):
-        files = list_set(str(root.parent), "val", None, ("bird", "cat", "dog"))
-        assert files.labels.tolist() == [1, 1, 2, 2, 2], number
-        absent = f"{root}: has no pictures of 1 of 3 classes (bird); errors are over the others"
-        assert files.notes == (f"warning: {absent}",)
-        files = list_set(str(root.parent), "val", None, CLASSES)
-        assert (files.labels.tolist(), files.notes) == ([0, 0, 1, 1, 1], ())
-    assert listed(root) == BEFORE
-
-
-def test_a_training_set_lacks_no_class(root, cache):
-    """Neither at first nor with a list from the cache of other classes."""
-    for _ in range(2):
-        with pytest.raises(UserError, match=r"train/bird: holds no pictures"):
-            list_set(str(root.parent), "train", None, ("bird", *CLASSES))
-        assert listed(root) == BEFORE
-
-
-@pytest.mark.parametrize("seconds", [0, 1, 2.5])
-def test_fresh_folders_are_not_remembered(seconds, root, cache):
-    """They could change again within the same tick of a coarse clock."""
-    age(root / "dog" / "deep", seconds)
-    listed(root)
-    assert entries(cache) == []
-    age(root, 10)
-    listed(root)
-    assert len(entries(cache)) == 1
-
-
-def test_folders_from_the_future_are_not_remembered(root, cache):
-    age(root / "cat", -1000)
-    assert listed(root) == BEFORE
-    assert entries(cache) == []
-
-
-def test_two_folders_do_not_mix(root, tmp_path):
-    other = tmp_path / "val"
-    for name in ("cat/8.png", "dog/9.png"):
-        (other / name).parent.mkdir(parents=True)
-        (other / name).touch()
-    age(other)
+def test_lists_are_kept_apart(root):
+    """By folder and by the order of classes."""
+    other = touch(root.with_name("val"), "cat/8.png", "dog/9.png")
     for _ in range(2):
         assert listed(root) == BEFORE
+        assert listed(root, ("dog", "cat")) == [(path, 1 - label) for path, label in BEFORE[2:] + BEFORE[:2]]
         assert listed(other) == [("cat/8.png", 0), ("dog/9.png", 1)]
 
 
-def test_a_folder_put_in_the_place_of_another(root, tmp_path):
-    """A copy with the times of the original, but in another place, and one with other files in this place."""
-    listed(root)
-    root.rename(tmp_path / "old")
-    (tmp_path / "train" / "cat").mkdir(parents=True)
-    (tmp_path / "train" / "dog").mkdir()
-    for name in ("cat/a.png", "dog/b.png"):
-        (tmp_path / "train" / name).touch()
-    age(tmp_path / "train", 7200)
-    assert listed(root) == [("cat/a.png", 0), ("dog/b.png", 1)]
-    assert listed(tmp_path / "old") == BEFORE
+def test_warnings_are_cached(root, cache, monkeypatch):
+    (root / "cat" / "back").symlink_to(root / "dog" / "deep")
+    touch(root, "cat/x.heic")
+    expected = list_files(root, CLASSES)[2]
+    links, formats = expected
+    assert "skipped links" in links and links.endswith(": 1, such as cat/back to dog/deep")
+    assert "skipped files of unsupported formats: 1 (.heic 1), such as cat/x.heic" in formats
+    assert len(entries(cache)) == 1
+    forbid_listing(monkeypatch)
+    assert list_files(root, CLASSES)[2] == expected
 
 
-def test_part_of_the_files_is_chosen_after_the_cache(root):
+def test_only_val_may_lack_classes(root):
+    """Also with a cached list of other classes."""
+    val = touch(root.with_name("val"), *(name for name, _ in BEFORE))
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"train/bird: contains no images"):
+            list_set(str(root.parent), "train", None, ("bird", *CLASSES))
+        assert listed(root) == listed(val) == BEFORE
+        files = list_set(str(root.parent), "val", None, ("bird", *CLASSES))
+        assert files.labels.tolist() == [1, 1, 2, 2, 2]
+        assert len(files.notes) == 1 and "has no images of 1 of 3 classes (bird)" in files.notes[0]
+        assert list_set(str(root.parent), "val", None, CLASSES).notes == ()
+
+
+@pytest.mark.parametrize("seconds", [0, 1, 2.5, -1000])
+def test_fresh_folders_are_not_cached(seconds, root, cache):
+    """They could change again within the same tick of a coarse clock. Nor are those from the future."""
+    age(root / "dog" / "deep", seconds)
+    assert listed(root) == BEFORE and entries(cache) == []
+    age(root, 10)
+    assert listed(root) == BEFORE and len(entries(cache)) == 1
+
+
+def test_the_limit_applies_after_the_cache(root):
     for limit in (2, None, 3):
         files = list_set(str(root.parent), "train", limit)
         keep = np.arange(limit or 5) * 5 // (limit or 5)
-        assert [os.fsdecode(p) for p in files.paths] == [BEFORE[i][0] for i in keep]
+        assert [os.fsdecode(path) for path in files.paths] == [BEFORE[i][0] for i in keep]
 
 
 def test_names_that_are_not_utf8(tmp_path, cache, monkeypatch):
-    root = tmp_path / "train"
-    for name in (b"cat\xe9/caf\xe9.png", "dög/日本.png".encode()):
-        path = os.path.join(os.fsencode(root), name)
-        os.makedirs(os.path.dirname(path))
-        open(path, "wb").close()
-    age(root)
     classes = (os.fsdecode(b"cat\xe9"), "dög")
+    root = touch(tmp_path / "train", f"{classes[0]}/{os.fsdecode(bytes([99, 0xE9]))}.png", "dög/日本.png")
     found = listed(root, classes)
     assert len(entries(cache)) == 1
-    monkeypatch.setattr(os, "walk", no_walk)
+    forbid_listing(monkeypatch)
     assert listed(root, classes) == found
-    assert all((root / path).is_file() for path, _ in found)
+    assert len(found) == 2 and all((root / path).is_file() for path, _ in found)
 
 
-# ---------------------------------------------------------------------------- the cache's file
+# ---------------------------------------------------------------------------- damaged or missing cache files
 
 
 class Hostile:
-    """Pickled, an order to make a folder."""
+    """Creates a folder if it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -268,121 +222,91 @@ def as_npz(**arrays) -> bytes:
     return content.getvalue()
 
 
-def test_damaged_anywhere(root, cache):
-    """A changed byte or a cut: the right list, and no error."""
+@pytest.fixture
+def place(root, cache) -> Path:
+    """The cache's file of `root`."""
     listed(root)
     (place,) = entries(cache)
-    good = place.read_bytes()
+    return place
+
+
+def changed_bytes(good: bytes) -> Iterator[bytes]:
     draw = np.random.default_rng(0)
     for number in range(300):
         damaged = bytearray(good)
         for at in draw.integers(len(good), size=1 + number % 3):
             damaged[at] = draw.integers(256)
-        place.write_bytes(damaged[: draw.integers(len(good))] if number % 5 == 0 else damaged)
-        assert listed(root) == BEFORE
-    place.write_bytes(good)
-    assert listed(root) == BEFORE
+        yield bytes(damaged[: draw.integers(len(good))] if number % 5 == 0 else damaged)
 
 
-def test_another_shape_in_the_header(root, cache):
-    """Two files more or fewer than there are: read to where the header says, no sum is checked."""
-    listed(root)
-    (place,) = entries(cache)
-    good = place.read_bytes()
+def changed_shapes(good: bytes) -> Iterator[bytes]:
+    """Array headers that claim more or fewer files than there are."""
     assert good.count(b"(5,)") >= 3
     for wrong in (b"(4,)", b"(6,)", b"(1,)", b"(0,)", b"()  ", b"(5,5)"):
-        place.write_bytes(good.replace(b"(5,)", wrong[:4]))
-        assert listed(root) == BEFORE
+        yield good.replace(b"(5,)", wrong[:4])
 
 
-CONTENTS = {
-    "nothing": b"",
-    "text": b"no archive\n",
-    "noise": np.random.default_rng(0).bytes(5000),
-    "an archive of other things": as_npz(a=np.zeros(3)),
-    "an array": pickle.dumps(np.zeros(3)),
-    "single numbers": as_npz(classes="x", paths=b"a", labels=1, directories=b"/", changed=1),
-}
+def other_files(good: bytes) -> Iterator[bytes]:
+    yield from (b"", b"not an archive\n", np.random.default_rng(0).bytes(5000), as_npz(a=np.zeros(3)))
+    yield pickle.dumps(np.zeros(3))
+    yield as_npz(classes="x", paths=b"a", labels=1, directories=b"/", changed=1)
 
 
-@pytest.mark.parametrize("content", CONTENTS)
-def test_something_else_in_its_place(content, root, cache):
-    listed(root)
-    (place,) = entries(cache)
-    place.write_bytes(CONTENTS[content])
-    assert listed(root) == BEFORE
-    assert listed(root) == BEFORE
-    assert place.read_bytes() != CONTENTS[content], "made anew"
-
-
-def test_pickles_are_not_loaded(root, cache, tmp_path):
-    listed(root)
-    (place,) = entries(cache)
-    with np.load(place) as stored:
+def pickles(good: bytes) -> Iterator[bytes]:
+    hostile = Hostile(Path("pwned"))
+    with np.load(io.BytesIO(good)) as stored:
         arrays = dict(stored)
-    for name in arrays:
-        hostile = np.array([Hostile(tmp_path / "pwned")] * 5, dtype=object)
-        place.write_bytes(as_npz(**arrays | {name: hostile}))
+    yield from (as_npz(**arrays | {name: np.array([hostile] * 5, dtype=object)}) for name in arrays)
+    yield pickle.dumps(hostile)
+
+
+@pytest.mark.parametrize("damage", [changed_bytes, changed_shapes, other_files, pickles])
+def test_damaged_files(damage, root, place, tmp_path, monkeypatch):
+    """The list is right, and nothing is unpickled. Other files are replaced."""
+    monkeypatch.chdir(tmp_path)
+    good = place.read_bytes()
+    for content in damage(good):
+        place.write_bytes(content)
         assert listed(root) == BEFORE
-    place.write_bytes(pickle.dumps(Hostile(tmp_path / "pwned")))
+        assert damage is not other_files or place.read_bytes() != content
+    assert not Path("pwned").exists()
+
+
+@pytest.mark.parametrize("value", [None, ""])
+def test_default_place(root, place, cache, tmp_path, monkeypatch, value):
+    assert place.parent == cache / "resnext"
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    if value is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
     assert listed(root) == BEFORE
-    assert not (tmp_path / "pwned").exists()
+    assert (tmp_path / "home" / ".cache" / "resnext" / place.name).is_file()
 
 
-def test_a_folder_in_its_place(root, cache):
-    listed(root)
-    (place,) = entries(cache)
+def test_places_that_cannot_be_written(root, place, tmp_path, monkeypatch):
     place.unlink()
     place.mkdir()
     assert listed(root) == BEFORE
-    assert [p.name for p in place.parent.iterdir()] == [place.name], "no temporary file is left"
-
-
-# ---------------------------------------------------------------------------- the cache's place
-
-
-def test_place_of_the_cache(root, cache, tmp_path, monkeypatch):
-    listed(root)
-    (place,) = entries(cache)
-    assert place.parent == cache / "resnext"
-    for value in (None, ""):
-        monkeypatch.setenv("HOME", str(tmp_path / "home"))
-        if value is None:
-            monkeypatch.delenv("XDG_CACHE_HOME")
-        else:
-            monkeypatch.setenv("XDG_CACHE_HOME", value)
-        assert listed(root) == BEFORE
-        assert (tmp_path / "home" / ".cache" / "resnext" / place.name).is_file()
-        (tmp_path / "home" / ".cache" / "resnext" / place.name).unlink()
-
-
-def test_cache_that_cannot_be_written(root, tmp_path, monkeypatch):
+    assert list(place.parent.iterdir()) == [place], "no temporary file is left"
     (tmp_path / "file").touch()
     for value in (tmp_path / "file", tmp_path / "file" / "below", "/proc/nowhere", "/dev/null"):
         monkeypatch.setenv("XDG_CACHE_HOME", str(value))
-        assert listed(root) == BEFORE
-        assert listed(root) == BEFORE
+        assert listed(root) == listed(root) == BEFORE
 
 
 def test_disk_full(root, cache, monkeypatch):
-    """Neither an error nor half a list."""
+    """The list is right, and no partial file is left."""
 
     def fail(file, **_):
         file.write(b"PK\3\4 half a list")
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(np, "savez", fail)
-        assert listed(root) == BEFORE
-    assert [p for p in cache.rglob("*") if p.is_file()] == []
+    monkeypatch.setattr(np, "savez", fail)
+    assert listed(root) == BEFORE and entries(cache) == []
 
 
-def test_no_home_at_all(root, monkeypatch):
-    """As in a container that is run under a number without a name."""
+def test_no_home(root, monkeypatch):
+    """As in a container that runs under a user number without a name."""
     monkeypatch.delenv("XDG_CACHE_HOME")
-
-    def nobody(_):
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(Path, "home", classmethod(nobody))
+    monkeypatch.setattr(Path, "home", mock.Mock(side_effect=RuntimeError("no home directory")))
     assert listed(root) == BEFORE

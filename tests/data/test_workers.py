@@ -13,7 +13,8 @@ import pytest
 import torch
 from batches import CPU, IMAGES, assert_same, configure, spoil, take, train_loader
 from commands import ROOT, call
-from torchrun import assert_same_run, read, rows, wait_for
+from runs import assert_same_run, read, rows
+from torchrun import wait_for
 
 import data.loaders
 import data.workers

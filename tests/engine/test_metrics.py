@@ -1,4 +1,4 @@
-"""Intervals, class counts and confusions against scipy, scikit-learn's figures and counting by hand."""
+"""Intervals, class counts, and confusions against scipy, scikit-learn's numbers, and counting by hand."""
 
 import numpy as np
 import pytest
@@ -8,29 +8,16 @@ from resnext.engine.metrics import most_confused, per_class, precision_recall_f1
 
 
 @pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
-@pytest.mark.parametrize(
-    ("count", "images"),
-    [
-        (0, 1),
-        (1, 1),
-        (0, 10),
-        (3, 10),
-        (10, 10),
-        (1, 1000),
-        (365, 10_000),
-        (11_182, 50_000),
-        (50_000, 50_000),
-    ],
-)
-def test_wilson_interval(count, images, confidence):
-    expected = stats.binomtest(count, images).proportion_ci(confidence, method="wilson")
-    low, high = wilson_interval(count, images, confidence)
-    assert (low, high) == pytest.approx((expected.low, expected.high), rel=1e-9, abs=1e-15)
-    assert 0 <= low <= count / images <= high <= 1
+def test_wilson_interval(confidence):
+    for count, images in ((0, 1), (1, 1), (3, 10), (10, 10), (1, 1000), (11_182, 50_000), (50_000, 50_000)):
+        expected = stats.binomtest(count, images).proportion_ci(confidence, method="wilson")
+        low, high = wilson_interval(count, images, confidence)
+        assert (low, high) == pytest.approx((expected.low, expected.high), rel=1e-9, abs=1e-15)
+        assert 0 <= low <= count / images <= high <= 1
 
 
 def test_wilson_interval_by_hand():
-    """The bounds are where the observed share is z deviations off: (p - x)^2 = z^2 p (1 - p) / n."""
+    """At the bounds, the observed share is z deviations off: (p - x)^2 = z^2 p (1 - p) / n."""
     for bound in wilson_interval(30, 100):
         assert (bound - 0.3) ** 2 == pytest.approx(1.959963984540054**2 * bound * (1 - bound) / 100)
     # Newcombe, Statistics in Medicine 17 (1998), table I, method 3
@@ -40,47 +27,33 @@ def test_wilson_interval_by_hand():
     assert wilson_interval(1, 29) == pytest.approx((0.0061, 0.1718), abs=5e-5)
 
 
-def test_an_interval_covers_the_truth_as_often_as_it_says():
-    """Over all counts of 200 images with an error of 20 %, 95 % of the probability."""
+def test_interval_covers_the_truth_as_often_as_stated():
+    """Over all counts of 200 images with an error of 20%, 95% of the probability."""
     counts = np.arange(201)
     bounds = np.array([wilson_interval(int(count), 200) for count in counts])
     covered = (bounds[:, 0] <= 0.2) & (bounds[:, 1] >= 0.2)
     assert stats.binom.pmf(counts[covered], 200, 0.2).sum() == pytest.approx(0.95, abs=0.01)
 
 
-# labels, predictions, then scikit-learn 1.9's precision_recall_fscore_support(zero_division=0) for each class
-CASES = {
-    "four classes": (
-        [0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 2, 3, 3],
-        [0, 0, 1, 2, 1, 1, 0, 2, 2, 2, 0, 1, 2, 0],
-        [0.4, 0.5, 0.6, 0],
-        [0.5, 0.66666667, 0.6, 0],
-        [0.44444444, 0.57142857, 0.6, 0],
-    ),
-    "two classes": (
-        [0] * 59 + [1] * 71,
-        [0] * 56 + [1] * 3 + [1] * 69 + [0] * 2,
-        [0.96551724, 0.95833333],
-        [0.94915254, 0.97183099],
-        [0.95726496, 0.96503497],
-    ),
-}
+# labels, predictions, then scikit-learn 1.9's precision_recall_fscore_support(zero_division=0) per class
+FOUR = (
+    [0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 2, 3, 3],
+    [0, 0, 1, 2, 1, 1, 0, 2, 2, 2, 0, 1, 2, 0],
+    [[0.4, 0.5, 0.6, 0], [0.5, 0.66666667, 0.6, 0], [0.44444444, 0.57142857, 0.6, 0]],
+)
+TWO = (
+    [0] * 59 + [1] * 71,
+    [0] * 56 + [1] * 3 + [1] * 69 + [0] * 2,
+    [[0.96551724, 0.95833333], [0.94915254, 0.97183099], [0.95726496, 0.96503497]],
+)
+# Class 2 is predicted but has no images; class 3 neither.
+ABSENT = ([0, 0, 1], [0, 2, 2], [[1, 0, 0, np.nan], [0.5, 0, np.nan, np.nan], [2 / 3, 0, np.nan, np.nan]])
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_precision_recall_f1(name):
-    labels, predicted, *expected = CASES[name]
+@pytest.mark.parametrize(("labels", "predicted", "expected"), [FOUR, TWO, ABSENT], ids=["4", "2", "absent"])
+def test_precision_recall_f1(labels, predicted, expected):
     counts = per_class(np.array(labels), np.array(predicted)[:, None], len(expected[0]))
     np.testing.assert_allclose(precision_recall_f1(counts), expected, atol=1e-8)
-
-
-def test_classes_without_images():
-    """Class 2 is predicted but has no images; class 3 neither."""
-    counts = per_class(np.array([0, 0, 1]), np.array([[0], [2], [2]]), 4)
-    precision, recall, f1 = precision_recall_f1(counts)
-    np.testing.assert_array_equal(precision, [1, 0, 0, np.nan])
-    np.testing.assert_array_equal(recall, [0.5, 0, np.nan, np.nan])
-    np.testing.assert_allclose(f1, [2 / 3, 0, np.nan, np.nan])
 
 
 @pytest.mark.parametrize("classes", [1, 2, 5, 40])
@@ -96,17 +69,13 @@ def test_counts_by_counting(classes):
         assert counts.top1[c] == sum(label == c and first[0] == c for label, first in images)
         assert counts.top5[c] == sum(label == c and c in first for label, first in images)
     confusions = most_confused(labels, top[:, 0], classes)
-    assert sorted(confusions) == sorted(
-        (a, b, n)
-        for a in range(classes)
-        for b in range(classes)
-        if a != b and (n := sum(label == a and first[0] == b for label, first in images))
-    )
+    pairs = [(label, first[0]) for label, first in images if label != first[0]]
+    assert sorted(confusions) == sorted((*pair, pairs.count(pair)) for pair in set(pairs))
     assert [n for *_, n in confusions] == sorted((n for *_, n in confusions), reverse=True)
 
 
 def test_counts_of_parts_add_up():
-    """What several processes count of their shares of the images is summed."""
+    """The counts of several ranks are summed."""
     generator = np.random.default_rng(0)
     labels, top = generator.integers(7, size=100), generator.integers(7, size=(100, 5))
     whole = per_class(labels, top, 7)

@@ -1,12 +1,11 @@
-"""Makes the files of this folder: a trimmed copy of the reference data of the original Lua code.
+"""Create the files of this folder: a trimmed copy of the reference data of the original Lua code.
 
     python tests/golden/make.py FOLDER [OUTPUT]
 
-FOLDER holds the complete reference data. What a formula gives (parameters, inputs, running
-statistics before the first step, places of the samples) is checked and left out; of the ImageNet
-network, running statistics are kept as summaries; of its transforms, what came of pictures that a
-formula draws (photographs are not copied), and the random draws of all. Of the .t7 files, the small ones
-and two networks.
+FOLDER holds the complete reference data. What a formula gives (parameters, inputs, running statistics
+before the first step, places of the samples) is checked and left out. Of the ImageNet network, running
+statistics are kept as summaries. Of its transforms, the random draws are kept, and the results for images
+that a formula draws (photographs are not copied). Of the .t7 files, the small ones and two networks are kept.
 """
 
 import base64
@@ -23,7 +22,7 @@ sys.path.insert(0, str(HERE.parent / "helpers"))
 
 from oracle import h, sample_places  # noqa: E402
 
-FULL = 1024  # gradients of at most so many elements are stored whole
+FULL = 1024  # gradients of at most this many elements are stored whole
 SUMMARY = ("norm", "sum", "proj")
 T7_MODELS = ("c11_B_2x8d/model.t7.xz", "c11_C_2x8d/model_cuda.t7.xz")
 DRAWN = ("gradient_rgb.png", "small_rgba.png", "small_gray.png", "palette_png_named.JPEG")
@@ -33,8 +32,12 @@ def arrays(path):
     return np.load(io.BytesIO(lzma.open(path).read()))
 
 
+def read_json(path):
+    return json.loads(path.read_text())
+
+
 def samples(values, prefix, sizes):
-    """The stored samples of each tensor, without the unused places."""
+    """Return the stored samples of each tensor, without the unused places."""
     parts = []
     for row, size in enumerate(sizes):
         places = sample_places(size)
@@ -56,8 +59,8 @@ def check_running_statistics(values, meta):
 
 
 def network(folder, name):
-    """(facts, arrays) of a network."""
-    meta = json.loads((folder / name / "meta.json").read_text())
+    """Return (facts, arrays) of a network."""
+    meta = read_json(folder / name / "meta.json")
     values = arrays(folder / name / "data.npz.xz")
     check_running_statistics(values, meta)
     sizes = [p["numel"] for p in meta["params"]]
@@ -65,13 +68,12 @@ def network(folder, name):
     kept |= {f"grad_{key}": values[f"grad_{key}"] for key in SUMMARY}
     parts = samples(values, "grad", sizes)
     if "grad_small" in values:
-        small = [size for size in sizes if size <= FULL]
-        whole = np.split(values["grad_small"], np.cumsum(small)[:-1])
-        sampled = [p for p, size in zip(parts, sizes, strict=True) if size <= FULL]
+        pairs = list(zip(parts, sizes, strict=True))
+        sampled = [part for part, size in pairs if size <= FULL]
+        whole = np.split(values["grad_small"], np.cumsum([size for size in sizes if size <= FULL])[:-1])
         assert all(np.array_equal(w[sample_places(w.size)], s) for w, s in zip(whole, sampled, strict=True))
-        kept["grad_small"] = values["grad_small"]
-        parts = [p for p, size in zip(parts, sizes, strict=True) if size > FULL]
-        kept |= {key: values[key] for key in ("bn_mean_after", "bn_var_after")}
+        kept |= {key: values[key] for key in ("grad_small", "bn_mean_after", "bn_var_after")}
+        parts = [part for part, size in pairs if size > FULL]
     else:
         parts = [p[::4] for p in parts]
         for key in ("bn_mean_after", "bn_var_after"):
@@ -85,19 +87,19 @@ def network(folder, name):
 
 
 def trajectory(folder):
-    meta = json.loads((folder / "meta.json").read_text())
+    meta = read_json(folder / "meta.json")
     values = arrays(folder / "data.npz.xz")
     sizes = [p["numel"] for p in meta["params"]]
     kept = {key: values[key] for key in values.files if not key.startswith("final")}
     for group in ("final_params", "final_dfdx"):
         kept |= {f"{group}_{key}": values[f"{group}_{key}"] for key in SUMMARY}
         kept[f"{group}_val"] = np.concatenate(samples(values, group, sizes))
-    keys = ("options", "batch_shape", "make_train_loader", "eval_batch", "epochs")
+    keys = ("options", "batch_shape", "train_batches", "eval_batch", "epochs")
     return {key: meta[key] for key in keys}, kept
 
 
 def cifar_transforms(folder):
-    meta = json.loads((folder / "meta.json").read_text())
+    meta = read_json(folder / "meta.json")
     kept = {}
     for name in meta["cifar"]:
         values = arrays(folder / f"{name}.npz.xz")
@@ -106,16 +108,16 @@ def cifar_transforms(folder):
 
 
 def imagenet_transforms(folder):
-    """Of the ImageNet transforms, the sizes, the draws, and what came of pictures that a formula draws."""
-    meta = json.loads((folder / "meta.json").read_text())
+    """Return sizes and draws of the ImageNet transforms, and the results for images that a formula draws."""
+    meta = read_json(folder / "meta.json")
     facts = {"scale_sizes": meta["scale_sizes"]}
     facts["train"] = [{**record, "stages": []} for record in meta["train"]]
     kept = {}
-    for group in ("raw", "scale256", "scale", "val"):
-        values = arrays(folder / f"{group}.npz.xz")
-        records = [r for r in meta["images" if group == "raw" else group] if r["file"] in DRAWN]
-        facts["images" if group == "raw" else group] = records
-        kept |= {record["key"]: values[record["key"]] for record in records}
+    groups = {"images": "raw", "scale256": "scale256", "scale": "scale", "val": "val"}
+    for group, file in groups.items():
+        values = arrays(folder / f"{file}.npz.xz")
+        facts[group] = [record for record in meta[group] if record["file"] in DRAWN]
+        kept |= {record["key"]: values[record["key"]] for record in facts[group]}
     values = arrays(folder / "train.npz.xz")
     sizes = {image["file"]: (image["width"], image["height"]) for image in meta["images"]}
     for record, original in zip(facts["train"], meta["train"], strict=True):
@@ -127,17 +129,16 @@ def imagenet_transforms(folder):
 
 
 def t7_values(folder):
-    """The small .t7 files, in base64, and what they hold."""
-    meta = json.loads((folder / "meta.json").read_text())
+    """Return the small .t7 files, in base64, and what they hold."""
+    meta = read_json(folder / "meta.json")
     files = {name: base64.b64encode((folder / name).read_bytes()).decode() for name in meta["files"]}
     return {"files": files, "expected": meta["expected"]}
 
 
-def compact(value):
-    return json.dumps(value, separators=(",", ":")) + "\n"
-
-
 def main(source, output):
+    def write_json(name, value):
+        (output / name).write_text(json.dumps(value, separators=(",", ":")) + "\n")
+
     facts = {"models": {}}
     for folder in sorted(p for p in (source / "models").iterdir() if p.is_dir()):
         facts["models"][folder.name], kept = network(source / "models", folder.name)
@@ -147,14 +148,14 @@ def main(source, output):
     facts["cifar"], kept = cifar_transforms(source / "transforms")
     np.savez_compressed(output / "cifar_transforms.npz", **kept)
     imagenet, kept = imagenet_transforms(source / "transforms")
-    (output / "imagenet_transforms.json").write_text(compact(imagenet))
     np.savez_compressed(output / "imagenet_transforms.npz", **kept)
-    (output / "oracle.json").write_text(compact(facts))
-    (output / "t7_values.json").write_text(compact(t7_values(source / "t7_values")))
+    write_json("imagenet_transforms.json", imagenet)
+    write_json("oracle.json", facts)
+    write_json("t7_values.json", t7_values(source / "t7_values"))
+    for name in ("learning_rate.json", "compute_score.json"):
+        write_json(name, read_json(source / name))
     for name in T7_MODELS:
         (output / name.replace("/", "-")).write_bytes((source / "models" / name).read_bytes())
-    for name in ("learning_rate.json", "compute_score.json"):
-        (output / name).write_text(compact(json.loads((source / name).read_text())))
 
 
 if __name__ == "__main__":

@@ -22,11 +22,11 @@ Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 OPEN = weakref.WeakSet[FileTrainLoader]()  # loaders with workers
 
 
-def draw_jpegs(root: Path) -> Path:
+def draw_jpegs(root: Path, counts: dict[str, int] = COUNTS) -> Path:
     """Draw JPEGs of 40x50 pixels below train/ and val/, all different."""
     generator = np.random.default_rng(0)
     for split in ("train", "val"):
-        for name, count in COUNTS.items():
+        for name, count in counts.items():
             (root / split / name).mkdir(parents=True)
             for number in range(count):
                 small = Image.fromarray(generator.integers(0, 256, (6, 5, 3), np.uint8))

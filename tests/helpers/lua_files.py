@@ -1,6 +1,6 @@
-"""Writes .t7 files: networks as the Lua code and the authors' published files nest them.
+"""Write .t7 files: networks as the Lua code and the authors' published files nest them.
 
-Written from the description of the format and of the models, and not with the reader's tables.
+Written from the description of the format and of the models, not from the reader's tables.
 """
 
 import struct
@@ -38,7 +38,7 @@ class Writer:
         self.out.append(value.encode() + (b"\n" if self.ascii and value else b""))
 
     def index(self, key, value):
-        """Writes the index; whether the object is new."""
+        """Write the index of an object; return whether the object is new."""
         new = key not in self.indices
         self.keep.append(value)  # so that no id comes twice
         self.put("i", self.indices.setdefault(key, len(self.indices) + 1))
@@ -48,40 +48,32 @@ class Writer:
         if value is None:
             self.put("i", 0)
         elif isinstance(value, bool):
-            self.put("i", 5, *([] if self.ascii else [int(value)]))
-            if self.ascii:
-                self.put("i", int(value))
+            self.put("i", 5)
+            self.put("i", int(value))
         elif isinstance(value, int | float):
             self.put("i", 1)
             self.put("d", float(value))
         elif isinstance(value, str):
             self.put("i", 2)
             self.text(value)
-        elif isinstance(value, list):
-            self.write_table(dict(enumerate(value, 1)), value)
-        elif isinstance(value, dict):
-            self.write_table(value, value)
+        elif isinstance(value, dict | list):
+            self.put("i", 3)
+            if self.index(id(value), value):
+                table = value if isinstance(value, dict) else dict(enumerate(value, 1))
+                self.put("i", len(table))
+                for key, item in table.items():
+                    self.write(key)
+                    self.write(item)
         else:
             self.put("i", 4)
-            self.write_object(value)
+            if self.index(id(value), value):
+                self.write_module(value) if isinstance(value, Module) else self.write_tensor(value)
         return self
 
-    def write_table(self, table, identity):
-        self.put("i", 3)
-        if self.index(id(identity), identity):
-            self.put("i", len(table))
-            for key, item in table.items():
-                self.write(key)
-                self.write(item)
-
-    def write_object(self, value):
-        if isinstance(value, Module):
-            if self.index(id(value), value):
-                self.text("V 1")
-                self.text(value.name)
-                self.write(value.fields)
-        elif self.index(id(value), value):
-            self.write_tensor(value)
+    def write_module(self, module):
+        self.text("V 1")
+        self.text(module.name)
+        self.write(module.fields)
 
     def write_tensor(self, tensor):
         name = KINDS[tensor.dtype]
@@ -105,23 +97,19 @@ class Writer:
             else:
                 self.out.append(numbers.tobytes())
 
-    def bytes(self):
-        return b"".join(self.out)
-
 
 def to_t7(value, **options):
-    return Writer(**options).write(value).bytes()
+    return b"".join(Writer(**options).write(value).out)
 
 
 # ---------------------------------------------------------------------------- networks
 
 
 def share_memory(model):
-    """All parameters become parts of one storage, as after getParameters(); returns it flat."""
-    flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-    for parameter, part in zip(
-        model.parameters(), flat.split([p.numel() for p in model.parameters()]), strict=True
-    ):
+    """Make all parameters parts of one storage, as getParameters() does; return it flat."""
+    parameters = list(model.parameters())
+    flat = torch.cat([p.detach().reshape(-1) for p in parameters])
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         parameter.data = part.view_as(parameter)
     return flat
 
@@ -130,28 +118,19 @@ def sequential(*modules):
     return Module("nn.Sequential", {"modules": list(modules), "_type": "torch.FloatTensor", "train": False})
 
 
-def convolution(m, name="cudnn.SpatialConvolution", **changes):
+def convolution(m):
+    (height, width), (rows, columns), (top, left) = m.kernel_size, m.stride, m.padding
     weight = m.weight.detach()
-    fields = {
-        "nInputPlane": m.in_channels,
-        "nOutputPlane": m.out_channels,
-        "kW": m.kernel_size[1],
-        "kH": m.kernel_size[0],
-        "dW": m.stride[1],
-        "dH": m.stride[0],
-        "padW": m.padding[1],
-        "padH": m.padding[0],
-        "groups": m.groups,
-        "weight": weight,
-        "gradWeight": torch.zeros_like(weight),
-    }
-    return Module(name, fields | changes)
+    fields = {"nInputPlane": m.in_channels, "nOutputPlane": m.out_channels, "groups": m.groups}
+    fields |= {"kW": width, "kH": height, "dW": columns, "dH": rows, "padW": left, "padH": top}
+    fields |= {"weight": weight, "gradWeight": torch.zeros_like(weight)}
+    return Module("cudnn.SpatialConvolution", fields)
 
 
-def norm(m, **changes):
+def norm(m):
     fields = {"eps": m.eps, "momentum": 0.1, "affine": True, "nDim": 4, "weight": m.weight.detach()}
     fields |= {"bias": m.bias.detach(), "running_mean": m.running_mean, "running_var": m.running_var}
-    return Module("nn.SpatialBatchNormalization", fields | changes)
+    return Module("nn.SpatialBatchNormalization", fields)
 
 
 def relu():
@@ -162,17 +141,9 @@ def table(*modules):
     return Module("nn.ConcatTable", {"modules": list(modules)})
 
 
-def add():
-    return Module("nn.CAddTable", {"inplace": True})
-
-
 def pool(name, size, stride, padding=0):
     fields = {"kW": size, "kH": size, "dW": stride, "dH": stride, "padW": padding, "padH": padding}
     return Module(name, fields | {"ceil_mode": False})
-
-
-def linear(m):
-    return Module("nn.Linear", {"weight": m.weight.detach(), "bias": m.bias.detach()})
 
 
 def path(m):
@@ -194,14 +165,10 @@ def block_tree(block, nested, preactivation):
     if hasattr(block, "paths"):
         paths = [sequential(*path(p)) for p in block.paths]
         join = Module("nn.JoinTable", {"dimension": 1, "nInputDims": 3})
-        if nested:  # as one module
-            branch = [Module("nn.Concat", {"dimension": 2, "modules": paths})]
-        else:
-            branch = [table(*paths), join]
-    elif nested:
-        branch = [sequential(*path(block))]
+        concat = Module("nn.Concat", {"dimension": 2, "modules": paths})  # both as one module
+        branch = [concat] if nested else [table(*paths), join]
     else:
-        branch = path(block)
+        branch = [sequential(*path(block))] if nested else path(block)
     branch.append(convolution(block.conv3))
     head, activate = [], [norm(block.bn0), relu()] if block.activate_input else []
     if block.activate_input == "shared":
@@ -210,12 +177,12 @@ def block_tree(block, nested, preactivation):
         branch = activate + branch
     if not preactivation:
         branch.append(norm(block.bn3))
-    sides = table(sequential(*branch), shortcut(block))
-    return sequential(*head, sides, add(), *([] if preactivation else [relu()]))
+    sides, add = table(sequential(*branch), shortcut(block)), Module("nn.CAddTable", {"inplace": True})
+    return sequential(*head, sides, add, *([] if preactivation else [relu()]))
 
 
 def network_tree(model, nested=False):
-    """A ResNeXt of ours as a tree of Lua modules; `nested` as published files, else as the code makes it."""
+    """Return a ResNeXt as a tree of Lua modules, `nested` as in published files or as the code builds it."""
     preactivation = model.final_bn is not None
     modules = [convolution(model.conv1)]
     if hasattr(model, "bn1"):
@@ -228,11 +195,11 @@ def network_tree(model, nested=False):
     if preactivation:
         modules += [norm(model.final_bn), relu()]
     modules.append(pool("cudnn.SpatialAveragePooling", 7 if hasattr(model, "maxpool") else 8, 1))
-    modules += [Module("nn.View", {"numElements": model.fc.in_features}), linear(model.fc)]
-    return sequential(*modules)
+    linear = Module("nn.Linear", {"weight": model.fc.weight.detach(), "bias": model.fc.bias.detach()})
+    return sequential(*modules, Module("nn.View", {"numElements": model.fc.in_features}), linear)
 
 
 def find(tree, name):
-    """All modules of a class in a tree, in order."""
+    """Return all modules of a class in a tree, in order."""
     found = [tree] if tree.name == name else []
     return found + [m for child in tree.fields.get("modules", []) for m in find(child, name)]

@@ -6,6 +6,7 @@ norm, sum, projection on the hash, and values at 64 places.
 """
 
 import json
+import lzma
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,11 @@ import torch
 from torch import nn
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "oracle"  # all reference data, where it is there
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "oracle"  # all reference data, if present
 
 
 def golden(name):
-    """A JSON file of golden/, or the arrays of an .npz file."""
+    """Return the content of a JSON file of golden/, or the arrays of an .npz file."""
     path = GOLDEN / name
     if path.suffix == ".json":
         return json.loads(path.read_text())
@@ -25,14 +26,20 @@ def golden(name):
         return dict(arrays)
 
 
+def unpack(source, target):
+    """Write an .xz file's content to `target`, and return `target`."""
+    target.write_bytes(lzma.decompress(source.read_bytes()))
+    return target
+
+
 def h(i):
-    """The hash formula: integers i >= 0 to float64 in [-0.5, 0.5)."""
+    """Map integers i >= 0 to float64 in [-0.5, 0.5) by the hash formula."""
     bits = (np.asarray(i) % 4093 * 2654435761) % 2**32 >> 16
     return bits / 65536 - 0.5
 
 
 def network_input(shape, offset=0):
-    """Network input, float64 tensor of values rounded to float32."""
+    """Return a network input, a float64 tensor of values rounded to float32."""
     values = 3.4 * h(np.arange(np.prod(shape)) + offset)
     return torch.from_numpy(values.astype(np.float32).reshape(shape)).double()
 
@@ -67,18 +74,18 @@ def fill_running_statistics(model):
 
 
 def running_statistics(model):
-    """(means, variances) of each BatchNorm, lists of float64 arrays."""
+    """Return (means, variances) of each BatchNorm, lists of float64 arrays."""
     norms = batch_norms(model)
     return [n.running_mean.numpy().copy() for n in norms], [n.running_var.numpy().copy() for n in norms]
 
 
 def sample_places(count):
-    """The up to 64 flat indices at which a tensor of `count` elements was stored."""
+    """Return the up to 64 flat indices at which a tensor of `count` elements was stored."""
     return np.arange(count) if count <= 64 else np.arange(64) * (count - 1) // 63
 
 
 def summary(tensors):
-    """Summary of each tensor, as stored: arrays norm, sum and proj; val, samples one after another."""
+    """Summarize tensors as stored: arrays norm, sum and proj; val, samples one after another."""
     flat = [t.detach().numpy().ravel() for t in tensors]
     return {
         "norm": np.array([np.linalg.norm(t) for t in flat]),
@@ -89,7 +96,7 @@ def summary(tensors):
 
 
 def relative_error(ours, theirs, scale=None):
-    """Largest difference in units of `scale`; of the largest of `theirs` where there is none."""
+    """Return the largest difference in units of `scale`, by default the largest of `theirs`."""
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     assert ours.shape == theirs.shape and np.isfinite(ours).all()
     scale = np.abs(theirs).max() if scale is None else scale
@@ -97,11 +104,11 @@ def relative_error(ours, theirs, scale=None):
 
 
 def split_like(flat, arrays):
-    """A flat array cut into pieces of the sizes of `arrays`."""
+    """Cut a flat array into pieces of the sizes of `arrays`."""
     return np.split(flat, np.cumsum([a.size for a in arrays])[:-1])
 
 
 def statistics_error(ours, flat):
-    """Largest relative error over modules: `ours` a list of arrays, `flat` theirs one after another."""
+    """Return the largest relative error of a list of arrays; `flat` has theirs one after another."""
     assert sum(a.size for a in ours) == flat.size
     return max(relative_error(a, b) for a, b in zip(ours, split_like(flat, ours), strict=True))

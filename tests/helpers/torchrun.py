@@ -1,14 +1,13 @@
-"""Several processes for tests: torchrun as a user starts it, and what torchrun starts without torchrun.
+"""Several processes for tests: real torchrun, and jobs that start what torchrun starts, but faster.
 
-`Torchrun` is the real thing, and takes as long to start as it takes torch to be imported by each process.
-`Processes` forks the processes of a job from one that has imported everything: real processes, with the
-environment that torchrun gives them and a store that outlives them, started in a moment, and ended as it
-does when one of them fails. Every job is bounded in time, and what belongs to one bears a mark in its
-environment, by which survivors are found.
+`Torchrun` is real torchrun, in which every process needs seconds to import torch. `Processes` forks the
+ranks of a job from one process that has imported everything. They are real processes with the environment
+that torchrun gives them, and if one fails, the others are ended as torchrun does it. Every job is bounded in
+time. Its processes bear a mark in their environment, by which survivors are found.
 """
 
 import atexit
-import hashlib
+import contextlib
 import importlib
 import json
 import os
@@ -29,11 +28,8 @@ MARK = "RESNEXT_TEST_JOB"
 LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-# ---------------------------------------------------------------------------- processes
-
-
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> bool:
-    """Whether a condition came true in time."""
+    """Return whether a condition came true in time."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
@@ -43,37 +39,32 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> bool:
 
 
 def marked(mark: str) -> dict[int, str]:
-    """Process number → command line of everything alive that was started with this mark."""
+    """Return process number → command line of everything alive that was started with this mark."""
     found = {}
     entry = f"{MARK}={mark}".encode()
     for path in Path("/proc").glob("[0-9]*"):
-        try:
+        with contextlib.suppress(OSError):  # another user's process, or ended meanwhile
             if entry in (path / "environ").read_bytes().split(b"\0"):  # a zombie has none
                 words = (path / "cmdline").read_bytes().split(b"\0")
                 found[int(path.name)] = b" ".join(words).decode(errors="replace").strip()
-        except OSError:  # another user's, or gone
-            continue
     return found
 
 
 def kill_marked(mark: str) -> None:
     for pid in marked(mark):
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
 
 
 def assert_no_survivors(mark: str, besides: Iterable[int] = (), seconds: float = 20) -> None:
-    """Nothing with this mark is left, or will be soon."""
+    """Assert that everything with this mark has ended, or will soon."""
     besides = set(besides)
-    if not wait_for(lambda: marked(mark).keys() <= besides, seconds):
-        left = {pid: line for pid, line in marked(mark).items() if pid not in besides}
-        raise AssertionError(f"still alive: {left}")
+    ended = wait_for(lambda: marked(mark).keys() <= besides, seconds)
+    assert ended, {pid: line for pid, line in marked(mark).items() if pid not in besides}
 
 
 def surroundings(**more: str) -> dict[str, str]:
-    """The environment of a job, without what another launcher has left there."""
+    """Return the environment of a job, without what another launcher has left in ours."""
     plain = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
     return plain | {"OMP_NUM_THREADS": "1"} | more
 
@@ -91,20 +82,32 @@ class Ended:
         """The `error: …` messages of all processes."""
         return error_lines("".join(self.errors))
 
+    def finished(self) -> "Ended":
+        """Assert that all went well."""
+        assert set(self.statuses) == {0} and not any(self.errors), self
+        return self
+
+    def failed(self) -> str:
+        """Assert that the job failed with status 2 and one message; return it."""
+        # Ranks that torchrun was quicker to end have got SIGTERM.
+        assert 2 in self.statuses and set(self.statuses) <= {2, -signal.SIGTERM}, self
+        assert len(self.messages) == 1 and "Traceback" not in "".join(self.errors), self
+        return self.messages[0]
+
     def __str__(self) -> str:
         parts = zip(self.statuses, self.outputs, self.errors, strict=True)
         return "\n".join(f"--- rank {r}: status {s}\n{o}\n{e}" for r, (s, o, e) in enumerate(parts))
 
 
 def error_lines(text: str) -> list[str]:
-    """Our `error: …` messages out of standard error, where torchrun writes too."""
+    """Return our `error: …` messages in standard error, where torchrun writes too."""
     return [line.removeprefix("error: ") for line in text.splitlines() if line.startswith("error: ")]
 
 
 # ---------------------------------------------------------------------------- torchrun itself
 
-# Keeps what torchrun does not tell of a process: its number, and the status that it ended with. The shell
-# stands in between, so that a test of torchrun's own death cannot use it.
+# Records what torchrun does not tell about a process: its number and its exit status. Because of the shell in
+# between, a test of torchrun's own death cannot use it.
 KEEP_STATUS = """
 trap : TERM INT HUP USR1
 sh -c 'echo $$ > "$0.new"; mv "$0.new" "$0"; exec "$@"' "$STATUS_FOLDER/$RANK.pid" "$@"
@@ -164,17 +167,17 @@ class Torchrun:
         return (self.files / "err").read_text()
 
     def pid(self, rank: int) -> int:
-        """The process of a rank; waits until it is there."""
+        """Return the process number of a rank, once it is there."""
         path = self.files / f"{rank}.pid"
         assert wait_for(lambda: path.exists() or self.process.poll() is not None), self.error
         return int(path.read_text())
 
     def statuses(self) -> list[int]:
-        """The exit statuses of the ranks; 128 + number for a signal."""
+        """Return the exit statuses of the ranks; 128 + number for a signal."""
         return [int((self.files / f"{rank}.status").read_text()) for rank in range(self.count)]
 
     def wait(self, seconds: float = 120) -> int:
-        """The end of torchrun, its status, and of everything that it started."""
+        """Wait for the end of torchrun and of everything that it started; return torchrun's status."""
         try:
             status = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -189,17 +192,15 @@ class Torchrun:
 class Job:
     """A running job of `Processes`."""
 
-    def __init__(self, owner: "Processes", number: int, pids: list[int], store: Any):
-        self.owner, self.number, self.pids, self.store = owner, number, pids, store
+    def __init__(self, owner: "Processes", number: int, pids: list[int], store: object):
+        self.owner, self.number, self.pids = owner, number, pids
+        self.store = store  # must live as long as the job
 
     def wait(self) -> Ended:
-        """All of them ended, and nothing is left of them; an AssertionError where they took too long."""
+        """Wait until all ranks and their workers have ended; AssertionError if they took too long."""
         statuses = self.owner.answer()
-        files = self.owner.folder
-        texts = [
-            [(files / f"{self.number}.{rank}.{kind}").read_text() for rank in range(len(self.pids))]
-            for kind in ("out", "err")
-        ]
+        names = [self.owner.folder / f"{self.number}.{rank}" for rank in range(len(self.pids))]
+        texts = [[Path(f"{name}.{kind}").read_text() for name in names] for kind in ("out", "err")]
         ended = Ended(statuses, *texts)
         assert None not in statuses, f"took too long\n{ended}"
         assert_no_survivors(self.owner.mark, [self.owner.process.pid])
@@ -209,8 +210,8 @@ class Job:
 class Processes:
     """Starts jobs one at a time; a context manager that ends them.
 
-    A job is `main` of train.py or evaluate.py with its arguments, or a function "module:name" of tests/
-    with JSON values. `watch` is for what happens inside a process, see `watched`.
+    A job is `main` of train.py or evaluate.py with its arguments, or a function "module:name" of
+    tests/helpers with JSON values. `watch` acts inside the processes, see ranks.watch.
     """
 
     def __init__(self, folder: Path):
@@ -248,7 +249,7 @@ class Processes:
         cwd: Path | None = None,
         seconds: float = 120,
     ) -> Job:
-        """Start a job; one of a single process is started as `python`, without torchrun's environment."""
+        """Start a job. A job of one process starts as `python` does, without torchrun's environment."""
         from torch.distributed import TCPStore
 
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -266,16 +267,9 @@ class Processes:
 
 
 def serve() -> None:
-    """In the process that others are forked from: no threads here, and nothing computed."""
-    sys.path[:0] = [str(ROOT), *(str(ROOT / "tests" / name) for name in ("helpers", "engine"))]
-    for name in (
-        "train",
-        "evaluate",
-        "data.loaders",
-        "data.datasets",
-        "resnext.engine.report",
-        "resnext.engine.trainer",
-    ):
+    """Fork the ranks of jobs; this process has no threads and computes nothing."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
+    for name in ("train", "evaluate", "data.training", "resnext.engine.report", "resnext.engine.trainer"):
         importlib.import_module(name)
     for line in sys.stdin:
         job = json.loads(line)
@@ -290,10 +284,10 @@ def serve() -> None:
 
 
 def ends(pids: list[int], seconds: float) -> list[int | None]:
-    """The statuses of children, None for one that was killed; when one fails, the others get SIGTERM."""
+    """Return the statuses of children, None if killed after `seconds`; if one fails, end the others."""
     end = time.monotonic() + seconds
     statuses: dict[int, int | None] = {}
-    told = False
+    terminated = False
     while len(statuses) < len(pids):
         for pid in [pid for pid in pids if pid not in statuses]:
             if (found := os.waitpid(pid, os.WNOHANG))[0]:
@@ -302,8 +296,8 @@ def ends(pids: list[int], seconds: float) -> list[int | None]:
                 send_to_group(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
                 statuses[pid] = None
-        if any(statuses.values()) and not told:
-            told = True
+        if any(statuses.values()) and not terminated:
+            terminated = True
             for pid in [pid for pid in pids if pid not in statuses]:
                 send_to_group(pid, signal.SIGTERM)
         time.sleep(0.1)  # as torchrun
@@ -311,7 +305,7 @@ def ends(pids: list[int], seconds: float) -> list[int | None]:
 
 
 def send_to_group(pid: int, number: signal.Signals) -> None:
-    """To a child and its workers; to the child alone where it has no group of its own yet."""
+    """Send a signal to a child and its workers, or to the child alone if it has no group of its own yet."""
     try:
         os.killpg(pid, number)
     except ProcessLookupError:
@@ -319,7 +313,7 @@ def send_to_group(pid: int, number: signal.Signals) -> None:
 
 
 def run_rank(job: dict[str, Any], rank: int) -> NoReturn:
-    """All of a forked process. Its end is the interpreter's, but for the second that freeing all takes."""
+    """Run a forked process to its end, which skips only the second that freeing all memory takes."""
     status: Any = 1
     try:
         prepare_rank(job, rank)
@@ -337,7 +331,7 @@ def run_rank(job: dict[str, Any], rank: int) -> NoReturn:
 
 
 def prepare_rank(job: dict[str, Any], rank: int) -> None:
-    """What torchrun and the shell prepare: session, environment, files, folder."""
+    """Prepare what torchrun and the shell prepare: session, environment, files, folder."""
     os.setsid()
     for name in LAUNCHER:
         os.environ.pop(name, None)
@@ -346,14 +340,12 @@ def prepare_rank(job: dict[str, Any], rank: int) -> None:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_USE_AGENT_STORE": "True"}
         os.environ |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
-    for descriptor, name, flags in (
-        (0, os.devnull, os.O_RDONLY),
-        (1, f"{job['files']}/{job['number']}.{rank}.out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
-        (2, f"{job['files']}/{job['number']}.{rank}.err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
-    ):
-        os.dup2(os.open(name, flags, 0o644), descriptor)
+    written = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for descriptor, kind in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{job['files']}/{job['number']}.{rank}.{kind}", written, 0o644), descriptor)
     os.chdir(job["cwd"])
-    watched(rank, **job["watch"])
+    importlib.import_module("ranks").watch(rank, **job["watch"])
 
 
 def run_job(what: str, arguments: list[Any]) -> None:
@@ -365,116 +357,6 @@ def run_job(what: str, arguments: list[Any]) -> None:
 
     sys.argv = [f"{what}.py", *arguments]
     run_main(importlib.import_module(what).main)
-
-
-def watched(
-    rank: int, group: bool = False, pictures: str | None = None, stop: dict[str, Any] | None = None
-) -> None:
-    """What a job's processes do on the side.
-
-    `pictures`: a folder for the hashes of what each training step sees, a file for each rank (see
-    `seen_pictures`). `stop`: {"rank", "signal"} and "step" or "batch": that rank sends itself the signal
-    ahead of that training step, or that validation batch, of this process's. `group`: a single process has
-    the environment of torchrun too.
-    """
-    from resnext.engine import evaluator, trainer
-
-    def counted(function: Callable, act: Callable[..., None]) -> Callable:
-        count = 0
-
-        def wrapper(*arguments: Any) -> Any:
-            nonlocal count
-            count += 1
-            act(count, *arguments)
-            return function(*arguments)
-
-        return wrapper
-
-    def write(_: int, training: Any, images: Any, labels: Any, rate: float, total: int) -> None:
-        progress = training.progress
-        random_uint64 = [digest([image, label]) for image, label in zip(images, labels, strict=True)]
-        with open(Path(pictures) / f"{rank}.jsonl", "a") as file:
-            row = {"step": progress.global_step, "lr": rate, "images": total, "pictures": random_uint64}
-            print(json.dumps(row), file=file)
-
-    def stop_at(wanted: int) -> Callable[..., None]:
-        def act(count: int, *_: Any) -> None:
-            if count == wanted:
-                os.kill(os.getpid(), getattr(signal, stop["signal"]))
-
-        return act
-
-    if pictures:
-        Path(pictures).mkdir(parents=True, exist_ok=True)
-        trainer.train_step = counted(trainer.train_step, write)
-    if stop and stop["rank"] == rank:
-        if "step" in stop:
-            trainer.train_step = counted(trainer.train_step, stop_at(stop["step"]))
-        else:
-            evaluator.sum_crops = counted(evaluator.sum_crops, stop_at(stop["batch"]))
-
-
-def seen_pictures(folder: Path) -> list[dict[str, Any]]:
-    """What the steps saw: {"step", "lr", "images", "pictures"}, the ranks' pictures one after another."""
-    ranks = sorted(folder.glob("*.jsonl"), key=lambda path: int(path.stem))
-    steps = zip(*([json.loads(line) for line in path.open()] for path in ranks), strict=True)
-    found = []
-    for rows in steps:
-        common = [{name: row[name] for name in ("step", "lr", "images")} for row in rows]
-        assert all(other == common[0] for other in common)
-        found.append(common[0] | {"pictures": [picture for row in rows for picture in row["pictures"]]})
-    return found
-
-
-# ---------------------------------------------------------------------------- what a run leaves
-
-
-def digest(tensors: Iterable[Any]) -> str:
-    """Hash of tensors, bit for bit."""
-    found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()
-
-
-def rows(output: Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl without the times, the only part that may differ."""
-    lines = (output / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "time"} for line in lines]
-
-
-def read(output: Path, name: str = "last.pt") -> dict[str, Any]:
-    import torch
-
-    return torch.load(output / "checkpoints" / name, weights_only=True)
-
-
-def tensors(content: dict[str, Any]) -> dict[str, Any]:
-    """Weights, running statistics, momentum and averages of a checkpoint, by name."""
-    found = {f"model/{name}": tensor for name, tensor in content["model"].items()}
-    found |= {f"ema/{name}": tensor for name, tensor in (content["ema"] or {}).items()}
-    for number, entry in content["optimizer"]["state"].items():
-        found[f"momentum/{number}"] = entry["momentum_buffer"]
-    return found
-
-
-def fingerprint(output: Path, name: str = "last.pt") -> str:
-    """Hash of all `tensors` of a checkpoint."""
-    return digest(tensors(read(output, name)).values())
-
-
-def assert_same_run(ours: Path, theirs: Path) -> None:
-    """Two finished runs agree in every row and every bit."""
-    assert rows(ours) == rows(theirs)
-    for name in ("last.pt", "best.pt"):
-        first, second = read(ours, name), read(theirs, name)
-        a, b = tensors(first), tensors(second)
-        assert a.keys() == b.keys()
-        different = [name for name in a if digest([a[name]]) != digest([b[name]])]
-        assert not different, f"{name}: {different}"
-        progress = [{k: v for k, v in c["progress"].items() if k != "seconds"} for c in (first, second)]
-        assert progress[0] == progress[1]
 
 
 if __name__ == "__main__":

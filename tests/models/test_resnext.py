@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from config_counts import CONFIG_COUNTS
+from networks import stir
 from torch import nn
 
 import resnext
@@ -34,15 +36,8 @@ def error(ours, theirs):
 def random_model(*args, **kwargs):
     """Return a float64 network with random BatchNorm parameters and statistics."""
     torch.manual_seed(7)
-    model = ResNeXt(*args, **kwargs).double()
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                for tensor in (module.weight, module.running_var):
-                    tensor.uniform_(0.5, 1.5)
-                for tensor in (module.bias, module.running_mean):
-                    tensor.uniform_(-0.3, 0.3)
-        model.fc.bias.uniform_(-0.3, 0.3)
+    model = stir(ResNeXt(*args, **kwargs).double())
+    nn.init.uniform_(model.fc.bias, -0.3, 0.3)
     return model
 
 
@@ -105,43 +100,6 @@ def test_complexity_leaves_the_model_alone(form):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     complexity(model.eval(), 16)
     assert not model.training
-
-
-CONFIG_COUNTS = {  # (parameters, multiply-adds) with the classes of the dataset
-    "cifar100_preresnext29_16x64d": (68_243_876, 10_688_958_464),
-    "cifar100_preresnext29_8x64d": (34_515_364, 5_387_358_208),
-    "cifar100_resnext29_16x64d": (68_247_460, 10_688_958_464),
-    "cifar100_resnext29_8x64d": (34_518_948, 5_387_358_208),
-    "cifar10_preresnext29_16x64d": (68_151_626, 10_688_866_304),
-    "cifar10_preresnext29_8x64d": (34_423_114, 5_387_266_048),
-    "cifar10_resnext29_16x64d": (68_155_210, 10_688_866_304),
-    "cifar10_resnext29_1x64d": (4_914_250, 748_365_824),
-    "cifar10_resnext29_2x40d": (4_879_626, 754_788_352),
-    "cifar10_resnext29_32x4d": (4_775_754, 774_055_936),
-    "cifar10_resnext29_4x24d": (4_845_002, 761_210_880),
-    "cifar10_resnext29_8x14d": (4_901_098, 780_904_448),
-    "cifar10_resnext29_8x64d": (34_426_698, 5_387_266_048),
-    "demo": (831_562, 29_468_672),
-    "finetune_resnext50_32x4d": (25_028_904, 4_230_479_872),
-    "imagenet5k_resnext50_32x4d": (33_224_904, 4_238_671_872),
-    "resnet101": (44_549_160, 7_801_405_440),
-    "resnet50": (25_557_032, 4_089_184_256),
-    "resnext101_1x100d": (85_611_336, 15_272_862_720),
-    "resnext101_2x40d": (44_456_296, 7_843_553_280),
-    "resnext101_2x64d": (84_198_184, 15_123_087_360),
-    "resnext101_32x16d": (194_026_792, 36_163_289_088),
-    "resnext101_32x4d": (44_177_704, 7_969_996_800),
-    "resnext101_32x8d": (88_791_336, 16_414_015_488),
-    "resnext101_4x24d": (44_363_432, 7_885_701_120),
-    "resnext101_64x4d": (83_455_272, 15_460_270_080),
-    "resnext101_8x14d": (45_104_328, 8_076_871_680),
-    "resnext152_32x4d": (59_951_400, 11_709_513_728),
-    "resnext50_2x40d": (25_425_000, 4_124_508_160),
-    "resnext50_32x4d": (25_028_904, 4_230_479_872),
-    "resnext50_32x4d_v2": (25_028_904, 4_230_479_872),
-    "resnext50_4x24d": (25_292_968, 4_159_832_064),
-    "resnext50_8x14d": (25_603_016, 4_267_409_408),
-}
 
 
 def test_every_shipped_configuration_is_counted():

@@ -1,4 +1,4 @@
-"""The reader of .t7 files: every kind of value, sharing, and files that are damaged or hostile."""
+"""The reader of .t7 files: every kind of value, sharing, and files that are damaged or malicious."""
 
 import base64
 import contextlib
@@ -18,16 +18,17 @@ FILES = {name: base64.b64decode(content) for name, content in VALUES["files"].it
 
 
 class Comparison:
-    """Compares a value with its description in meta.json; ids there are identities here."""
+    """Compares a value with its description in meta.json, where ids stand for identities."""
 
     def __init__(self):
         self.known = {}
 
-    def same(self, identity, value):
-        assert self.known.setdefault(identity, value) is value
-
     def check(self, value, expected):
         kind = expected["t"]
+        if kind == "ref":
+            assert self.known[expected["id"]] is value
+        elif kind in ("table", "object", "tensor"):
+            assert self.known.setdefault(expected["id"], value) is value
         if kind == "nil":
             assert value is None
         elif kind == "boolean":
@@ -36,19 +37,16 @@ class Comparison:
             assert type(value) is float and value == float(expected["v"])
         elif kind == "string":
             assert value.encode("utf-8", "surrogateescape").hex() == expected["hex"]
-        elif kind == "ref":
-            assert self.known[expected["id"]] is value
-        elif kind in ("table", "object"):
-            self.same(expected["id"], value)
-            if kind == "object":
-                assert isinstance(value, Object) and value.class_name == expected["class"]
-                value = value.fields
+        elif kind == "table":
             self.check_items(value, expected["items"])
+        elif kind == "object":
+            assert isinstance(value, Object) and value.class_name == expected["class"]
+            self.check_items(value.fields, expected["items"])
         elif kind == "storage":
             assert value.type() == expected["type"].replace("Storage", "Tensor")
             assert value.tolist() == expected["data"]
-            self.same_memory(expected["storage_id"], value)
-        else:
+            self.check_memory(value, expected["storage_id"])
+        elif kind == "tensor":
             self.check_tensor(value, expected)
 
     def check_items(self, table, items):
@@ -60,7 +58,6 @@ class Comparison:
             self.check(table.get(name), value)
 
     def check_tensor(self, value, expected):
-        self.same(expected["id"], value)
         assert value.type() == expected["type"]
         if not expected["shape"]:
             assert value.numel() == 0
@@ -69,9 +66,9 @@ class Comparison:
         assert value.storage_offset() == expected["storage_offset_1based"] - 1
         assert value.untyped_storage().nbytes() == expected["storage_size"] * value.element_size()
         np.testing.assert_array_equal(value.double().numpy().ravel(), np.array(expected["data"], float))
-        self.same_memory(expected["storage_id"], value)
+        self.check_memory(value, expected["storage_id"])
 
-    def same_memory(self, storage, value):
+    def check_memory(self, value, storage):
         address = value.untyped_storage().data_ptr()
         assert self.known.setdefault(f"storage {storage}", address) == address
 
@@ -109,27 +106,41 @@ def tensor(index, kind, sizes, strides, offset, content):
 ONES = storage(2, "Float", np.ones(6, np.float32))
 
 
-def test_objects_of_before_there_were_versions():
+def test_objects_without_a_version():
     content = i(4, 1) + text("nn.Linear") + i(3, 2, 1, 2) + text("bias") + i(5, 1)
     found = parse_t7(content)
     assert found.class_name == "nn.Linear" and found.fields.get("bias") is True
 
 
-@pytest.mark.parametrize("kind", ["Half", "CudaHalf", "Cuda", "CudaDouble", "CudaLong"])
+TYPES = {"Half": "e", "CudaHalf": "e", "Cuda": "f", "CudaDouble": "d", "CudaLong": "q"}
+
+
+@pytest.mark.parametrize("kind", TYPES)
 def test_names_of_the_gpu(kind):
-    types = {"Half": "e", "CudaHalf": "e", "Cuda": "f", "CudaDouble": "d", "CudaLong": "q"}
-    array = np.arange(6).astype(types[kind])
+    array = np.arange(6).astype(TYPES[kind])
     found = parse_t7(tensor(1, kind, [2, 3], [3, 1], 1, storage(2, kind, array)))
     assert found.tolist() == [[0, 1, 2], [3, 4, 5]] and found.numpy().dtype == array.dtype
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("Double", "d"), ("Float", "f"), ("Half", "e"), ("Long", "q")])
+def test_numbers_of_text_files_are_exact(kind, dtype):
+    """Infinities, NaN, the smallest and the largest of each type; Lua writes 17 digits."""
+    limits = np.iinfo(dtype) if dtype == "q" else np.finfo(dtype)
+    values = [
+        limits.min,
+        limits.max,
+        *((-3, 7) if dtype == "q" else (0.1, -0.0, limits.tiny, np.inf, np.nan)),
+    ]
+    array = np.array(values, dtype)
+    words = " ".join(str(value) if dtype == "q" else f"{value:.17g}" for value in array.tolist())
+    name = f"torch.{kind}Storage"
+    found = parse_t7(f"4\n1\n3\nV 1\n{len(name)}\n{name}\n{len(array)}\n{words}\n".encode())
+    assert found.numpy().tobytes() == array.tobytes()
 
 
 def test_boolean_and_number_are_two_keys():
     found = parse_t7(i(3, 1, 2, 1) + struct.pack("<d", 1) + i(0) + i(5, 1, 5, 0))
     assert found.get(1) is None and found.get(True) is False and 1 in found and len(found) == 2
-
-
-def nested(depth):
-    return b"".join(i(3, number, 1, 5, 1) for number in range(1, depth)) + i(0)
 
 
 def float_storage(count):
@@ -158,23 +169,30 @@ BAD = {
     "a long table": i(3, 1, 2**31 - 1),
     "a key twice": i(3, 1, 2) + (i(2) + text("a") + i(0)) * 2,
     "a tensor for a key": i(3, 1, 1) + tensor(2, "Float", [], [], 1, i(0)) + i(0),
+    "nil for a key": i(3, 1, 1, 0, 0),
     "not a number for a key": i(3, 1, 1, 1) + struct.pack("<d", math.nan) + i(0),
     "a class without fields": i(4, 1) + text("V 1") + text("nn.Linear") + i(0),
-    "deep nesting": nested(100_000),
+    "deep nesting": b"".join(i(3, number, 1, 5, 1) for number in range(1, 100_000)) + i(0),
 }
 
 
-@pytest.mark.parametrize("content", BAD.values(), ids=BAD)
-def test_hostile_files_are_refused(content):
-    with pytest.raises(InvalidFileError):
-        parse_t7(content)
+BAD_TEXT = [
+    b"4\n",
+    b"1\nabc\n",
+    b"2\n5\nab",
+    b"3\n1\n99999999999999999999\n",
+    b"9\n",
+    b"1\n",
+    b"3\n1\n1\n",
+    b"x",
+]
+HALVES = b"4\n1\n3\nV 1\n17\ntorch.HalfStorage\n"
+BAD_TEXT += [HALVES + b"2\n1\n", HALVES + b"1\n1 2\n", HALVES + b"1\nx\n", HALVES + b"-1\n1\n"]
+BAD_TEXT += [HALVES.replace(b"Half", b"Long") + words for words in (b"1\n1.5\n", b"1\n9223372036854775808\n")]
 
 
-@pytest.mark.parametrize(
-    "content",
-    [b"4\n", b"1\nabc\n", b"2\n5\nab", b"3\n1\n99999999999999999999\n", b"9\n", b"1\n", b"3\n1\n1\n", b"x"],
-)
-def test_hostile_text_files_are_refused(content):
+@pytest.mark.parametrize("content", [*BAD.values(), *BAD_TEXT], ids=[*BAD, *map(repr, BAD_TEXT)])
+def test_malicious_files_are_refused(content):
     with pytest.raises(InvalidFileError):
         parse_t7(content)
 
