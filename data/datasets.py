@@ -5,9 +5,7 @@ from collections.abc import Sequence
 from resnext.config import DataConfig
 from resnext.errors import UserError
 
-from . import cifar, glyphs, image_folder
-from .image_folder import ImageDataset
-from .in_memory import subsample
+from .in_memory import ImageDataset, subsample
 
 
 def load_set(config: DataConfig, split: str, classes: tuple[str, ...] | None = None) -> ImageDataset:
@@ -17,14 +15,20 @@ def load_set(config: DataConfig, split: str, classes: tuple[str, ...] | None = N
     """
     limit = config.train_images if split == "train" else config.val_images
     if config.dataset == "glyphs":
+        from . import glyphs
+
         return glyphs.render_glyphs(split, limit, config.image_size, config.characters or glyphs.DIGITS)
     if config.dir is None:
         raise UserError(f"data.dir: {config.dataset} needs a folder; give --data DIR")
     if config.dataset == "folder":
+        from . import image_folder
+
         files = image_folder.list_set(config.dir, split, limit, classes, config.class_order)
         if config.pipeline == "memory":
             return image_folder.read_set(files, config.image_size, config.max_pixels)
         return files
+    from . import cifar
+
     return subsample(cifar.read_set(config.dataset, config.dir, split, config.download), limit)
 
 
@@ -32,7 +36,9 @@ def training_classes(config: DataConfig, before: Sequence[str] | None) -> tuple[
     """Return the class folders of train/, in the order `before` of a resumed run, or None for others."""
     if config.dataset != "folder" or config.dir is None:
         return None
-    names = image_folder.class_names(config.dir, config.class_order)
+    from .image_folder import class_names
+
+    names = class_names(config.dir, config.class_order)
     return tuple(before) if before and set(before) == set(names) else names
 
 

@@ -56,9 +56,6 @@ class ImageFolderDataset:
         return digest(self.classes, self.paths, self.labels)
 
 
-ImageDataset = ArrayDataset | ImageFolderDataset
-
-
 def read_file(path: str, largest: int | None = None) -> bytes:
     """Return a file's content. Raise UserError if it cannot be read or has more than `largest` bytes."""
     try:

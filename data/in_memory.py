@@ -3,12 +3,16 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from resnext.errors import UserError
 
-from .walk import to_bytes
+if TYPE_CHECKING:
+    from .image_folder import ImageFolderDataset
+
+ImageDataset: TypeAlias = "ArrayDataset | ImageFolderDataset"
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class ArrayDataset:
 
 def digest(classes: Sequence[str], *arrays: np.ndarray) -> str:
     """Return a hash, 16 hex digits, of class names and arrays."""
-    found = hashlib.sha256(to_bytes("\n".join(classes)))
+    found = hashlib.sha256("\n".join(classes).encode("utf-8", "surrogateescape"))
     for array in arrays:
         found.update(np.ascontiguousarray(array).data)
     return found.hexdigest()[:16]

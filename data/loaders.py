@@ -1,68 +1,54 @@
-"""Training and evaluation batches on the device, of datasets in memory and of class folders.
+"""Training and evaluation batches on the device; those of datasets in memory.
 
-A small dataset lives on the device as one uint8 tensor: no workers, no copies. For class folders,
-DataLoader workers read, decode, crop, and resize whole batches to uint8. These are pinned, copied on a
-side stream, and augmented on the device. A batch is a function of (seed, epoch, step) alone, whatever the
-number of workers. Each rank prepares only its own part of a global batch.
+A small dataset lives on the device as one uint8 tensor: no workers, no copies. A batch is a function of
+(seed, epoch, step) alone. Each rank prepares only its own part of a global batch.
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from resnext.config import AugmentConfig, Config, DataConfig
+from resnext.config import Config, DataConfig
 from resnext.errors import UserError
 
-from .augment import (
-    cifar_crop,
-    erase,
-    jitter,
-    mirror,
-    mix,
-    normalize,
-    on_device,
-    sample_cifar_crops,
-    sample_color_params,
-    sample_flips,
-)
-from .decode import check_decoder
-from .image_folder import ImageFolderDataset
-from .in_memory import ArrayDataset
-from .rng import RngStream, random_uint64, random_uniform
+from .augment import cifar_crop, erase, mix, normalize, on_device, sample_cifar_crops
+from .in_memory import ArrayDataset, ImageDataset
 from .sampler import EpochSampler, LocalIndices, StepIndices
-from .transforms import CROP_DRAWS, apply_policy, eval_images, train_image
-from .workers import WorkerBatch, collate_images, make_loader, prefetch_to_device
 
-MAX_SKIPPED = 100  # broken files in a row
+if TYPE_CHECKING:
+    from .file_loaders import FileEvalLoader, FileTrainLoader
 
-ImageSet = ArrayDataset | ImageFolderDataset
+AnyTrainLoader: TypeAlias = "InMemoryTrainLoader | FileTrainLoader"
+AnyEvalLoader: TypeAlias = "InMemoryEvalLoader | FileEvalLoader"
 
 
 def make_train_loader(
-    image_set: ImageSet,
+    image_set: ImageDataset,
     config: Config,
     device: torch.device,
     warn: Callable[[str], None] = print,
     share: LocalIndices = np.arange,
-) -> "InMemoryTrainLoader | FileTrainLoader":
+) -> AnyTrainLoader:
     """Return the training batches of a dataset; `warn` gets a line for each broken file that is skipped."""
-    if isinstance(image_set, ImageFolderDataset):
-        return FileTrainLoader(image_set, config, device, warn, share)
-    return InMemoryTrainLoader(image_set, config, device, share)
+    if isinstance(image_set, ArrayDataset):
+        return InMemoryTrainLoader(image_set, config, device, share)
+    from .file_loaders import FileTrainLoader
+
+    return FileTrainLoader(image_set, config, device, warn, share)
 
 
 def make_eval_loader(
-    image_set: ImageSet,
+    image_set: ImageDataset,
     data: DataConfig,
     batch_size: int,
     device: torch.device,
     ten_crop: bool = False,
     rank: int = 0,
     ranks: int = 1,
-) -> "InMemoryEvalLoader | FileEvalLoader":
+) -> AnyEvalLoader:
     """Return batches of every image once, in order; with `ten_crop`, the ten crops of an image are adjacent.
 
     Each rank gets the images rank, rank + ranks, … and the same number of batches; its last may be empty.
@@ -70,7 +56,9 @@ def make_eval_loader(
     own = np.arange(rank, len(image_set), ranks)
     steps = -(-len(image_set) // (ranks * batch_size))
     parts = [own[step * batch_size : (step + 1) * batch_size] for step in range(steps)]
-    if isinstance(image_set, ImageFolderDataset):
+    if not isinstance(image_set, ArrayDataset):
+        from .file_loaders import FileEvalLoader
+
         return FileEvalLoader(image_set, data, parts, device, ten_crop)
     if ten_crop:
         raise UserError("--ten-crop: images in memory have the size of a crop; remove the option")
@@ -89,7 +77,7 @@ def pixel_statistics(data: DataConfig, device: torch.device) -> tuple[Tensor, Te
 class TrainLoader:
     """Base of the training loaders: the order of the images, random erasing, and mixing."""
 
-    def __init__(self, image_set: ImageSet, config: Config, device: torch.device, share: LocalIndices):
+    def __init__(self, image_set: ImageDataset, config: Config, device: torch.device, share: LocalIndices):
         self.device, self.augment, self.seed = device, config.augment, config.run.seed
         self.statistics = pixel_statistics(config.data, device)
         self.images, self.classes = len(image_set), len(image_set.classes)
@@ -135,47 +123,6 @@ class InMemoryTrainLoader(TrainLoader):
             yield self.erase_and_mix(images, self.labels[picked], part)
 
 
-class FileTrainLoader(TrainLoader):
-    """Training batches of class folders, with the original's ImageNet augmentation and its additions."""
-
-    def __init__(
-        self,
-        files: ImageFolderDataset,
-        config: Config,
-        device: torch.device,
-        warn: Callable[[str], None],
-        share: LocalIndices = np.arange,
-    ):
-        super().__init__(files, config, device, share)
-        data = config.data
-        check_decoder(data.decoder)
-        self.warn = warn
-        self.skipped: set[str] = set()
-        load = partial(load_train, files, data, config.augment, self.seed)
-        images = len(share(config.train.batch_size))
-        self.loader = make_loader(load, self.sampler, data, images, data.train_size, device, True)
-
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield what InMemoryTrainLoader.epoch yields."""
-        self.sampler.set_epoch(epoch, first_step)
-        batches = prefetch_to_device(self.loader, self.device)
-        for part, batch in zip(list(self.sampler), batches, strict=True):
-            self.report(batch.skipped)
-            mirror(batch.images, batch.mirrored)
-            if self.augment.jitter or self.augment.lighting:
-                images = jitter(batch.images, batch.colors, *self.statistics)
-            else:
-                images = normalize(batch.images, *self.statistics)
-            yield self.erase_and_mix(images, batch.labels, part)
-
-    def report(self, skipped: tuple[str, ...]) -> None:
-        """Log each broken file once; every epoch skips it again."""
-        for line in skipped:
-            if line not in self.skipped:
-                self.skipped.add(line)
-                self.warn(f"warning: {len(self.skipped)} broken files skipped so far: {line}")
-
-
 # ---------------------------------------------------------------------------- evaluation
 
 
@@ -196,86 +143,3 @@ class InMemoryEvalLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for pixels, labels in zip(self.pixels.split(self.sizes), self.labels.split(self.sizes), strict=True):
             yield normalize(pixels, *self.statistics), labels
-
-
-class FileEvalLoader:
-    """Evaluation batches of class folders: the images of each part, cropped and normalized."""
-
-    def __init__(
-        self,
-        files: ImageFolderDataset,
-        data: DataConfig,
-        parts: list[np.ndarray],
-        device: torch.device,
-        ten_crop: bool,
-    ):
-        check_decoder(data.decoder)
-        self.device, self.images, self.steps = device, len(files), len(parts)
-        self.crops = 10 if ten_crop else 1
-        self.statistics = pixel_statistics(data, device)
-        load = partial(load_eval, files, data, ten_crop)
-        images = max(map(len, parts), default=0) * self.crops
-        self.loader = make_loader(load, parts, data, images, data.image_size, device, False)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in prefetch_to_device(self.loader, self.device):
-            yield normalize(batch.images, *self.statistics), batch.labels
-
-
-# ---------------------------------------------------------------------------- in a worker
-
-
-def load_train(
-    files: ImageFolderDataset, data: DataConfig, augment: AugmentConfig, seed: int, part: StepIndices
-) -> WorkerBatch:
-    """Return a training batch."""
-    epoch, ids = part.epoch, part.ids
-    draws = random_uniform(seed, epoch, ids, CROP_DRAWS, RngStream.CROP).tolist()
-    seeds = random_uint64(seed, epoch, ids, 1, RngStream.POLICY)[:, 0].tolist()
-    indices = (ids % len(files)).tolist()
-    found = [load_crop(files, data, augment, *one) for one in zip(indices, draws, seeds, strict=True)]
-    return WorkerBatch(
-        collate_images([crop for crop, _, _ in found], data.train_size),
-        files.labels[[index for _, index, _ in found]],
-        sample_flips(seed, epoch, ids, augment),
-        sample_color_params(seed, epoch, ids, augment),
-        tuple(error for _, _, errors in found for error in errors),
-    )
-
-
-def load_crop(
-    files: ImageFolderDataset,
-    data: DataConfig,
-    augment: AugmentConfig,
-    index: int,
-    draws: list[float],
-    policy_seed: int,
-) -> tuple[np.ndarray, int, list[str]]:
-    """Return (training crop, number of the file, errors of the files skipped before it).
-
-    With data.skip_broken, the next file of the list stands in for a broken one.
-    """
-    errors: list[str] = []
-    while len(errors) < MAX_SKIPPED:
-        try:
-            crop = train_image(files.read(index), files.path(index), draws, data, augment.min_area)
-        except UserError as error:
-            if not data.skip_broken:
-                raise
-            errors.append(str(error))
-            index = (index + 1) % len(files)
-            continue
-        if augment.policy:
-            crop = apply_policy(crop, augment.policy, policy_seed)
-        return crop, index, errors
-    raise UserError(
-        f"data.skip_broken: {MAX_SKIPPED} files in a row cannot be decoded, the last: {errors[-1]}"
-    )
-
-
-def load_eval(files: ImageFolderDataset, data: DataConfig, ten_crop: bool, part: np.ndarray) -> WorkerBatch:
-    """Return an evaluation batch; the ten crops of an image are adjacent."""
-    crops: list[np.ndarray] = []
-    for index in part.tolist():
-        crops += eval_images(files.read(index), files.path(index), data, ten_crop)
-    return WorkerBatch(collate_images(crops, data.image_size), files.labels[part])

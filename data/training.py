@@ -12,15 +12,8 @@ from resnext.distributed import all_gather_objects, local_rank0_first, rank, wor
 from resnext.errors import UserError
 
 from .datasets import check_classes, load_set, training_classes
-from .image_folder import ImageDataset
-from .loaders import (
-    FileEvalLoader,
-    FileTrainLoader,
-    InMemoryEvalLoader,
-    InMemoryTrainLoader,
-    make_eval_loader,
-    make_train_loader,
-)
+from .in_memory import ImageDataset
+from .loaders import AnyEvalLoader, AnyTrainLoader, make_eval_loader, make_train_loader
 
 
 def load_sets(config: Config, start: object) -> tuple[ImageDataset, ImageDataset, str]:
@@ -53,7 +46,7 @@ def make_batches(
     val_set: ImageDataset,
     device: torch.device,
     warn: Callable[[str], None],
-) -> tuple[InMemoryTrainLoader | FileTrainLoader, InMemoryEvalLoader | FileEvalLoader]:
+) -> tuple[AnyTrainLoader, AnyEvalLoader]:
     """Return this rank's training and validation batches."""
     share = partial(local_indices, train=config.train)
     batch_size = config.train.eval_batch_size

@@ -13,8 +13,9 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from data.augment import EIGENVALUES, EIGENVECTORS
+from data.file_loaders import FileTrainLoader
 from data.image_folder import list_set
-from data.loaders import FileTrainLoader, make_train_loader
+from data.loaders import make_train_loader
 from resnext.config import parse_config
 from resnext.device import choose_precision, configure_backends, select_device
 from resnext.engine.train_state import TrainState, build_train_state

@@ -11,23 +11,20 @@ import contextlib
 import hashlib
 import io
 import json
-import multiprocessing
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
+from collections.abc import Iterable
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from data import image_folder
 from data.decode import MAX_PIXELS, decode
 from data.image_folder import Listing
+from data.process_pool import process_pool, progress
 from data.walk import FORMATS, to_text
 from resnext.errors import UserError, command_parser, run_main
 from resnext.files import check_target, write_file
@@ -158,40 +155,6 @@ def inspect_all(root: Path, paths: np.ndarray, workers: int, max_pixels: int) ->
                     reasons[suspects[0].start] = "its process died (decoder crash or out of memory)"
                     bar.update()
     return records, reasons
-
-
-@contextlib.contextmanager
-def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Start processes that end at once if an exception or a signal ends the block, or if this one dies."""
-    handler = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), end_with_parent) as pool:
-        try:
-            # `submit` starts the workers. They inherit the mask: only this process handles Ctrl-C.
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            started = [pool.submit(int) for _ in range(workers)]
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            if started[0].exception():
-                raise UserError("--workers: worker processes die as they start; free memory or start fewer")
-            yield pool
-        except BaseException:
-            for child in multiprocessing.active_children():
-                child.kill()
-            raise
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-
-
-def end_with_parent() -> None:
-    """Let a worker exit when the parent process has ended for whatever reason."""
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: os._exit(parent.join() or 1), daemon=True).start()
-
-
-def progress(title: str, total: int, unit: str) -> tqdm:
-    """Return a progress bar on standard error; without a terminal it prints a line every 30 seconds."""
-    seconds = 0.1 if sys.stderr.isatty() else 30
-    often = {"delay": seconds, "mininterval": seconds, "miniters": 1}
-    return tqdm(desc=title, total=total, unit=unit, unit_scale=unit == "B", leave=False, **often)
 
 
 def summarize(

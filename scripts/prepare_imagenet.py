@@ -32,8 +32,7 @@ from pathlib import Path
 from tarfile import TarInfo
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # python -P omits the script's folder
-from check_data import process_pool, progress
+sys.path.insert(0, str(ROOT))
 from PIL import Image
 
 from data.decode import decode
@@ -53,6 +52,7 @@ from data.imagenet_archives import (
     train_targets,
     val_targets,
 )
+from data.process_pool import process_pool, progress
 from resnext.errors import UserError, command_parser, run_main
 
 NEEDS = {"train": {TRAIN}, "val": {VAL, DEVKIT}}

@@ -10,7 +10,7 @@ import torch
 from batches import COUNTS as CLASSES
 from batches import CPU, EVERYTHING, IMAGES, assert_same, configure, joined, spoil, take, train_loader
 
-import data.loaders
+import data.file_loaders
 from data.augment import (
     erase,
     jitter,
@@ -21,9 +21,10 @@ from data.augment import (
     sample_color_params,
     sample_flips,
 )
+from data.file_loaders import FileEvalLoader
 from data.image_folder import ImageFolderDataset, list_set
 from data.in_memory import ArrayDataset
-from data.loaders import FileEvalLoader, InMemoryTrainLoader, make_eval_loader, make_train_loader
+from data.loaders import InMemoryTrainLoader, make_eval_loader, make_train_loader
 from data.rng import RngStream, random_uint64, random_uniform
 from data.sampler import epoch_order
 from data.transforms import CROP_DRAWS, apply_policy, eval_images, train_image
@@ -315,7 +316,7 @@ def test_an_error_of_the_program_keeps_its_traceback(workers, shared_root, monke
     def fail(*_):
         raise RuntimeError("expected a tensor")
 
-    monkeypatch.setattr(data.loaders, "train_image", fail)
+    monkeypatch.setattr(data.file_loaders, "train_image", fail)
     with pytest.raises(RuntimeError, match="expected a tensor"):
         take(train_loader(configure(shared_root, workers=workers)).epoch(1))
 

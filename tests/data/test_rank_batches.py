@@ -13,9 +13,10 @@ from batches import draw_jpegs
 from ranks import share_of
 from torch import Tensor
 
+from data.file_loaders import FileEvalLoader
 from data.image_folder import ImageFolderDataset, list_set
 from data.in_memory import ArrayDataset
-from data.loaders import FileEvalLoader, make_eval_loader, make_train_loader
+from data.loaders import make_eval_loader, make_train_loader
 from resnext.batch_plan import check_world_size
 from resnext.config import TrainConfig, parse_config
 

@@ -16,11 +16,12 @@ from commands import ROOT, call
 from runs import assert_same_run, read, rows
 from torchrun import wait_for
 
-import data.loaders
+import data.file_loaders
 import data.workers
 import train
+from data.file_loaders import FileTrainLoader
 from data.image_folder import list_set
-from data.loaders import FileTrainLoader, make_eval_loader
+from data.loaders import make_eval_loader
 from resnext.errors import UserError
 
 
@@ -45,7 +46,7 @@ def all_end(processes: list[int]) -> bool:
 
 def test_a_killed_worker_is_an_error(shared_root, monkeypatch):
     """As by the kernel if memory is short, while the main process waits for the batch."""
-    monkeypatch.setattr(data.loaders, "train_image", lambda *_: time.sleep(1))
+    monkeypatch.setattr(data.file_loaders, "train_image", lambda *_: time.sleep(1))
     loader = train_loader(configure(shared_root, workers=2, batch_size=3))
 
     def kill() -> None:
@@ -82,7 +83,7 @@ def test_a_worker_killed_meanwhile_is_an_error_at_the_next_batch(when, shared_ro
 
 def test_a_slow_worker_is_an_error(shared_root, monkeypatch):
     monkeypatch.setattr(data.workers, "TIMEOUT", 1)
-    monkeypatch.setattr(data.loaders, "train_image", lambda *_: time.sleep(2.5))
+    monkeypatch.setattr(data.file_loaders, "train_image", lambda *_: time.sleep(2.5))
     loader = train_loader(configure(shared_root, workers=1, batch_size=1))
     with pytest.raises(UserError, match=r"data\.workers: DataLoader timed out after 1 seconds"):
         next(loader.epoch(1))

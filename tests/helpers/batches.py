@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from data.file_loaders import FileTrainLoader
 from data.image_folder import list_set
-from data.loaders import FileTrainLoader, make_train_loader
+from data.loaders import make_train_loader
 from resnext.config import Config, parse_config
 
 CPU = torch.device("cpu")

@@ -269,7 +269,8 @@ class Processes:
 def serve() -> None:
     """Fork the ranks of jobs; this process has no threads and computes nothing."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
-    for name in ("train", "evaluate", "data.training", "resnext.engine.report", "resnext.engine.trainer"):
+    first = ("train", "evaluate", "data.training", "data.glyphs", "data.file_loaders")
+    for name in (*first, "resnext.engine.report", "resnext.engine.trainer"):
         importlib.import_module(name)
     for line in sys.stdin:
         job = json.loads(line)
