@@ -25,8 +25,9 @@ import shlex
 import shutil
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from tarfile import TarInfo
 
@@ -60,6 +61,7 @@ MAX_IMAGE_BYTES = 1 << 28
 CHUNK = {"train": 1, "val": 100}  # members of the archive per task
 
 Encoding = tuple[int, int] | None  # longer side and JPEG quality; None: copy unchanged
+Task = Callable[[list[TarInfo]], list[TarInfo]]
 
 
 def main() -> None:
@@ -67,14 +69,14 @@ def main() -> None:
     tars, output = Path(arguments.tars).expanduser(), Path(arguments.output).expanduser()
     encoding = (arguments.max_side, arguments.quality or 90) if arguments.max_side else None
     if not tars.is_dir():
-        raise UserError(f"{tars}: no such folder; TARS is the folder with the archives")
+        raise UserError(f"{tars}: no such folder; give the folder with the archives")
     present = {name for name in (TRAIN, VAL, DEVKIT) if (tars / name).is_file()}
     if arguments.flat_val and DEVKIT not in present:
         raise UserError(f"{tars}: has no {DEVKIT}, which holds the classes of the images; download it")
     check_output(output, foreign_files=bool(arguments.flat_val))
     useful = arguments.flat_val or any(files <= present for files in NEEDS.values())
     if not useful and not Work(output).complete:
-        raise UserError(f"{tars}: nothing to do, has neither {TRAIN} nor {VAL} with {DEVKIT}; get them first")
+        raise UserError(f"{tars}: has neither {TRAIN} nor {VAL} with {DEVKIT}; download one of the sets")
     with open_work(output) as work:
         if not arguments.hash:
             print("--no-hash: the archives are not compared with the official ones", flush=True)
@@ -101,27 +103,27 @@ def parse_arguments() -> argparse.Namespace:
     add("--no-hash", dest="hash", action="store_false", help=text)
     arguments = parser.parse_args()
     if arguments.max_side is not None and arguments.max_side < 1:
-        raise UserError(f"--max-side: must be at least 1, not {arguments.max_side}")
+        raise UserError(f"--max-side: must be at least 1 (got {arguments.max_side}); raise it")
     if arguments.quality is not None and not arguments.max_side:
-        raise UserError("--quality: needs --max-side; without it images are copied unchanged")
+        raise UserError("--quality: re-encodes only with --max-side; add --max-side, or remove --quality")
     if arguments.quality is not None and not 1 <= arguments.quality <= 95:
-        raise UserError(f"--quality: must be between 1 and 95, not {arguments.quality}")
+        raise UserError(f"--quality: must be between 1 and 95 (got {arguments.quality}); change it")
     if arguments.flat_val and arguments.max_side:
-        raise UserError("--flat-val moves images as they are; leave out --max-side")
+        raise UserError("--flat-val: moves images unchanged; remove --max-side")
     return arguments
 
 
 def check_output(output: Path, foreign_files: bool) -> None:
     """Raise UserError if `output` is not a folder, or holds other files and they are not allowed."""
     if output.exists() and not output.is_dir():
-        raise UserError(f"{output}: is not a folder; name a new one, or one to resume")
+        raise UserError(f"{output}: is not a folder; name a new folder, or one to resume")
     if output.exists() and not (output / WORK).is_dir() and not foreign_files:
         for name in sorted(set(os.listdir(output)) - {TRAIN, VAL, DEVKIT, "train", "val", "lost+found"}):
             raise UserError(f"{output}: holds {name!r}, which this program did not create; name a new folder")
 
 
 def prepare(tars: Path, present: set[str], work: "Work", encoding: Encoding, check: bool) -> None:
-    """Make both sets, or the one whose archives are present, after all quick checks."""
+    """Extract both sets, or the one whose archives are present, after all quick checks."""
     now, before = list(encoding) if encoding else None, work.state.get("encoding", "none yet")
     if before not in ("none yet", now):
         was = f"with --max-side {before[0]} --quality {before[1]}" if before else "without --max-side"
@@ -148,15 +150,13 @@ def prepare(tars: Path, present: set[str], work: "Work", encoding: Encoding, che
     for split in sets:
         make_set(split, tars / (TRAIN if split == "train" else VAL), targets[split], work, encoding)
     if encoding:
-        print(
-            f"images: longer side at most {encoding[0]}, JPEG quality {encoding[1]}; "
-            "the effect on accuracy was not measured"
-        )
+        text = f"images: longer side at most {encoding[0]}, JPEG quality {encoding[1]}"
+        print(f"{text}; the effect on accuracy was not measured")
     print(f"to check them: {shlex.join(['python', 'scripts/check_data.py', str(work.output)])}")
 
 
 class Work:
-    """OUTPUT/.prepare_imagenet: unfinished sets, and state.json, which records what was done.
+    """The folder OUTPUT/.prepare_imagenet: unfinished sets, and state.json with what was done.
 
     Its keys: "verified", archive → [bytes, time] of those with the official md5; "complete", split →
     [classes, images]; "encoding".
@@ -184,7 +184,7 @@ class Work:
         os.replace(self.folder / "state.json.new", self.folder / "state.json")
 
     def root(self, split: str) -> Path:
-        """Return where the class folders of a set are: they move to OUTPUT when all are complete."""
+        """Return the folder of a set's class folders, which moves to OUTPUT once all are complete."""
         final = self.output / split
         if final.exists() and split not in self.complete:
             hint = f", or sort its images with --flat-val {final}" if split == "val" else ""
@@ -219,7 +219,7 @@ def open_work(output: Path) -> Iterator[Work]:
 
 
 def verify(archive: Path, work: Work, check: bool) -> None:
-    """Compare with the official md5, once per archive: it takes long."""
+    """Raise UserError if an archive lacks its official md5; hash it only once, as that takes minutes."""
     status = archive.stat()
     stamp = [status.st_size, status.st_mtime_ns]
     if not check or work.state["verified"].get(archive.name) == stamp:
@@ -234,16 +234,14 @@ def verify(archive: Path, work: Work, check: bool) -> None:
             digest.update(content)
             bar.update(len(content))
     if digest.hexdigest() != expected:
-        raise UserError(
-            f"{archive}: md5 is {digest.hexdigest()}, the official archive has {expected}; {AGAIN}, "
-            "or add --no-hash if it is one of your own"
-        )
+        text = f"has another md5 than the official archive (got {digest.hexdigest()}, expected {expected})"
+        raise UserError(f"{archive}: {text}; {AGAIN}, or add --no-hash if it is your own")
     work.state["verified"][archive.name] = stamp
     work.save()
 
 
 def totals(split: str, work: Work) -> str:
-    """Return the numbers of images and classes of a complete set, as text."""
+    """Return the numbers of images and classes of a complete set as text."""
     classes, images = work.complete[split]
     text = f", {images:,} images in {classes:,} classes"
     if (classes, images) != OFFICIAL[split]:
@@ -252,7 +250,7 @@ def totals(split: str, work: Work) -> str:
 
 
 def encode(content: bytes, where: str, max_side: int, quality: int) -> bytes:
-    """Return an image as an RGB JPEG with sides of at most `max_side`; unchanged if it already is one."""
+    """Return an image as an RGB JPEG with sides of at most `max_side`, unchanged if it is one already."""
     with contextlib.suppress(Exception), Image.open(io.BytesIO(content)) as image:  # decode names the error
         if image.format == "JPEG" and image.mode == "RGB" and max(image.size) <= max_side:
             return content
@@ -274,7 +272,7 @@ def make_set(split: str, archive: Path, targets: Targets, work: Work, encoding: 
     """
     root = work.root(split)
     root.mkdir(exist_ok=True)
-    done = {Path(name) for name in (os.listdir(root) if split == "train" else val_files(root))}
+    done = {Path(name) for name in os.listdir(root)} if split == "train" else val_files(root)
     for extra in sorted(done - {path for _, path in targets}):
         raise UserError(f"{root / extra}: is not in the archive; move it away")
     todo = {member: root / path for member, path in targets if path not in done}
@@ -299,30 +297,29 @@ def extract_all(
     free = shutil.disk_usage(work.folder).free
     if not encoding and free < total:
         print(f"{split}: needs {total / 1e9:.1f} GB, {free / 1e9:.1f} are free", flush=True)
-    workers = len(os.sched_getaffinity(0)) if encoding else 0  # copying is limited by the disk
-    with progress(f"{split}: unpacking", total, "B") as bar:
-        if not workers:
-            for chunk in chunks:
-                extract(archive, chunk, work.unfinished, encoding)
-                yield chunk
-                bar.update(sum(member.size for member in chunk))
-            return
-        try:
-            with process_pool(workers) as pool:
-                futures = {
-                    pool.submit(extract, archive, chunk, work.unfinished, encoding): chunk for chunk in chunks
-                }
-                for future in as_completed(futures):
-                    future.result()
-                    yield futures[future]
-                    bar.update(sum(member.size for member in futures[future]))
-        except BrokenExecutor:
-            text = "a worker process died (killed, or out of memory); run the same command again to resume"
-            raise UserError(text) from None
+    workers = len(os.sched_getaffinity(0)) if encoding else 0  # the disk limits copying, not the CPU
+    task = partial(extract, archive, work.unfinished, encoding)
+    with progress(f"{split}: extracting", total, "B") as bar:
+        for chunk in in_processes(task, chunks, workers) if workers else map(task, chunks):
+            yield chunk
+            bar.update(sum(member.size for member in chunk))
 
 
-def extract(archive: Path, members: list[TarInfo], folder: Path, encoding: Encoding) -> None:
-    """Extract images to `folder`, and class tars to folders in it."""
+def in_processes(task: Task, chunks: list[list[TarInfo]], workers: int) -> Iterator[list[TarInfo]]:
+    """Call `task` with each chunk in worker processes; yield the finished chunks in any order."""
+    try:
+        with process_pool(workers) as pool:
+            futures = {pool.submit(task, chunk): chunk for chunk in chunks}
+            for future in as_completed(futures):
+                future.result()
+                yield futures[future]
+    except BrokenExecutor:
+        text = "a worker process died (killed, or out of memory); run the same command again to resume"
+        raise UserError(text) from None
+
+
+def extract(archive: Path, folder: Path, encoding: Encoding, members: list[TarInfo]) -> list[TarInfo]:
+    """Extract images to `folder`, and class tars to folders in it; return `members`."""
     with reading(archive), tarfile.open(archive, "r:") as tar:
         for member in members:
             if not member.name.endswith(".tar"):
@@ -334,25 +331,20 @@ def extract(archive: Path, members: list[TarInfo], folder: Path, encoding: Encod
             with reading(where), tarfile.open(fileobj=tar.extractfile(member), mode="r:") as inner:
                 for image in read_members(inner, where, rf"{WNID}_[0-9]+\.JPEG"):
                     write_image(target / image.name, inner, image, where, encoding)
+    return members
 
 
 def write_image(path: Path, tar: tarfile.TarFile, member: TarInfo, where: str, encoding: Encoding) -> None:
-    """Write a member of a tar to a file, re-encoded if `encoding` says so."""
+    """Write a member of a tar to a file, re-encoded if `encoding` is given."""
     if member.size > MAX_IMAGE_BYTES:
         raise UserError(f"{where}: member {member.name!r} is too large ({member.size:,} bytes); {AGAIN}")
     content = tar.extractfile(member).read()
     write(path, encode(content, f"{where}: {member.name}", *encoding) if encoding else content)
 
 
-def val_files(root: Path) -> set[str]:
+def val_files(root: Path) -> set[Path]:
     """Return {WNID/NAME} of the official images in the class folders of a val/."""
-    folders = [entry for entry in os.scandir(root) if entry.is_dir()] if root.is_dir() else []
-    return {
-        f"{folder.name}/{file.name}"
-        for folder in folders
-        for file in os.scandir(folder)
-        if re.fullmatch(VAL_NAME, file.name)
-    }
+    return {path.relative_to(root) for path in root.glob("*/*") if re.fullmatch(VAL_NAME, path.name)}
 
 
 def write(path: Path, content: bytes) -> None:
@@ -360,7 +352,7 @@ def write(path: Path, content: bytes) -> None:
     try:
         path.write_bytes(content)
     except OSError as error:
-        text = f"cannot be written ({error.strerror}); fix that and run the same command again to resume"
+        text = f"cannot be written ({error.strerror}); fix that, then run the same command again to resume"
         raise UserError(f"{path}: {text}") from None
 
 
@@ -369,33 +361,31 @@ def sort_flat(source: Path, devkit: Path, work: Work) -> None:
     if not source.is_dir():
         raise UserError(f"--flat-val {source}: no such folder; name the one with the validation images")
     if (work.folder / "val").exists():
-        text = "the archive is being unpacked; continue without --flat-val, or delete that folder"
+        text = f"holds a part of {VAL}; continue without --flat-val, or delete this folder"
         raise UserError(f"{work.folder / 'val'}: {text}")
     root = work.output / "val"
     truth = read_devkit(devkit)
-    entries = {e.name: e for e in os.scandir(source) if re.fullmatch(VAL_NAME, e.name)}
+    entries = {entry.name: entry for entry in os.scandir(source) if re.fullmatch(VAL_NAME, entry.name)}
     for entry in entries.values():
         if not entry.is_file(follow_symlinks=False):
             raise UserError(f"{entry.path}: is not a plain file; replace it with the image")
     moved = val_files(root)
-    classes = match_truth(entries.keys() | {path.rpartition("/")[2] for path in moved}, truth, str(source))
+    classes = match_truth(entries.keys() | {path.name for path in moved}, truth, str(source))
     for path in moved:
-        name = path.rpartition("/")[2]
-        if path != f"{classes[name]}/{name}" or name in entries:
-            reason = f"is also in {source}" if name in entries else f"belongs to class {classes[name]}"
-            raise UserError(f"{root / path}: {reason}; nothing is overwritten, decide which is right")
+        if path.parent.name != classes[path.name] or path.name in entries:
+            also = path.name in entries
+            reason = f"is also in {source}" if also else f"belongs to class {classes[path.name]}"
+            raise UserError(f"{root / path}: {reason}; nothing is overwritten, remove or move one")
     with progress("val: moving", len(entries), " images") as bar:
-        # Class by class: a val/ that is sorted in part lacks classes, and no training takes it for complete.
+        # Class by class: a partly sorted val/ lacks classes, so that no training accepts it as complete.
         for name in sorted(entries, key=lambda name: (classes[name], name)):
             target = root / classes[name] / name
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.rename(source / name, target)
             except OSError as error:
-                raise UserError(
-                    f"{source / name}: cannot be moved to {target.parent} ({error.strerror}); "
-                    "both must be on one disk, and writable"
-                ) from None
+                text = f"cannot be moved to {target.parent} ({error.strerror}); put both on one writable disk"
+                raise UserError(f"{source / name}: {text}") from None
             bar.update()
     work.finish("val", root, (len(set(classes.values())), len(classes)), bool(entries))
 

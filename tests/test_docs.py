@@ -1,4 +1,4 @@
-"""The README and docs/: what links, promises, and commands name exists, and the import rule holds."""
+"""The README and docs/: links, promises, and commands name what exists; imports follow the rules."""
 
 import ast
 import re
@@ -15,38 +15,38 @@ COMMAND = re.compile(r"(?:python |torchrun .*?|sbatch .*?)((?:scripts/)?\w+\.(?:
 PLACEHOLDERS = {"NAME", "NAME.yaml", "my.yaml"}  # configurations that the reader writes
 
 
+def read(path: Path | str) -> str:
+    """Return the text of a file; `path` may be relative to the project."""
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
 def code_lines(page: Path) -> list[str]:
-    """The lines inside code blocks; those that end with a backslash are joined to the next."""
-    blocks = re.findall(r"^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    """Return the lines of code blocks, joined where they end with a backslash."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", read(page), re.M | re.S)
     return "".join(blocks).replace("\\\n", " ").splitlines()
 
 
 def commands() -> list[tuple[str, list[str]]]:
-    """(page, words from the script on) of each command of a script."""
-    found = []
-    for page in PAGES:
-        for line in code_lines(page):
-            match = COMMAND.search(line)
-            if match:
-                found.append((page.name, shlex.split(match[1], comments=True)))
-    return found
+    """Return (page, words from the script on) of each command that runs a script."""
+    found = [(page.name, COMMAND.search(line)) for page in PAGES for line in code_lines(page)]
+    return [(name, shlex.split(match[1], comments=True)) for name, match in found if match]
 
 
 def anchors(page: Path) -> set[str]:
-    """The ids that GitHub gives the headings of a page."""
-    headings = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.M)
+    """Return the ids that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)", read(page), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_readme_is_short():
-    lines = PAGES[0].read_text(encoding="utf-8").splitlines()
+    lines = read("README.md").splitlines()
     assert len(lines) <= 150
     assert max(map(len, lines)) <= 100
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_something(page):
-    for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+    for target in re.findall(r"\]\(([^)]+)\)", read(page)):
         name, _, anchor = target.partition("#")
         path = page.parent / name if name else page
         assert target.startswith("https:") or path.exists(), target
@@ -54,26 +54,23 @@ def test_links_lead_to_something(page):
 
 
 def test_promises_name_tests_that_exist():
-    rows = re.findall(r"^\| P\d+: .*", (ROOT / "docs/reliability.md").read_text(encoding="utf-8"), re.M)
+    rows = re.findall(r"^\| P\d+: .*", read("docs/reliability.md"), re.M)
     assert len(rows) == 10
     for row in rows:
         tests = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", row)
         assert tests, row
         for file, name in tests:
-            source = next((ROOT / "tests").rglob(file)).read_text(encoding="utf-8")
+            source = read(next((ROOT / "tests").rglob(file)))
             assert not name or f"def {name}(" in source, name
 
 
 def test_commands_name_scripts_and_options_that_exist():
     shown = commands()
     assert len(shown) > 60
-    shared = (ROOT / "resnext/arguments.py").read_text(encoding="utf-8")
     for page, (script, *words) in shown:
-        source = (ROOT / script).read_text(encoding="utf-8")
-        if script == "scripts/train.sbatch":
-            source = (ROOT / "train.py").read_text(encoding="utf-8")
+        source = read("train.py" if script == "scripts/train.sbatch" else script)
         if "resnext.arguments" in source:
-            source += shared
+            source += read("resnext/arguments.py")
         for word in words if script != "scripts/lua_flags.py" else ():
             assert not word.startswith("--") or f'"{word}"' in source, (page, script, word)
 
@@ -128,7 +125,7 @@ def test_data_and_resnext_are_separate(path):
 
 def test_modules_import_in_one_direction():
     """Imports inside resnext/ follow the order of the table in architecture.md."""
-    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    page = read("docs/architecture.md")
     rows = re.search(r"^\| row \| modules \|\n.*\n((?:\|.*\n)+)", page, re.M)[1]
     order = [f"resnext.{name}" for row in rows.splitlines() for name in re.findall(r"`([\w.]+)`", row)]
     order = ["resnext", *(name for name in order if name in MODULES)]
@@ -143,8 +140,8 @@ def test_modules_import_in_one_direction():
     }
 
 
-def test_every_file_stands_in_the_tree():
-    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+def test_the_tree_lists_every_file():
+    page = read("docs/architecture.md")
     for folder in ("resnext", "data", "scripts"):
         block = re.search(rf"^```\n{folder}/\n(.*?)^```", page, re.M | re.S)[1]
         listed = {line.split()[0] for line in block.splitlines()}

@@ -1,18 +1,16 @@
-"""What only a GPU can show: half precision, no waiting in the step, the CPU's counts, exact resume."""
+"""Tests that need a GPU: half precision, no waits in a step, the CPU's counts, exact resume, kernels."""
 
 import copy
-import json
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from commands import draw_folders
-from kernel_cases import LARGE, check, results
-from kernel_cases import SMALL as CASES
+from commands import ROOT, draw_folders
+from kernel_cases import LARGE, SMALL, check, results
+from runs import assert_same, read, row_count, rows
 
 from data.datasets import load_set
 from data.loaders import make_eval_loader, make_train_loader
@@ -26,21 +24,12 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-ROOT = Path(__file__).resolve().parent.parent
-SMALL = [
-    "model.stem=cifar",
-    "model.depth=11",
-    "model.cardinality=8",
-    "model.base_width=8",
-    "data.dataset=glyphs",
-    "data.train_images=512",
-    "data.val_images=101",
-    "train.batch_size=64",
-]
+NETWORK = ("model.stem=cifar", "model.depth=11", "model.cardinality=8", "model.base_width=8")
+DATA = ("data.dataset=glyphs", "data.train_images=512", "data.val_images=101", "train.batch_size=64")
 
 
 def training_on(device: str, *overrides: str):
-    config = parse_config("", "test", [*SMALL, *overrides])
+    config = parse_config("", "test", [*NETWORK, *DATA, *overrides])
     configure_backends(config.train.precision, config.run.deterministic)
     training = build_train_state(config, tuple("0123456789"), torch.device(device), {})
     training.model.train()
@@ -107,14 +96,8 @@ def test_evaluation_counts_are_those_of_the_cpu():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_resume_is_bit_exact_in_deterministic_mode(tmp_path, precision):
-    settings = [
-        *SMALL,
-        f"train.precision={precision}",
-        "train.epochs=4",
-        "run.device=cuda",
-        "run.deterministic=true",
-        "run.log_interval=2",
-    ]
+    settings = [*NETWORK, *DATA, f"train.precision={precision}", "train.epochs=4", "run.device=cuda"]
+    settings += ["run.deterministic=true", "run.log_interval=2"]
 
     def command(name: str, *arguments: str) -> list[str]:
         script = [sys.executable, str(ROOT / "train.py"), "--config", "demo.yaml", *settings, *arguments]
@@ -122,49 +105,38 @@ def test_resume_is_bit_exact_in_deterministic_mode(tmp_path, precision):
 
     subprocess.run(command("whole"), check=True, timeout=300)
     process = subprocess.Popen(command("stopped"))
-    metrics = tmp_path / "stopped" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        if metrics.exists() and metrics.read_bytes().count(b"\n") >= 3:
+        if row_count(tmp_path / "stopped") >= 3:
             process.send_signal(signal.SIGTERM)
             break
         time.sleep(0.005)
     assert process.wait(timeout=60) == 0
     subprocess.run(command("stopped", "--resume"), check=True, timeout=300)
-    states, rows = [], []
-    for name in ("whole", "stopped"):
-        content = torch.load(tmp_path / name / "checkpoints" / "last.pt", weights_only=True)
-        states.append(content["model"])
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        rows.append([{k: v for k, v in json.loads(line).items() if k != "time"} for line in lines])
-    assert rows[0] == rows[1]
-    assert all(torch.equal(states[0][k].cpu(), states[1][k].cpu()) for k in states[0])
+    assert rows(tmp_path / "whole") == rows(tmp_path / "stopped")
+    assert_same(*(read(tmp_path / name)["model"] for name in ("whole", "stopped")))
 
 
-def test_files_make_the_same_batches_as_on_a_cpu(tmp_path):
-    """Copies on a side stream, mirror, colours and mixing: the pixels of the CPU to rounding."""
+def test_batches_of_files_are_those_of_the_cpu(tmp_path):
+    """Copies on a side stream, flips, colors, and mixing give the CPU's pixels to rounding."""
     draw_folders(tmp_path, {"cat": 20, "dog": 20}, size=50)
-    keys = ["data.pipeline=fast", f"data.dir={tmp_path}", "data.image_size=32", "data.workers=2"]
-    more = ["train.batch_size=8", "augment.erasing=0.5", "augment.mixup=0.2", "augment.cutmix=1"]
-    config = parse_config("", "test", [*keys, *more])
+    keys = ("data.pipeline=fast", "data.image_size=32", "data.workers=2", "train.batch_size=8", *AUGMENTED)
+    config = parse_config("", "test", [*keys, f"data.dir={tmp_path}"])
     files = load_set(config.data, "train")
-    host, device = (
-        list(make_train_loader(files, config, torch.device(kind), print).epoch(1)) for kind in ("cpu", "cuda")
-    )
-    for (images, labels), (images_there, labels_there) in zip(host, device, strict=True):
+    devices = (torch.device("cpu"), torch.device("cuda"))
+    training = [list(make_train_loader(files, config, device, print).epoch(1)) for device in devices]
+    for (images, labels), (images_there, labels_there) in zip(*training, strict=True):
         torch.testing.assert_close(images_there.cpu(), images, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(labels_there.cpu(), labels)
-    host, device = (
-        list(make_eval_loader(files, config.data, 8, torch.device(kind))) for kind in ("cpu", "cuda")
-    )
-    for (images, labels), (images_there, labels_there) in zip(host, device, strict=True):
+    evaluation = [list(make_eval_loader(files, config.data, 8, device)) for device in devices]
+    for (images, labels), (images_there, labels_there) in zip(*evaluation, strict=True):
         assert torch.equal(images_there.cpu(), images) and torch.equal(labels_there.cpu(), labels)
 
 
 # ---------------------------------------------------------------------------- kernels
 
 
-@pytest.mark.parametrize("case", (*CASES, *LARGE), ids=str)
+@pytest.mark.parametrize("case", (*SMALL, *LARGE), ids=str)
 def test_kernels(case):
     check(case, "cuda")
 
@@ -176,7 +148,7 @@ def test_kernels_give_the_same_bits_again(case):
 
 
 def test_kernels_on_a_batch_beyond_32_bit_offsets():
-    """2.2e9 values: the last slice's outputs and gradients are those of the slice alone."""
+    """Among 2.2e9 values, the last slice has the outputs and gradients of the slice alone."""
     from resnext.models.fused_norm import norm_relu
 
     if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
@@ -198,17 +170,15 @@ def test_kernels_on_a_batch_beyond_32_bit_offsets():
         torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
 
 
+GROUPS = "train.bn_group=16"
+
+
 @pytest.mark.parametrize(
     "extra",
-    [
-        (),
-        ("train.bn_group=16",),
-        ("train.bn_group=16", "train.compile=true"),
-        ("train.bn_group=32", "model.preactivation=true"),
-    ],
+    [(), (GROUPS,), (GROUPS, "train.compile=true"), ("train.bn_group=32", "model.preactivation=true")],
 )
 def test_a_step_is_that_of_the_cpu(extra):
-    """fp32, TF32 off: loss, gradients and running statistics, by the kernels and by torch."""
+    """Compare loss, gradients, and running statistics of the kernels and torch in fp32 without TF32."""
     keys = ("train.precision=fp32", "train.channels_last=true", *extra)
     on_gpu, on_cpu = training_on("cuda", *keys), training_on("cpu", *keys, "train.compile=false")
     images, labels = next(iter(batches_for(on_cpu).epoch(1)))
@@ -224,7 +194,7 @@ def test_a_step_is_that_of_the_cpu(extra):
     there = dict(on_gpu.model.named_parameters())
     for name, parameter in on_cpu.model.named_parameters():
         difference = (there[name].grad.cpu() - parameter.grad).norm()
-        # ReLUs whose input is 0 to rounding: float32 is as far (0.004) from float64 on a CPU.
+        # Some ReLUs have an input of 0 to rounding: on a CPU, float32 differs from float64 as much (0.004).
         assert difference < 2e-2 * parameter.grad.norm(), name
     buffers = dict(on_gpu.model.named_buffers())
     for name, buffer in on_cpu.model.named_buffers():
@@ -234,7 +204,7 @@ def test_a_step_is_that_of_the_cpu(extra):
 def test_a_bf16_step_gives_the_same_bits_again():
     steps = []
     for _ in range(2):
-        training = training_on("cuda", "train.precision=bf16", "train.bn_group=16", "run.deterministic=true")
+        training = training_on("cuda", "train.precision=bf16", GROUPS, "run.deterministic=true")
         images, labels = next(iter(batches_for(training).epoch(1)))
         train_step(training, images, labels, 0.05)
         steps.append(training.model.state_dict())
@@ -242,7 +212,7 @@ def test_a_bf16_step_gives_the_same_bits_again():
 
 
 def test_the_compiled_network_is_one_graph():
-    training = training_on("cuda", "train.precision=bf16", "train.bn_group=16")
+    training = training_on("cuda", "train.precision=bf16", GROUPS)
     images, _ = next(iter(batches_for(training).epoch(1)))
     compiled = torch.compile(training.model, backend="aot_eager", fullgraph=True, dynamic=False)
     with training.autocast():

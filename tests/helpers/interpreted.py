@@ -1,4 +1,4 @@
-"""The kernels on a CPU, in triton's interpreter: test_kernels.py runs this with TRITON_INTERPRET=1."""
+"""The kernels on a CPU in triton's interpreter; test_kernels.py runs this file with TRITON_INTERPRET=1."""
 
 import copy
 import os
@@ -10,7 +10,6 @@ from kernel_cases import SMALL, check
 from torch import nn
 
 from resnext.models import fused_norm, ghost_batchnorm, resnext
-from resnext.models.fused_norm import BACKWARD, FORWARD, blocks_of
 from resnext.models.ghost_batchnorm import GhostBatchNorm2d, norm_relu, use_ghost_batchnorm
 from resnext.models.resnext import ResNeXt
 
@@ -23,23 +22,18 @@ def test_case(case):
 
 
 def test_cases_have_several_parts():
-    for tile in (FORWARD, BACKWARD):
-        splits = {
-            blocks_of(n, case.groups, h * w, channels, tile)[2]
-            for case in SMALL
-            for n, channels, h, w in [case.shape]
-        }
-        assert len(splits) > 1
+    for tile in (fused_norm.FORWARD, fused_norm.BACKWARD):
+        shapes = [(case.groups, *case.shape) for case in SMALL]
+        assert len({fused_norm.blocks_of(n, g, h * w, c, tile)[2] for g, n, c, h, w in shapes}) > 1
 
 
 def test_nan_stays():
-    """A diverged training must not look like one with finite outputs, and other slices keep theirs."""
+    """NaN stays visible, so that a diverged run does not look finite; other slices have none."""
     x = torch.randn(4, 8, 2, 2).contiguous(memory_format=torch.channels_last)
     x[0, 3, 0, 0] = torch.nan
     x.requires_grad_()
-    y, _ = fused_norm.norm_relu(
-        x, None, torch.ones(8), torch.zeros(8), torch.zeros(8), torch.ones(8), None, 2, 0.1, 1e-5, True
-    )
+    affine, running = (torch.ones(8), torch.zeros(8)), (torch.zeros(8), torch.ones(8))
+    y, _ = fused_norm.norm_relu(x, None, *affine, *running, None, 2, 0.1, 1e-5, True)
     y.sum().backward()
     for found in (y, x.grad):
         assert found[:2, 3].isnan().all() and not found[2:].isnan().any()
@@ -49,24 +43,28 @@ def test_nan_stays():
 # ---------------------------------------------------------------------------- networks
 
 
+def pretend_gpu(patch: pytest.MonkeyPatch) -> None:
+    for module in (ghost_batchnorm, resnext):
+        patch.setattr(module, "on_gpu", lambda x: True)
+
+
 @pytest.fixture
 def calls(monkeypatch):
-    """Let the CPU pass for a GPU; the shapes that the kernels were called with."""
+    """Treat the CPU as a GPU; return the shapes that the kernels are called with."""
     found = []
     forward = GhostBatchNorm2d.run_kernels
 
-    def noted(self, x, shortcut, relu):
+    def recorded(self, x, shortcut, relu):
         found.append(tuple(x.shape))
         return forward(self, x, shortcut, relu)
 
-    monkeypatch.setattr(GhostBatchNorm2d, "run_kernels", noted)
-    for module in (ghost_batchnorm, resnext):
-        monkeypatch.setattr(module, "on_gpu", lambda x: True)
+    monkeypatch.setattr(GhostBatchNorm2d, "run_kernels", recorded)
+    pretend_gpu(monkeypatch)
     return found
 
 
 def network(short=False, groups=2, **options):
-    """A network and images; `short`: with its first stage only."""
+    """Return a network, only its first stage if `short`, and images."""
     torch.manual_seed(3)
     made = ResNeXt((2 if short else 1, 1, 1), 2, 4, None, stem="cifar", **options)
     if short:
@@ -79,7 +77,7 @@ def network(short=False, groups=2, **options):
 
 
 def step(made, x, run=None):
-    """(loss, gradients, buffers) of a copy."""
+    """Return (loss, gradients, buffers) of a step of a copy."""
     made = copy.deepcopy(made)
     scores = (run(made) if run else made)(x)
     loss = (scores * torch.linspace(-1, 1, scores.numel()).view_as(scores)).sum()
@@ -89,10 +87,9 @@ def step(made, x, run=None):
 
 @pytest.fixture(scope="module")
 def plain():
-    """A step of the short network by the kernels."""
+    """Return a step of the short network by the kernels."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (ghost_batchnorm, resnext):
-            patch.setattr(module, "on_gpu", lambda x: True)
+        pretend_gpu(patch)
         return step(*network(short=True))
 
 
@@ -100,8 +97,7 @@ def assert_close(ours, theirs, tolerance):
     for mine, other in zip(ours[1:], theirs[1:], strict=True):
         assert mine.keys() == other.keys()
         for key, value in other.items():
-            difference = (mine[key] - value).abs().max()
-            assert difference <= tolerance * value.abs().max(), key
+            assert (mine[key] - value).abs().max() <= tolerance * value.abs().max(), key
     assert (ours[0] - theirs[0]).abs() <= tolerance * theirs[0].abs()
 
 
@@ -110,9 +106,7 @@ def norms(made):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"groups": 1}, {"short": True, "preactivation": True}, {"short": True, "form": "B"}],
-    ids=["whole, plain", "preactivation", "form B"],
+    "options", [{"groups": 1}, {"short": True, "preactivation": True}, {"short": True, "form": "B"}], ids=str
 )
 def test_networks_are_those_of_torch(options, calls, monkeypatch):
     made, x = network(**options)
@@ -146,7 +140,7 @@ def test_compiled_in_one_graph(calls, plain):
 
 
 def test_what_the_kernels_leave_to_torch(calls):
-    """Each gives what torch gives, with no call of the kernels."""
+    """Inputs and layers that the kernels do not support give torch's results without a call."""
     x = torch.randn(4, 8, 3, 3).contiguous(memory_format=torch.channels_last)
     kept = partial(GhostBatchNorm2d, 8, fused=True)
     for norm, given in (

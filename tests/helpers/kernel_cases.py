@@ -1,4 +1,4 @@
-"""fused_norm.norm_relu on any device against float64 BatchNorm of each slice."""
+"""Compare fused_norm.norm_relu on any device with float64 BatchNorm of each slice."""
 
 from typing import NamedTuple
 
@@ -54,8 +54,8 @@ LARGE = tuple(
 
 
 def results(case: Case, device: str) -> tuple[dict, dict]:
-    """The kernels' outputs, gradients and running statistics, and those of float64."""
-    from resnext.models.fused_norm import norm_relu  # here, as it needs triton
+    """Return the kernels' outputs, gradients, and running statistics, and those of float64."""
+    from resnext.models.fused_norm import norm_relu  # needs triton
 
     generator = torch.Generator().manual_seed(1)
     n, c, _, _ = case.shape
@@ -63,15 +63,13 @@ def results(case: Case, device: str) -> tuple[dict, dict]:
     def draw(*size: int) -> torch.Tensor:
         return torch.randn(*size, generator=generator)
 
-    def batch() -> torch.Tensor:
-        return draw(*case.shape)
-
-    inputs = {"x": (batch() + case.offset).to(case.dtype)}
+    inputs = {"x": (draw(*case.shape) + case.offset).to(case.dtype)}
     if case.shortcut:
-        inputs["shortcut"] = batch().to(case.dtype)
+        inputs["shortcut"] = draw(*case.shape).to(case.dtype)
     inputs |= {"weight": 1 + 0.3 * draw(c), "bias": draw(c)}
     gradients = [
-        batch().to(case.dtype) if case.gradients in (which, "both") else None for which in ("first", "second")
+        draw(*case.shape).to(case.dtype) if case.gradients in (output, "both") else None
+        for output in ("first", "second")
     ]
     running = {"running_mean": draw(c) + case.offset, "running_var": 1 + draw(c).square()}
 
@@ -81,10 +79,9 @@ def results(case: Case, device: str) -> tuple[dict, dict]:
     affine = (exact["weight"], exact["bias"], True)
     parts = [F.batch_norm(first, *exact_running.values(), *affine, case.momentum)]
     parts += [F.batch_norm(part, None, None, *affine) for part in others]
-    z = torch.cat(parts)
-    z = z + exact["shortcut"] if case.shortcut else z
+    z = torch.cat(parts) + (exact["shortcut"] if case.shortcut else 0)
     y = z.relu() if case.relu else z
-    # At ReLU's kink rounding decides about a gradient: not here.
+    # At ReLU's kink, rounding decides the gradient: those gradients are 0 here.
     away = (z.detach().abs() > 1e-3) if case.relu else torch.ones_like(z, dtype=torch.bool)
     gradients = [None if g is None else (g.to(device) * away) for g in gradients]
     y.backward(sum(g.double() for g in gradients if g is not None))
@@ -96,18 +93,8 @@ def results(case: Case, device: str) -> tuple[dict, dict]:
     given = {k: v.requires_grad_() for k, v in given.items()}
     own = {k: v.to(device) for k, v in running.items()}
     batches = torch.tensor(6, device=device)
-    outputs = norm_relu(
-        given["x"],
-        given.get("shortcut"),
-        given["weight"],
-        given["bias"],
-        *own.values(),
-        batches,
-        case.groups,
-        case.momentum,
-        1e-5,
-        case.relu,
-    )
+    options = (*own.values(), batches, case.groups, case.momentum, 1e-5, case.relu)
+    outputs = norm_relu(given["x"], given.get("shortcut"), given["weight"], given["bias"], *options)
     assert torch.equal(*outputs) and outputs[0].dtype == case.dtype
     assert outputs[0].is_contiguous(memory_format=torch.channels_last) and batches == 7
     used = [(y, g) for y, g in zip(outputs, gradients, strict=True) if g is not None]
@@ -116,7 +103,7 @@ def results(case: Case, device: str) -> tuple[dict, dict]:
 
 
 def check(case: Case, device: str) -> None:
-    """Errors relative to the largest value; a mean of 1000 leaves fewer digits for the deviations."""
+    """Compare relative to the largest value; a mean of 1000 leaves fewer digits for the deviations."""
     ours, exact = results(case, device)
     assert ours.keys() == exact.keys()
     for key, value in exact.items():

@@ -1,8 +1,8 @@
-"""BatchNorm over groups against one plain BatchNorm (or one whole network) per group.
+"""Ghost batch norm compared with one plain BatchNorm, or one whole network, per group.
 
-The original trained on several GPUs: each normalized its own slice of the batch, gradients were
-those of the mean loss over the whole batch, running statistics the first GPU's. Here that is
-rebuilt from separate copies, and compared in float64.
+The original trained on several GPUs. Each GPU normalized its own slice of the batch, gradients were
+those of the mean loss over the whole batch, and running statistics were the first GPU's. These tests
+rebuild that from separate copies and compare in float64.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 
 def error(ours, theirs):
-    """Largest difference, relative to the largest value."""
+    """Return the largest difference, relative to the largest value."""
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
     return ((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30)).item()
 
@@ -39,47 +39,46 @@ def random_images(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+def nonempty(images, slices):
+    """Return the sizes of the slices that have images."""
+    return [size for size in split_evenly(images, slices) if size]
+
+
 # ---------------------------------------------------------------------------- slices
 
 
-@pytest.mark.parametrize(
-    "images, slices, expected",
-    [
-        (64, 4, [16, 16, 16, 16]),
-        (50, 4, [13, 13, 12, 12]),
-        (83, 8, [11, 11, 11, 10, 10, 10, 10, 10]),
-        (3, 4, [1, 1, 1, 0]),
-        (0, 2, [0, 0]),
-        (7, 1, [7]),
-    ],
-)
-def test_slice_sizes(images, slices, expected):
-    assert split_evenly(images, slices) == expected
+def test_slice_sizes():
+    assert split_evenly(64, 4) == [16] * 4
+    assert split_evenly(50, 4) == [13, 13, 12, 12]
+    assert split_evenly(83, 8) == [11, 11, 11, 10, 10, 10, 10, 10]
+    assert split_evenly(3, 4) == [1, 1, 1, 0]
+    assert split_evenly(0, 2) == [0, 0]
+    assert split_evenly(7, 1) == [7]
 
 
-def test_accumulation_parts_end_where_groups_do():
-    """However a batch is accumulated, the groups are the slices of the whole batch."""
+def test_micro_batches_end_where_groups_do():
+    """The groups are the slices of the whole batch for any number of micro-batches."""
     for groups in (1, 2, 4, 8):
         for steps in [n for n in (1, 2, 4, 8) if n <= groups]:
             text = f"train: {{batch_size: {4 * groups}, bn_group: 4, accumulation_steps: {steps}}}"
             train = parse_config(text, "test").train
             for images in range(1, 4 * groups + 1):
                 parts = [n for [n] in split_batch(images, train, 1) if n]
-                found = [size for part in parts for size in split_evenly(part, groups // steps) if size]
-                assert found == [size for size in split_evenly(images, groups) if size]
+                found = [size for part in parts for size in nonempty(part, groups // steps)]
+                assert found == nonempty(images, groups)
 
 
-@pytest.mark.parametrize("images, expected", [(64, [16] * 4), (50, [13, 13, 12, 12]), (2, [1, 1])])
-def test_accumulation_parts_without_groups(images, expected):
+def test_micro_batches_without_groups():
     train = parse_config("train: {batch_size: 64, accumulation_steps: 4}", "test").train
-    assert [n for [n] in split_batch(images, train, 1) if n] == expected
+    for images, expected in ((64, [16] * 4), (50, [13, 13, 12, 12]), (2, [1, 1])):
+        assert [n for [n] in split_batch(images, train, 1) if n] == expected
 
 
 # ---------------------------------------------------------------------------- the layer
 
 
 def grouped_and_replicas(groups, used):
-    """A GhostBatchNorm2d, and `used` plain copies of it."""
+    """Return a GhostBatchNorm2d and `used` plain copies of it."""
     norm = GhostBatchNorm2d(5, groups).double()
     with torch.no_grad():
         norm.weight.copy_(torch.linspace(0.5, 1.5, 5))
@@ -91,18 +90,9 @@ def grouped_and_replicas(groups, used):
     return norm, [copy.deepcopy(plain) for _ in range(used)]
 
 
-@pytest.mark.parametrize(
-    "images, groups, sizes",
-    [
-        (64, 4, [16] * 4),
-        (50, 4, [13, 13, 12, 12]),
-        (17, 8, [3, 2, 2, 2, 2, 2, 2, 2]),
-        (3, 4, [1, 1, 1]),
-        (1, 2, [1]),
-        (12, 1, [12]),
-    ],
-)
-def test_groups_are_replicas(images, groups, sizes):
+@pytest.mark.parametrize("images, groups", [(64, 4), (50, 4), (17, 8), (3, 4), (1, 2), (12, 1)])
+def test_groups_are_replicas(images, groups):
+    sizes = nonempty(images, groups)
     norm, replicas = grouped_and_replicas(groups, len(sizes))
     x = (2 + 3 * random_images(images, 5, 4, 3)).requires_grad_()
     weights = random_images(images, 5, 4, 3, seed=1)
@@ -132,7 +122,7 @@ def test_running_statistics_of_several_steps_follow_the_first_group():
     assert norm.num_batches_tracked == 4
 
 
-def test_other_groups_leave_the_running_statistics_alone():
+def test_other_groups_do_not_change_the_running_statistics():
     first, second = (grouped_and_replicas(2, 1)[0] for _ in range(2))
     x = random_images(8, 5, 3, 3)
     first(x)
@@ -186,11 +176,9 @@ def test_every_norm_of_a_network_is_replaced(form, preactivation):
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     assert norms and all(type(m) is GhostBatchNorm2d and m.groups == 4 for m in norms)
     assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
-    state = plain.state_dict()
-    assert {k: (v.dtype, v.shape) for k, v in model.state_dict().items()} == {
-        k: (v.dtype, v.shape) for k, v in state.items()
-    }
-    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    state, expected = model.state_dict(), plain.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(v.dtype == expected[k].dtype and torch.equal(v, expected[k]) for k, v in state.items())
 
 
 # ---------------------------------------------------------------------------- frozen statistics
@@ -203,6 +191,8 @@ def test_frozen_running_statistics(groups):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with frozen_running_statistics(model), frozen_running_statistics(model):
         inside = model(x)
+    with pytest.raises(ZeroDivisionError), frozen_running_statistics(model):
+        raise ZeroDivisionError
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert torch.equal(model(x), inside)  # batch statistics, inside as outside
@@ -211,26 +201,19 @@ def test_frozen_running_statistics(groups):
     assert norm.num_batches_tracked == 1 and norm.momentum == 0.1
 
 
-def test_running_statistics_thaw_after_an_exception():
-    norm, _ = grouped_and_replicas(1, 1)
-    with pytest.raises(ZeroDivisionError), frozen_running_statistics(norm):
-        raise ZeroDivisionError
-    assert norm.momentum == 0.1 and norm.num_batches_tracked == 0
-
-
 # ---------------------------------------------------------------------------- a whole training step
 
 LR, MOMENTUM, DECAY = 0.05, 0.9, 1e-3
 BATCHES = (64, 50, 3)  # whole, smaller, fewer images than groups
 
 
-def labelled(images, step):
+def labeled(images, step):
     labels = torch.arange(images) * 3 % 7
     return random_images(images, 3, 6, 6, seed=step), labels
 
 
 def start(train, model=""):
-    """A Training in float64 on images of 6 pixels, 7 classes."""
+    """Return a float64 training state for images of 6 pixels and 7 classes."""
     config = parse_config(
         f"""
         model: {{stem: cifar, stages: [1, 1, 1], cardinality: 2, base_width: 4{model}}}
@@ -247,19 +230,19 @@ def start(train, model=""):
 
 
 def run_steps(training, batches=BATCHES):
-    """([mean loss, top-1 hits, top-5 hits] of each step, state after them)."""
+    """Return ([mean loss, top-1 hits, top-5 hits] of each step, state after them)."""
     training.model.train()
-    results = [train_step(training, *labelled(n, i), LR) for i, n in enumerate(batches)]
+    results = [train_step(training, *labeled(n, i), LR) for i, n in enumerate(batches)]
     return torch.stack(results), {k: v.clone() for k, v in training.model.state_dict().items()}
 
 
 def replica_steps(sizes_of, batches=BATCHES, model=""):
-    """The same by hand: a network for each slice, gradients added, the first one's statistics."""
+    """Return the same for a network per slice: gradients are added, statistics are the first one's."""
     network = start("precision: fp32", model).model.train()
     momenta = [torch.zeros_like(p) for p in network.parameters()]
     results = []
     for step, images in enumerate(batches):
-        x, labels = labelled(images, step)
+        x, labels = labeled(images, step)
         sizes = sizes_of(images)
         replicas = [copy.deepcopy(network) for _ in sizes]
         loss, top1, top5 = 0.0, 0, 0
@@ -289,24 +272,23 @@ def assert_same(ours, theirs):
         assert error(ours[1][key].double(), value.double()) < 1e-9, key
 
 
-MODELS = {"post": "", "pre": ", preactivation: true", "form B": ", block: B"}
-
-
-@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-def test_grouped_steps_are_those_of_replicas(model):
-    expected = replica_steps(lambda n: [s for s in split_evenly(n, 4) if s], model=model)
-    assert_same(run_steps(start("bn_group: 16", model)), expected)
-
-
-@pytest.mark.parametrize("images", BATCHES)
-def test_one_step_of_each_batch_size(images):
-    expected = replica_steps(lambda n: [s for s in split_evenly(n, 4) if s], (images,))
-    assert_same(run_steps(start("bn_group: 16"), (images,)), expected)
+@pytest.mark.parametrize(
+    "model, batches",
+    [
+        ("", BATCHES),
+        (", preactivation: true", BATCHES),
+        (", block: B", BATCHES),
+        *(("", (images,)) for images in BATCHES),
+    ],
+)
+def test_grouped_steps_are_those_of_replicas(model, batches):
+    expected = replica_steps(lambda n: nonempty(n, 4), batches, model)
+    assert_same(run_steps(start("bn_group: 16", model), batches), expected)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_accumulation_with_groups_changes_nothing(steps):
-    """Losses, counts, weights and running statistics, smaller batches included."""
+    """Compare losses, counts, weights, and running statistics, also of smaller batches."""
     expected = run_steps(start("bn_group: 16"))
     ours = run_steps(start(f"bn_group: 16, accumulation_steps: {steps}"))
     assert_same(ours, expected)
@@ -314,17 +296,13 @@ def test_accumulation_with_groups_changes_nothing(steps):
     assert counts and all(c == len(BATCHES) for c in counts)
 
 
-@pytest.mark.parametrize("steps", [2, 4])
-def test_accumulation_without_groups_normalizes_each_part(steps):
-    expected = replica_steps(lambda n: [s for s in split_evenly(n, steps) if s])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_micro_batches_without_groups_are_normalized_separately(steps):
+    expected = replica_steps(lambda n: nonempty(n, steps))
     assert_same(run_steps(start(f"accumulation_steps: {steps}")), expected)
-
-
-def test_without_groups_the_whole_batch_is_normalized():
-    expected = replica_steps(lambda n: [n])
-    assert_same(run_steps(start("accumulation_steps: 1")), expected)
-    grouped = run_steps(start("bn_group: 16"))
-    assert error(grouped[1]["conv1.weight"], expected[1]["conv1.weight"]) > 1e-4  # it does matter
+    if steps == 1:  # groups make a difference
+        grouped = run_steps(start("bn_group: 16"))
+        assert error(grouped[1]["conv1.weight"], expected[1]["conv1.weight"]) > 1e-4
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -336,7 +314,7 @@ def test_recomputed_activations_change_no_bit_of_grouped_steps(steps):
     assert all(torch.equal(recomputed[1][k], v) for k, v in plain[1].items())
 
 
-# ---------------------------------------------------------------------------- where the kernels run
+# ---------------------------------------------------------------------------- kernels
 
 
 @pytest.mark.parametrize("broken", ["no C compiler", "too old", "a CPU", None])

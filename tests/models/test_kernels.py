@@ -1,9 +1,7 @@
-"""The CUDA kernels without a GPU: their values in triton's interpreter, their machine code, their shapes."""
+"""The CUDA kernels without a GPU: values in triton's interpreter, machine code, launches, and shapes."""
 
-import os
 import re
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +9,7 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
-from commands import ROOT
+from commands import ROOT, run_python
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,27 +23,14 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
     "chosen", ["test_case or nan", "not test_case and not nan"], ids=["kernels", "networks"]
 )
 def test_in_the_interpreter(chosen):
-    """In a process of its own: triton chooses the mode when it is imported."""
+    """Run interpreted.py in a new process, because triton chooses its mode when it is imported."""
     found = [tuple(map(int, module.__version__.split(".")[:2])) for module in (triton, numpy)]
     if found[0] < (3, 7) and found[1] >= (2, 4):
         pytest.skip(f"the interpreter of triton {triton.__version__} needs NumPy below 2.4")
-    arguments = [
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        chosen,
-        str(ROOT / "tests" / "helpers" / "interpreted.py"),
-    ]
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    file = ROOT / "tests" / "helpers" / "interpreted.py"
+    arguments = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, file)
+    result = run_python(*arguments, cwd=ROOT, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    assert result.status == 0, result.output[-6000:] + result.error[-2000:]
 
 
 # ---------------------------------------------------------------------------- machine code
@@ -66,9 +51,19 @@ VARIANTS = [
 ]
 
 
+def kind(argument: str, constants: dict) -> str:
+    """Return the type of an argument of a kernel for bf16 images."""
+    if argument in constants:
+        return "constexpr"
+    if not argument.endswith("_ptr"):
+        return "fp32" if argument in ("eps", "momentum") else "i32"
+    leaf = argument.removesuffix("_ptr")
+    return "*i64" if leaf == "batches" else "*fp32" if leaf in FLOAT32 else "*bf16"
+
+
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_machine_code(capability, tmp_path, monkeypatch):
-    """bf16: no value is spilled from the registers, and batches are read and written 128 bits at a time."""
+    """bf16: no value is spilled from the registers, and images are read and written 128 bits at a time."""
     from triton.compiler import ASTSource
 
     from resnext.models import kernels
@@ -80,16 +75,7 @@ def test_machine_code(capability, tmp_path, monkeypatch):
         pytest.skip(f"this triton comes without {', '.join(missing)}")
     for name, constants in VARIANTS:
         kernel = getattr(kernels, name)
-        signature = {}
-        for argument in kernel.arg_names:
-            if argument in constants:
-                kind = "constexpr"
-            elif argument.endswith("_ptr"):
-                leaf = argument.removesuffix("_ptr")
-                kind = "*i64" if leaf == "batches" else "*fp32" if leaf in FLOAT32 else "*bf16"
-            else:
-                kind = "fp32" if argument in ("eps", "momentum") else "i32"
-            signature[argument] = kind
+        signature = {argument: kind(argument, constants) for argument in kernel.arg_names}
         aligned = {
             (i,): [["tt.divisibility", 16]]
             for i, argument in enumerate(kernel.arg_names)
@@ -97,10 +83,9 @@ def test_machine_code(capability, tmp_path, monkeypatch):
         }
         source = ASTSource(kernel, signature, constants, aligned)
         binary = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-        (tmp_path / "kernel.cubin").write_bytes(binary.asm["cubin"])
-        usage = subprocess.run(
-            [tools / "cuobjdump", "-res-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True
-        ).stdout
+        (tmp_path / "cubin").write_bytes(binary.asm["cubin"])
+        command = [tools / "cuobjdump", "-res-usage", tmp_path / "cubin"]
+        usage = subprocess.run(command, capture_output=True, text=True).stdout
         numbers = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
         assert numbers["STACK"] == numbers["LOCAL"] == 0, (name, constants, numbers)
         assert numbers["REG"] <= 200, (name, constants, numbers)
@@ -115,7 +100,7 @@ def test_machine_code(capability, tmp_path, monkeypatch):
 
 
 class PretendedDriver:
-    """What triton asks of a GPU; its launches are only noted down."""
+    """The answers that triton expects of a GPU; it only records the launches."""
 
     def __init__(self):
         self.launches: list[tuple] = []
@@ -131,18 +116,16 @@ class PretendedDriver:
     def launcher_cls(self, source, metadata):
         def run(*arguments):
             *grid, _, function, _, _, _, _ = arguments[:9]
-            texts = [
-                ("tensor", a.data_ptr() % 16, a.dtype) if isinstance(a, torch.Tensor) else a
-                for a in arguments[9:]
-            ]
-            self.launches.append((metadata.name, function, *grid, *texts))
+            for a in arguments[9:]:
+                grid.append((a.data_ptr() % 16, a.dtype) if isinstance(a, torch.Tensor) else a)
+            self.launches.append((metadata.name, function, *grid))
 
         return run
 
 
 @pytest.mark.parametrize("shortcut", [False, True])
 def test_later_launches_are_those_of_triton(monkeypatch, tmp_path, shortcut):
-    """The same kernels, grids and arguments when the compiled ones are known; others for other arguments."""
+    """Known kernels have the same grids and arguments; other arguments launch other kernels."""
     from triton.runtime.driver import driver
 
     from resnext.models import fused_norm, kernels
@@ -158,9 +141,8 @@ def test_later_launches_are_those_of_triton(monkeypatch, tmp_path, shortcut):
         x = memory.view(images, 4, 4, 64).permute(0, 3, 1, 2)
         weight, bias, mean, var = (torch.ones(64) for _ in range(4))
         skip = x if shortcut else None
-        y, statistics = fused_norm.norm_forward(
-            x, skip, weight, bias, mean, var, torch.tensor(0), 2, 0.1, 1e-5, True
-        )
+        options = (weight, bias, mean, var, torch.tensor(0), 2, 0.1, 1e-5, True)
+        y, statistics = fused_norm.norm_forward(x, skip, *options)
         saved = y if shortcut else None
         fused_norm.norm_backward(y, None, x, saved, weight, bias, statistics, shortcut, True)
         return list(pretended.launches)
@@ -168,7 +150,7 @@ def test_later_launches_are_those_of_triton(monkeypatch, tmp_path, shortcut):
     first = step(4)
     assert len(first) == 6 and len(fused_norm.COMPILED) == 6
     with monkeypatch.context() as context:
-        context.setattr(triton.JITFunction, "run", None)  # not needed any more
+        context.setattr(triton.JITFunction, "run", None)  # needed only once
         assert step(4) == first
     for other in (step(3), step(4, torch.float32)):
         assert other != first and len(other) == 6
@@ -193,12 +175,10 @@ def test_shapes_on_fake_cuda_tensors(dtype, shortcut):
         x = torch.empty(6, 24, 5, 4, dtype=dtype).contiguous(memory_format=torch.channels_last)
         weight, bias, mean, var = (torch.empty(24) for _ in range(4))
         skip = x if shortcut else None
-        outputs = norm_relu(x, skip, weight, bias, mean, var, None, 3, 0.1, 1e-5, True)
-        for y in outputs:
+        options = (weight, bias, mean, var, None, 3, 0.1, 1e-5, True)
+        for y in norm_relu(x, skip, *options):
             assert (y.dtype, y.device, y.shape, y.stride()) == (x.dtype, x.device, x.shape, x.stride())
-        y, statistics = torch.ops.resnext.norm_forward(
-            x, skip, weight, bias, mean, var, None, 3, 0.1, 1e-5, True
-        )
+        y, statistics = torch.ops.resnext.norm_forward(x, skip, *options)
         assert y.stride() == x.stride()
         assert statistics.dtype == torch.float32 and statistics.shape == (2, 3, 24)
         saved = y if shortcut else None
@@ -224,7 +204,7 @@ class Operators(TorchDispatchMode):
 
 
 def test_a_step_makes_no_other_pass(monkeypatch):
-    """ResNeXt-50: BatchNorm, ReLU, additions and those of gradients are in the operators, but for one."""
+    """The operators do BatchNorm, ReLU, and all but one of the additions of ResNeXt-50."""
     for module in (ghost_batchnorm, resnext):
         monkeypatch.setattr(module, "on_gpu", lambda x: True)
     with FakeTensorMode(), Operators() as operators:

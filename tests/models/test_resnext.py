@@ -1,7 +1,7 @@
-"""Networks: against torchvision, against published counts, against a plain functional reference.
+"""Networks compared with torchvision, with published counts, and with a plain functional reference.
 
 The reference states the original's definition (models/resnext.lua, preresnet.lua) in a few lines
-of torch.nn.functional, for every stem, form, shortcut and activation order. Forms A, B and C are
+of torch.nn.functional, for every stem, form, shortcut, and activation order. Forms A, B, and C are
 also compared with each other, and every shipped configuration is built and counted.
 """
 
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from config_counts import CONFIG_COUNTS
+from networks import stir
 from torch import nn
 
 import resnext
@@ -35,15 +36,8 @@ def error(ours, theirs):
 def random_model(*args, **kwargs):
     """Return a float64 network with random BatchNorm parameters and statistics."""
     torch.manual_seed(7)
-    model = ResNeXt(*args, **kwargs).double()
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                for tensor in (module.weight, module.running_var):
-                    tensor.uniform_(0.5, 1.5)
-                for tensor in (module.bias, module.running_mean):
-                    tensor.uniform_(-0.3, 0.3)
-        model.fc.bias.uniform_(-0.3, 0.3)
+    model = stir(ResNeXt(*args, **kwargs).double())
+    nn.init.uniform_(model.fc.bias, -0.3, 0.3)
     return model
 
 
@@ -51,12 +45,16 @@ def images(*shape):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
 
+def loss(logits):
+    """Return a loss in which each logit has another weight."""
+    return (logits * torch.linspace(-1, 2, logits.numel(), dtype=logits.dtype).view_as(logits)).sum()
+
+
 def gradients(model, x):
-    """Return (logits, {name: gradient}) of a training-mode step on a loss that weights all logits."""
+    """Return (logits, {name: gradient}) of a training-mode step."""
     model.train().zero_grad()
     logits = model(x)
-    weights = torch.linspace(-1, 2, logits.numel(), dtype=x.dtype).view_as(logits)
-    (logits * weights).sum().backward()
+    loss(logits).backward()
     return logits.detach(), {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -105,7 +103,7 @@ def test_complexity_leaves_the_model_alone(form):
 
 
 def test_every_shipped_configuration_is_counted():
-    assert {p.stem for p in CONFIG_FOLDER.glob("*.yaml")} == set(CONFIG_COUNTS)
+    assert {path.stem for path in CONFIG_FOLDER.glob("*.yaml")} == set(CONFIG_COUNTS)
 
 
 @pytest.mark.parametrize("name", CONFIG_COUNTS)
@@ -122,7 +120,7 @@ def test_shipped_configurations(name):
 
 
 class Reference:
-    """The network from its definition. `used` collects the parameters that took part."""
+    """The network by its definition. `used` collects the names of its parameters."""
 
     def __init__(self, model, stages, cardinality, stem, form, shortcut, preactivation):
         self.state = dict(model.named_parameters())
@@ -148,18 +146,16 @@ class Reference:
         return self.bn(x, key).clamp_min(0)
 
     def branch(self, x, block, stride):
-        if self.form == "C":
-            x = self.bn_relu(self.conv(x, f"{block}.conv1"), f"{block}.bn1")
-            x = self.bn_relu(self.conv(x, f"{block}.conv2", stride, self.cardinality), f"{block}.bn2")
-            return self.conv(x, f"{block}.conv3")
-        paths = [f"{block}.paths.{i}" for i in range(self.cardinality)]
+        grouped = self.form == "C"
+        paths = [block] if grouped else [f"{block}.paths.{i}" for i in range(self.cardinality)]
         outputs = []
         for path in paths:
             y = self.bn_relu(self.conv(x, f"{path}.conv1"), f"{path}.bn1")
-            outputs.append(self.bn_relu(self.conv(y, f"{path}.conv2", stride), f"{path}.bn2"))
-        if self.form == "B":
-            return self.conv(torch.cat(outputs, 1), f"{block}.conv3")
-        return sum(self.conv(y, f"{path}.conv3") for y, path in zip(outputs, paths, strict=True))
+            y = self.conv(y, f"{path}.conv2", stride, self.cardinality if grouped else 1)
+            outputs.append(self.bn_relu(y, f"{path}.bn2"))
+        if self.form == "A":
+            return sum(self.conv(y, f"{path}.conv3") for y, path in zip(outputs, paths, strict=True))
+        return self.conv(torch.cat(outputs, 1), f"{block}.conv3")
 
     def skip(self, x, block, outputs, stride):
         if self.shortcut == "C" or (self.shortcut == "B" and x.shape[1] != outputs):
@@ -177,20 +173,19 @@ class Reference:
         return self.branch(y, block, stride) + self.skip(skipped, block, outputs, stride)
 
     def __call__(self, x):
-        if self.stem == "imagenet":
-            x = F.max_pool2d(self.bn_relu(self.conv(x, "conv1", 2), "bn1"), 3, 2, 1)
-        elif self.preactivation:
-            x = self.conv(x, "conv1")
-        else:
-            x = self.bn_relu(self.conv(x, "conv1"), "bn1")
+        imagenet = self.stem == "imagenet"
+        x = self.conv(x, "conv1", 2 if imagenet else 1)
+        if imagenet or not self.preactivation:
+            x = self.bn_relu(x, "bn1")
+        if imagenet:
+            x = F.max_pool2d(x, 3, 2, 1)
         for stage, blocks in enumerate(self.stages):
             for index in range(blocks):
                 activation = "branch" if index else "shared"
-                if self.stem == "imagenet" and stage == index == 0:
+                if imagenet and stage == index == 0:
                     activation = "none"
                 stride = 2 if stage > 0 and index == 0 else 1
-                key = f"layer{stage + 1}.{index}"
-                x = self.block(x, key, 256 * 2**stage, stride, activation)
+                x = self.block(x, f"layer{stage + 1}.{index}", 256 * 2**stage, stride, activation)
         if self.preactivation:
             x = self.bn_relu(x, "final_bn")
         return F.linear(x.flatten(2).mean(2), self.get("fc.weight"), self.get("fc.bias"))
@@ -207,20 +202,14 @@ def test_network_is_its_definition(stem, preactivation, form, shortcut):
     reference = Reference(model, stages, 3, **options)
     x = images(2, 3, 13, 10) if stem == "cifar" else images(2, 3, 45, 38)
     logits, ours = gradients(model, x)
-    model.zero_grad()
-    expected, theirs = gradients_of_reference(reference, model, x)
-    assert error(logits, expected) < 1e-12
-    assert reference.used == set(ours)
-    for name in ours:
-        assert error(ours[name], theirs[name]) < 1e-10, name
-
-
-def gradients_of_reference(reference, model, x):
-    logits = reference(x)
-    weights = torch.linspace(-1, 2, logits.numel(), dtype=x.dtype).view_as(logits)
+    model.zero_grad(set_to_none=True)
+    expected = reference(x)
     names, parameters = zip(*model.named_parameters(), strict=True)
-    found = torch.autograd.grad((logits * weights).sum(), parameters)
-    return logits.detach(), dict(zip(names, found, strict=True))
+    theirs = torch.autograd.grad(loss(expected), parameters)
+    assert error(logits, expected.detach()) < 1e-12
+    assert reference.used == set(ours) == set(names)
+    for name, gradient in zip(names, theirs, strict=True):
+        assert error(ours[name], gradient) < 1e-10, name
 
 
 @pytest.mark.parametrize("form", "ABC")
@@ -236,19 +225,18 @@ def test_path_width_follows_the_stage(form):
 
 # ---------------------------------------------------------------------------- forms A, B, C
 
-NETWORKS = {
-    "cifar": ((2, 1, 1), {"stem": "cifar"}),
-    "cifar-preactivation": ((2, 1, 1), {"stem": "cifar", "preactivation": True}),
-    "imagenet": ((1, 1, 1, 1), {"shortcut": "C"}),
-    "imagenet-preactivation": ((1, 2, 1, 1), {"preactivation": True, "shortcut": "A"}),
+NETWORKS = {  # stages, options, image size
+    "cifar": ((2, 1, 1), {"stem": "cifar"}, 12),
+    "cifar-preactivation": ((2, 1, 1), {"stem": "cifar", "preactivation": True}, 12),
+    "imagenet": ((1, 1, 1, 1), {"shortcut": "C"}, 36),
+    "imagenet-preactivation": ((1, 2, 1, 1), {"preactivation": True, "shortcut": "A"}, 36),
 }
-PAIRS = [(a, b) for a in "ABC" for b in "ABC"]
 
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_forms_compute_the_same_function(network):
-    stages, options = NETWORKS[network]
-    x = images(2, 3, 12, 12) if "cifar" in network else images(2, 3, 40, 40)
+    stages, options, size = NETWORKS[network]
+    x = images(2, 3, size, size)
     original = random_model(stages, 4, 6, 7, **options)
     start = {k: v.clone() for k, v in original.state_dict().items()}
     logits, expected = gradients(original, x)
@@ -270,11 +258,12 @@ def test_forms_compute_the_same_function(network):
             assert error(model.eval()(x), evaluated) < 1e-12
 
 
-@pytest.mark.parametrize("source, target", PAIRS)
+@pytest.mark.parametrize("source, target", [(a, b) for a in "ABC" for b in "ABC"])
 @pytest.mark.parametrize("network", NETWORKS)
-def test_conversions_round_trip_exactly(network, source, target):
-    stages, options = NETWORKS[network]
+def test_conversions_round_trip_and_copy(network, source, target):
+    stages, options, _ = NETWORKS[network]
     state = random_model(stages, 4, 6, 7, form=source, **options).state_dict()
+    before = {k: v.clone() for k, v in state.items()}
     there = convert_form(state, 4, source, target)
     with META:
         expected = ResNeXt(stages, 4, 6, 7, form=target, **options).state_dict()
@@ -282,18 +271,11 @@ def test_conversions_round_trip_exactly(network, source, target):
     back = convert_form(there, 4, target, source)
     assert back.keys() == state.keys()
     assert all(torch.equal(back[k], state[k]) for k in state)
-
-
-@pytest.mark.parametrize("source, target", PAIRS)
-def test_conversions_copy(source, target):
-    model = random_model((1, 1, 1), 2, 4, 3, stem="cifar", form=source)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    converted = convert_form(model.state_dict(), 2, source, target)
-    pointers = {v.untyped_storage().data_ptr() for v in converted.values()}
-    assert len(pointers) == len(converted)  # no two of them share memory
-    for value in converted.values():
+    pointers = {v.untyped_storage().data_ptr() for v in there.values()}
+    assert len(pointers) == len(there), "two tensors share memory"
+    for value in there.values():
         value.fill_(9)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(torch.equal(v, before[k]) for k, v in state.items())
 
 
 def test_conversion_arranges_paths():
@@ -343,11 +325,11 @@ def test_initialization(stem, form, preactivation):
 
 
 def test_initialization_follows_the_seed():
-    def weights(seed):
+    weights = []
+    for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        return ResNeXt((1, 1, 1), 2, 4, 10, stem="cifar").conv1.weight
-
-    assert torch.equal(weights(1), weights(1)) and not torch.equal(weights(1), weights(2))
+        weights.append(ResNeXt((1, 1, 1), 2, 4, 10, stem="cifar").conv1.weight)
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
 @pytest.mark.parametrize("form", "ABC")
@@ -364,27 +346,25 @@ def test_zero_gamma_starts_blocks_as_their_shortcut(form):
 
 
 @pytest.mark.parametrize("preactivation", [False, True])
-@pytest.mark.parametrize("size", [(1, 1), (8, 8), (15, 22), (32, 32), (40, 64)])
-def test_cifar_stem_takes_any_size(size, preactivation):
-    model = ResNeXt((1, 1, 1), 2, 4, 5, stem="cifar", preactivation=preactivation).eval()
-    x = torch.rand(2, 3, *size)
-    assert model(x).shape == (2, 5) and model(x).isfinite().all()
-    assert model.forward_features(x).shape == (2, 1024, *(-(-s // 4) for s in size))
-
-
-@pytest.mark.parametrize("preactivation", [False, True])
-@pytest.mark.parametrize("size", [(32, 32), (33, 70), (96, 64), (224, 224)])
-def test_imagenet_stem_takes_any_size(size, preactivation):
-    model = ResNeXt((1, 1, 1, 1), 2, 4, 5, preactivation=preactivation).eval()
-    x = torch.rand(1, 3, *size)
-    assert model(x).shape == (1, 5) and model(x).isfinite().all()
-    assert model.forward_features(x).shape == (1, 2048, *(-(-s // 32) for s in size))
+@pytest.mark.parametrize(
+    "stages, stride, sizes",
+    [((1, 1, 1), 4, ((1, 1), (15, 22), (40, 64))), ((1, 1, 1, 1), 32, ((32, 32), (33, 70), (224, 224)))],
+    ids=["cifar", "imagenet"],
+)
+def test_images_of_any_size(stages, stride, sizes, preactivation):
+    stem = "cifar" if len(stages) == 3 else "imagenet"
+    model = ResNeXt(stages, 2, 4, 5, stem=stem, preactivation=preactivation).eval()
+    for size in sizes:
+        x = torch.rand(2, 3, *size)
+        assert model(x).shape == (2, 5) and model(x).isfinite().all()
+        channels = 128 * 2 ** len(stages)
+        assert model.forward_features(x).shape == (2, channels, *(-(-side // stride) for side in size))
 
 
 @pytest.mark.parametrize("preactivation", [False, True])
 @pytest.mark.parametrize("form", "ABC")
-def test_input_is_left_alone(form, preactivation):
-    """ReLU is in place; neither the input nor a shortcut's operand may change."""
+def test_input_does_not_change(form, preactivation):
+    """ReLU works in place, but neither the input nor a shortcut's operand may change."""
     x = torch.randn(2, 3, 10, 10)
     before = x.clone()
     model = ResNeXt((1, 1, 1), 2, 4, 5, stem="cifar", form=form, preactivation=preactivation)
@@ -396,8 +376,8 @@ def test_input_is_left_alone(form, preactivation):
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("form", "ABC")
 def test_activation_checkpointing_changes_no_bit(network, form, dtype):
-    stages, options = NETWORKS[network]
-    x = (images(2, 3, 12, 12) if "cifar" in network else images(2, 3, 36, 36)).to(dtype)
+    stages, options, size = NETWORKS[network]
+    x = images(2, 3, size, size).to(dtype)
     results = []
     for checkpointing in (False, True):
         model = random_model(stages, 2, 6, 7, form=form, **options).to(dtype)
@@ -414,7 +394,7 @@ def test_activation_checkpointing_changes_no_bit(network, form, dtype):
 
 
 def test_activation_checkpointing_keeps_fewer_activations():
-    """Between the passes, only the inputs of blocks are kept."""
+    """Only the inputs of blocks are kept between the passes."""
     kept = {}
     for checkpointing in (False, True):
         model = random_model((2, 2, 2), 2, 8, 7, stem="cifar")
@@ -434,8 +414,8 @@ def test_activation_checkpointing_keeps_fewer_activations():
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("form", "ABC")
 def test_channels_last_agrees(network, form):
-    stages, options = NETWORKS[network]
-    x = images(2, 3, 12, 12) if "cifar" in network else images(2, 3, 36, 36)
+    stages, options, size = NETWORKS[network]
+    x = images(2, 3, size, size)
     plain, expected = gradients(random_model(stages, 2, 6, 7, form=form, **options), x)
     model = random_model(stages, 2, 6, 7, form=form, **options).to(memory_format=torch.channels_last)
     logits, found = gradients(model, x.to(memory_format=torch.channels_last))
@@ -445,32 +425,20 @@ def test_channels_last_agrees(network, form):
 
 # ---------------------------------------------------------------------------- names and arguments
 
-NAMED = {  # parameters with the classes of ImageNet, or 10
-    "resnet50": 25_557_032,
-    "resnet101": 44_549_160,
+IMAGENET_NAMES = ("resnet50", "resnet101", "resnext50_32x4d", "resnext101_32x4d", "resnext101_32x8d")
+IMAGENET_NAMES += ("resnext101_64x4d", "resnext152_32x4d")
+NAMED = {  # parameters with 1000 or 10 classes
+    **{name: CONFIG_COUNTS[name][0] for name in IMAGENET_NAMES},
+    **{name: CONFIG_COUNTS[f"cifar10_{name}"][0] for name in ("resnext29_8x64d", "resnext29_16x64d")},
     "resnet152": 60_192_808,
-    "resnext50_32x4d": 25_028_904,
-    "resnext101_32x4d": 44_177_704,
-    "resnext101_32x8d": 88_791_336,
-    "resnext101_64x4d": 83_455_272,
-    "resnext152_32x4d": 59_951_400,
-    "resnext29_8x64d": 34_426_698,
-    "resnext29_16x64d": 68_155_210,
 }
-
-
-@pytest.mark.parametrize("name", NAMED)
-def test_named_networks(name):
-    with META:
-        model = getattr(resnext, name)(classes=10 if "29" in name else 1000)
-    assert sum(p.numel() for p in model.parameters()) == NAMED[name]
 
 
 def test_every_exported_name_can_be_imported():
     expected = {"ResNeXt", "build_model", "convert_form", "load_weights", "UserError", *NAMED}
     assert set(resnext.__all__) == expected
+    namespace = {}
     for name in resnext.__all__:
-        namespace = {}
         exec(f"from resnext import {name}", namespace)
         assert callable(namespace[name])
     with pytest.raises(ImportError):
@@ -479,8 +447,11 @@ def test_every_exported_name_can_be_imported():
         _ = importlib.import_module("resnext").resnext51
 
 
-def test_options_of_named_networks():
+def test_named_networks():
     with META:
+        for name, parameters in NAMED.items():
+            model = getattr(resnext, name)(classes=10 if "29" in name else 1000)
+            assert sum(p.numel() for p in model.parameters()) == parameters, name
         model = resnext.resnext50_32x4d(classes=7, form="B", shortcut="C", preactivation=True)
     assert model.fc.out_features == 7 and len(model.layer1[0].paths) == 32
     assert len(model.layer1[1].downsample) == 1 and model.final_bn is not None
@@ -498,34 +469,28 @@ def test_build_model_follows_the_configuration():
     assert str(build_model(config, 5)) == str(same)
 
 
-WRONG = {
-    "stem": {"stem": "mnist"},
-    "form": {"form": "D"},
-    "shortcut": {"shortcut": "identity"},
-    "number of stages": {"stages": (1, 1, 1)},
-    "number of stages, cifar": {"stem": "cifar"},
-    "no stages": {"stages": ()},
-    "blocks of a stage": {"stages": (1, 0, 1, 1)},
-    "cardinality": {"cardinality": 0},
-    "base_width": {"base_width": 0},
-    "classes": {"classes": -1},
-}
+@pytest.mark.parametrize(
+    "word, arguments",
+    [
+        ("stem", {"stem": "mnist"}),
+        ("form", {"form": "D"}),
+        ("shortcut", {"shortcut": "identity"}),
+        *(("number of stages", {"stages": stages}) for stages in ((1, 1, 1), ())),
+        ("number of stages", {"stem": "cifar"}),
+        ("blocks of a stage", {"stages": (1, 0, 1, 1)}),
+        *((name, {name: 0}) for name in ("cardinality", "base_width")),
+        ("classes", {"classes": -1}),
+    ],
+)
+def test_wrong_arguments(word, arguments):
+    with pytest.raises(UserError, match=word):
+        ResNeXt(**arguments)
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_arguments(case):
-    name = {"no stages": "number of stages"}.get(case, case.split(",")[0])
-    with pytest.raises(UserError, match=name):
-        ResNeXt(**WRONG[case])
-
-
-@pytest.mark.parametrize("source, target", [("C", "D"), ("c", "A"), ("", "B"), ("C", "AB")])
-def test_wrong_forms(source, target):
-    with pytest.raises(UserError, match="forms are A, B and C"):
-        convert_form({}, 2, source, target)
-
-
-def test_wrong_cardinality():
+def test_wrong_conversions():
+    for source, target in (("C", "D"), ("c", "A"), ("", "B"), ("C", "AB")):
+        with pytest.raises(UserError, match="forms are A, B and C"):
+            convert_form({}, 2, source, target)
     state = ResNeXt((1, 1, 1), 4, 4, 3, stem="cifar").state_dict()
     with pytest.raises(UserError, match="16 channels do not make 5 paths"):
         convert_form(state, 5, "C", "B")
