@@ -19,7 +19,7 @@ WNID = "n[0-9]{8}"
 VAL_NAME = r"ILSVRC2012_val_[0-9]{8}\.JPEG"
 META = "ILSVRC2012_devkit_t12/data/meta.mat"
 TRUTH = "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"
-AGAIN = "get the archive again"
+AGAIN = "download the archive again"
 
 Targets = list[tuple[TarInfo, Path]]  # members of an archive, and their paths in train/ or val/
 

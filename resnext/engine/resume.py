@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import torch
 
@@ -120,8 +120,7 @@ def make_training(
 
         return training, load_pretrained(training, *start)
     if isinstance(start, dict):
-        assert source is not None
-        restore(training, start, source)
+        restore(training, start, cast(Path, source))  # a checkpoint comes from a file
         lines = [
             f"warning: {name} was {old} and is {versions.get(name)}; the bits may differ from here on"
             for name, old in start["versions"].items()
