@@ -80,52 +80,50 @@ def run(config: Config, output: Path, source: Path | None, resumed: bool) -> Non
     from data.training import load_sets, make_batches
     from resnext.device import configure_backends, explain_step_errors, select_device
     from resnext.distributed import rank
-    from resnext.engine.introduction import introduction
-    from resnext.engine.logger import NullLogger, RunLogger, environment
-    from resnext.engine.progress import summary
-    from resnext.engine.resume import make_training, read_start
-    from resnext.engine.trainer import read_through, save, train
+    from resnext.engine import logger, progress, resume, trainer
     from resnext.stop_signal import StopSignal
 
     device = select_device(config.run.device)
-    config, start, warnings = read_start(config, source, device)
+    config, start, warnings = resume.read_start(config, source, device)
     configure_backends(config.train.precision, config.run.deterministic)
     train_set, val_set, fingerprint = load_sets(config, start)
     warnings += [*train_set.notes, *val_set.notes]
-    versions = environment(device) | {"data": fingerprint}
+    versions = logger.environment(device) | {"data": fingerprint}
     with explain_step_errors(config, device):
-        training, changes = make_training(
+        training, changes = resume.make_training(
             config, train_set.classes, len(train_set), device, versions, source, start
         )
     del start  # may hold as much memory as the training state
     warnings += changes
-    progress = training.progress
     branched = source is not None and source.resolve().parent != (output / "checkpoints").resolve()
     if branched:  # a new run, with its own metrics rows and best checkpoint
-        progress.rows, progress.best = 0, None
+        training.progress.rows, training.progress.best = 0, None
     with StopSignal() as stop:
-        reporter = NullLogger()
+        log: logger.Logger = logger.NullLogger()
         if rank() == 0:
             output.mkdir(parents=True, exist_ok=True)
-            reporter = RunLogger(output, progress.rows, progress.global_step, config.run.tensorboard)
+            rows, step = training.progress.rows, training.progress.global_step
+            log = logger.RunLogger(output, rows, step, config.run.tensorboard)
         try:
             if rank() == 0:
                 write_config(config, versions, output)
-            reporter.say("\n".join(f"{name}: {value}" for name, value in versions.items()), console=False)
+            log.say("\n".join(f"{name}: {value}" for name, value in versions.items()), console=False)
             for line in warnings:
-                reporter.say(line)
-            training_batches, val_batches = make_batches(config, train_set, val_set, device, reporter.warn)
+                log.say(line)
+            training_batches, val_batches = make_batches(config, train_set, val_set, device, log.warn)
             with explain_step_errors(config, device):
-                reporter.say(introduction(training, len(train_set), len(val_set), output, source, resumed))
+                log.say(
+                    progress.introduction(training, len(train_set), len(val_set), output, source, resumed)
+                )
                 if branched:
-                    save(training, output, reporter)
-                if config.data.pipeline != "memory" and not progress.global_step:
-                    read_through(val_batches, reporter, stop.requested)
-                train(training, training_batches, val_batches, output, reporter, stop.requested)
-            reporter.say(summary(training, output, stop.signal))
+                    trainer.save(training, output, log)
+                if config.data.pipeline != "memory" and not training.progress.global_step:
+                    trainer.read_through(val_batches, log, stop.requested)
+                trainer.train(training, training_batches, val_batches, output, log, stop.requested)
+            log.say(progress.summary(training, output, stop.signal))
         except (UserError, RuntimeError) as error:
             with contextlib.suppress(OSError):
-                reporter.say(f"error: {error}", console=False)
+                log.say(f"error: {error}", console=False)
             raise
         except OSError as error:
             raise UserError(
@@ -133,7 +131,7 @@ def run(config: Config, output: Path, source: Path | None, resumed: bool) -> Non
                 "resume with --resume"
             ) from error
         finally:
-            reporter.close()
+            log.close()
 
 
 if __name__ == "__main__":

@@ -203,3 +203,6 @@ def _keep_rows(path: Path, rows: int) -> int:
         os.fsync(file.fileno())
     os.replace(temporary, path)
     return len(kept)
+
+
+Logger = RunLogger | NullLogger

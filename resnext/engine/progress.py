@@ -1,4 +1,4 @@
-"""What a run reports while it trains: metrics of steps and epochs, times, and the summary at its end."""
+"""What a run reports: its introduction, metrics of steps and epochs, times, and its summary."""
 
 import math
 import shlex
@@ -10,14 +10,43 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..config import network_name
 from ..distributed import sum_over_ranks
 from ..errors import UserError
+from ..models.complexity import complexity
 from .evaluator import EvalResult, Row
-from .logger import NullLogger, RunLogger, duration
+from .logger import Logger, duration
 from .train_state import MetricSums, TrainProgress, TrainState
 
-Logger = RunLogger | NullLogger
 METRICS = ("loss", "top1_error", "top5_error")
+
+
+def introduction(
+    training: TrainState, train_images: int, val_images: int, output: Path, source: Path | None, resumed: bool
+) -> str:
+    """Describe the network, the dataset, the recipe, and where the run goes and starts from."""
+    config, progress, versions = training.config, training.progress, training.versions
+    train, data = config.train, config.data
+    parameters, macs = complexity(training.model, data.image_size)
+    images = f"{data.image_size} pixels"
+    if data.pipeline != "memory":
+        size = f" ({data.train_size} in training)" if data.train_size != data.image_size else ""
+        images += f"{size} from {data.resize}, {data.pipeline}, {data.decoder}"
+    processes = "" if versions["processes"] == "1" else f" of {versions['processes']} processes"
+    lines = [
+        f"{network_name(config.model)}: {parameters:,} parameters, "
+        f"{macs / 1e6:,.0f} M multiply-adds per image",
+        f"{data.dataset}: {train_images:,} training and {val_images:,} validation images, "
+        f"{len(training.classes)} classes, {images}",
+        f"global batch {train.batch_size}{processes}, lr {config.optimizer.lr}, "
+        f"{train.epochs} epochs, {train.precision} on {versions['device']}",
+        f"run directory: {output}; top-1 and top-5 below are errors in percent",
+    ]
+    if source:
+        lines.append(f"continuing from {source}: epoch {progress.epoch}, {progress.step} steps done")
+    elif resumed:
+        lines.append("nothing was saved in the run directory yet: starting from the beginning")
+    return "\n".join(lines)
 
 
 class Timer:

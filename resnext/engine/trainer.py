@@ -15,7 +15,8 @@ from ..models.ghost_batchnorm import frozen_running_statistics
 from ..schedule import learning_rate
 from .checkpoint import write_checkpoint
 from .evaluator import EvalResult, count_correct, evaluate, promote_to_float32
-from .progress import Logger, StepMetrics, Timer, report_epoch, report_step
+from .logger import Logger
+from .progress import StepMetrics, Timer, report_epoch, report_step
 from .train_state import MetricSums, TrainState, checkpoint_content
 
 Batch = tuple[Tensor, Tensor]  # this rank's images and labels, on the device

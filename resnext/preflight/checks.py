@@ -34,10 +34,12 @@ class CheckResult(NamedTuple):
 class Dataset(Protocol):
     """What the checks read of a dataset."""
 
-    labels: np.ndarray
-    classes: tuple[str, ...]
-    notes: tuple[str, ...]  # warnings
-
+    @property
+    def labels(self) -> np.ndarray: ...
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...  # warnings
     def __len__(self) -> int: ...
 
 
