@@ -193,7 +193,7 @@ EVALUATE = [
     ("evaluate an empty folder", "", "mkdir folder", "folder", "folder: has no checkpoints/best.pt"),
     ("evaluate before the first epoch", "run", "rm run/checkpoints/best.pt", "run",
      "run: has no checkpoints/best.pt"),
-    ("batches of none", "run", "", "run --batch-size 0", "--batch-size: must be at least 1"),
+    ("batches of none", "run", "", "run --batch-size 0", "--batch-size: must be from 1"),
     ("result in a missing folder", "run", "", "run --json nowhere/result.json",
      "--json nowhere/result.json: "),
     ("result is a folder", "run", "", "run --json run", "--json run: cannot be written"),
@@ -319,7 +319,7 @@ def test_image_too_thin_to_be_resized(place):
 )
 def test_no_gpu(main, words, place):
     place.prepare("run")
-    expect(refused(place.folder, main, *arguments_of(words)), ("run.device: cuda", "use auto or cpu"))
+    expect(refused(place.folder, main, *arguments_of(words)), ("run.device: ", "use auto or cpu"))
 
 
 def test_incomplete_torchrun_environment(place, monkeypatch):

@@ -20,6 +20,7 @@ from PIL import Image
 from torchrun import Ended, Processes, Torchrun
 
 import evaluate
+import resnext.engine.inference
 import resnext.engine.train_state
 import train
 from resnext.config import parse_config
@@ -434,7 +435,7 @@ def test_every_form_of_running_out_of_memory(error, monkeypatch, finished_run, t
         (resnext.engine.train_state, "to_device", starting, "train.batch_size: "),
         (torch.optim.SGD, "load_state_dict", resuming, "train.batch_size: "),
         (ResNeXt, "forward", evaluating, "--batch-size: "),
-        (resnext.engine.train_state, "to_device", evaluating, "--device: "),
+        (resnext.engine.inference, "InferenceNetwork", evaluating, "--device: "),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(where, name, full)
