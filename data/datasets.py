@@ -19,7 +19,7 @@ def load_set(config: DataConfig, split: str, classes: tuple[str, ...] | None = N
 
         return glyphs.render_glyphs(split, limit, config.image_size, config.characters or glyphs.DIGITS)
     if config.dir is None:
-        raise UserError(f"data.dir: {config.dataset} needs a folder; give --data DIR")
+        raise UserError(f"data.dir: missing; data.dataset={config.dataset} needs --data DIR")
     if config.dataset == "folder":
         from . import image_folder
 

@@ -49,7 +49,7 @@ def decode(
 
     The format is recognized by content; of several frames, the first is read. Gray becomes three equal
     channels, a palette its colors, CMYK is converted, and 16-bit gray is scaled by 1/257. As in the original,
-    torchvision, and timm, transparency is dropped, so that the colors below it show, and EXIF rotation is
+    torchvision, and timm, transparency is dropped, so that the colors underneath show, and EXIF rotation is
     ignored.
 
     `region(width, height)` returns a box, and only its pixels are returned. The image is reduced by 2, 4, or
@@ -74,7 +74,7 @@ def decode(
             box = region(width, height) if region else (0, 0, width, height)
             factor = _reduction(box, size)
             if factor > 1:
-                image.draft(None, (width // factor, height // factor))  # no effect on other formats than JPEG
+                image.draft(None, (width // factor, height // factor))  # no effect on formats other than JPEG
             return _cut(_rgb(image, path), box, width, height)
     except UserError:
         raise
@@ -110,7 +110,7 @@ def _rgb(image: Image.Image, path: Path | str) -> np.ndarray:
     wide = image.mode == "I" and image.format not in ("PNG", "PPM")  # these two have 16 bits
     if image.mode == "F" or wide:
         what = "floating-point" if image.mode == "F" else "32-bit"
-        raise UserError(f"{path}: {what} pixels, which have no scale of their own; convert it to 8-bit RGB")
+        raise UserError(f"{path}: {what} pixels, which have no defined range; convert the image to 8-bit RGB")
     if image.mode.startswith("I"):
         gray = np.asarray(image).astype(np.uint32)
         gray = ((gray + 128) // 257).astype(np.uint8)

@@ -30,6 +30,8 @@ def evaluation_data(config: Config, classes_known: bool, options: argparse.Names
     folder = options.data or data.dir
     # A folder with val/ is an image folder, not the CIFAR that a network with such a stem suggests.
     is_folder = not classes_known and (Path(folder or "").expanduser() / "val").is_dir()
+    if options.data and data.dataset == "glyphs" and not is_folder:
+        raise UserError(f"--data {options.data}: this run draws its images (glyphs); omit --data")
     return replace(
         data,
         dataset="folder" if is_folder else data.dataset,

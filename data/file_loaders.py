@@ -64,7 +64,7 @@ class FileTrainLoader(TrainLoader):
         for line in skipped:
             if line not in self.skipped:
                 self.skipped.add(line)
-                self.warn(f"warning: {len(self.skipped)} broken files skipped so far: {line}")
+                self.warn(f"warning: broken files skipped so far: {len(self.skipped)}, the latest: {line}")
 
 
 class FileEvalLoader:

@@ -73,7 +73,7 @@ def split_folder(root: str, split: str) -> Path:
     where = f"data.dir {base}"
     if not base.is_dir():
         what = "is a file; unpack it and" if base.is_file() else "no such folder;"
-        raise UserError(f"{where}: {what} give --data DIR with train/ and val/")
+        raise UserError(f"{where}: {what} name a folder with train/ and val/")
     folder = base / split
     if folder.is_dir():
         return folder
@@ -203,7 +203,7 @@ def absent_classes(
     if not absent:
         return []
     which = f"{len(absent):,} of {len(wanted):,} classes ({abbreviate(absent)})"
-    return [f"warning: {folder}: has no images of {which}; errors are computed over the others"]
+    return [f"warning: {folder}: has no images of {which}; errors are computed on the other classes"]
 
 
 def list_files(folder: Path, classes: tuple[str, ...]) -> FileList:

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -16,10 +17,17 @@ class InvalidFileError(ValueError):
     """The reason why a file cannot be read; callers that know its name convert it to UserError."""
 
 
-def command_parser(document: str | None) -> argparse.ArgumentParser:
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose errors are UserErrors: one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def command_parser(document: str | None) -> CommandParser:
     """Return a parser whose help is a script's docstring, which `python -OO` removes."""
     summary, _, details = (document or "").partition("\n")
-    return argparse.ArgumentParser(
+    return CommandParser(
         description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 

@@ -21,7 +21,7 @@ def check_source(source: str) -> None:
 def check_target(option: str, path: Path, inputs: Iterable[str | Path] = ()) -> None:
     """Raise UserError before the work if the result cannot be written, or would replace an input."""
     if path.suffix in (".pt", ".pth", ".pyth", ".tar", ".t7") or path.name in RUN_FILES:
-        raise UserError(f"{option} {path}: has the name of a run file; choose another name for the result")
+        raise UserError(f"{option} {path}: looks like a file of a run; choose another name for the result")
     if path.exists() and not path.is_file() and not path.is_dir():
         writable = os.access(path, os.W_OK)  # a pipe or device
     else:

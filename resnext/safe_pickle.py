@@ -92,7 +92,7 @@ def read_archive(path: Path, strict: bool = False) -> Any:
         unread = set(archive.namelist())
         roots = [name.removesuffix("data.pkl") for name in unread if name.endswith("/data.pkl")]
         if len(roots) != 1:
-            raise InvalidFileError("an archive without the one data.pkl of torch.save")
+            raise InvalidFileError("a zip archive that torch.save did not write")
         root = roots[0]
         if f"{root}byteorder" in unread and archive.read(f"{root}byteorder").strip() != b"little":
             raise InvalidFileError("its numbers are big-endian")
@@ -204,9 +204,9 @@ def _rebuild_tensor(
     storage: Tensor, offset: int, sizes: tuple[int, ...], strides: tuple[int, ...], *_: object
 ) -> Tensor:
     if not isinstance(storage, Tensor) or storage.ndim != 1:
-        raise InvalidFileError("a tensor without its numbers")
+        raise InvalidFileError("a tensor without storage")
     if not all(type(number) is int for number in (offset, *sizes, *strides)):
-        raise InvalidFileError("a tensor whose shape is no numbers")
+        raise InvalidFileError("a tensor whose shape is not integers")
     return view(storage, offset, list(sizes), list(strides))
 
 
@@ -327,7 +327,7 @@ class _Unpickler(pickle._Unpickler):
         if isinstance(identity, tuple) and len(identity) == 4 and identity[0] == "module":
             return identity[1]  # a class, beside its source
         if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] != "storage":
-            raise InvalidFileError("it names something outside of itself that is no storage")
+            raise InvalidFileError("it references an external object other than a storage")
         _, dtype, key, _, count, *window = identity
         if not isinstance(dtype, torch.dtype) or not isinstance(key, str):
             raise InvalidFileError("a tensor of unknown numbers")
@@ -335,7 +335,7 @@ class _Unpickler(pickle._Unpickler):
             self.storages[key] = self.read_storage(key, dtype, count)
         storage = self.storages[key]
         if storage.dtype != dtype:
-            raise InvalidFileError("two types of numbers share a storage")
+            raise InvalidFileError("one storage is used with two dtypes")
         if window and window[0] is not None:  # (its key, first element, elements)
             _, offset, count = window[0]
             storage = view(storage, offset, [count], [1])

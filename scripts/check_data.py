@@ -44,7 +44,7 @@ ODD = {
     "aspect": "one side over 5 times the other",
 }
 PROBLEMS = {
-    "refused": "training ends with this error",
+    "refused": "training would stop with this error",
     "broken": "broken files",
     "train_and_val": "the same file in train/ and val/",
 }

@@ -5,7 +5,7 @@
     python scripts/describe.py runs/demo --json layers.json     a run, or a file of weights
 
 Multiply-adds (MACs) are those of convolutions and linear layers. Activations are the elements of the
-convolutions' outputs, as in the RegNet paper. Both are for one image. Nothing is trained or downloaded, and
+convolutions' outputs, as in the RegNet paper. Both are for one image. Nothing is trained, and
 only weights that are read take memory. Configurations of class folders count 1000 classes.
 """
 

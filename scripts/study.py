@@ -96,12 +96,12 @@ def check_unchanged(run: Run) -> None:
 
 def finished_classes(run: Run) -> int | None:
     """Return the number of classes of a run that has saved its last epoch, else None."""
-    from resnext.engine.checkpoint import read_checkpoint
+    from resnext.engine.checkpoint import read_latest
 
     last = run.folder / "checkpoints" / "last.pt"
     if not last.exists():
         return None
-    content = read_checkpoint(last)
+    content = read_latest(last, print)
     return len(content["classes"]) if content["progress"]["epoch"] > run.config.train.epochs else None
 
 

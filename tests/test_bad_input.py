@@ -94,8 +94,8 @@ TRAIN = [  # id, setup, shell commands that spoil it, arguments of train.py, fra
     ("no data folder", "", "", f"{TINY} data.dataset=folder", "data.dir: ", "--data DIR"),
     ("no CIFAR folder", "", "", f"{TINY} data.dataset=cifar10 data.image_size=32", "data.dir: ",
      "--data DIR"),
-    ("missing data", "", "", IMAGES, "data.dir DATA: no such folder", "--data DIR"),
-    ("data is a file", "", "touch data", IMAGES, "data.dir DATA: is a file", "--data DIR"),
+    ("missing data", "", "", IMAGES, "data.dir DATA: no such folder", "with train/ and val/"),
+    ("data is a file", "", "touch data", IMAGES, "data.dir DATA: is a file", "with train/ and val/"),
     ("no train folder", "cat3 dog3", "rm -r data/train", IMAGES, "data.dir DATA: has no train/",
      "train/CLASS/"),
     ("no val folder", "cat3 dog3", "rm -r data/val", IMAGES, "data.dir DATA: has no val/", "val/CLASS/"),
@@ -352,7 +352,7 @@ def test_killed_before_its_configuration(name, status):
 def test_results_do_not_replace_a_run(option, name, place):
     place.prepare("run")
     text = refused(place.folder, evaluate.main, place.folder / "run", option, place.folder / "run" / name)
-    expect(text, (option, "the name of a run file"))
+    expect(text, (option, "looks like a file of a run"))
 
 
 @pytest.mark.parametrize(

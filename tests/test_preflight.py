@@ -98,7 +98,7 @@ def test_ready():
     assert result.status == 0 and result.error == ""
     assert_topics(result)
     for text in (
-        "data: glyphs, 40 training and 20 validation images, 10 classes of 4 for training\n",
+        "data: glyphs, 40 training and 20 validation images, 10 classes with 4 training images each\n",
         "first training batch: 16 x 3 x 8 x 8 in ",
         "output: out/here, starting a new run",
         "step: 16 images, loss ",
@@ -128,7 +128,7 @@ def test_ready_with_files(files, workers, monkeypatch):
     result = checked(f"--data data train.batch_size=4 {files}")
     assert_topics(result, "ranks" if workers == "1 worker" else "ranks shm")
     assert "validation files: all 12 can be decoded\n" in result.output
-    assert "2 classes of 5 to 7 for training" in result.output
+    assert "2 classes with 5 to 7 training images each" in result.output
     assert result.output.count(f"{workers};") == 2
     assert ("enough for 1 worker per process" in result.output) == (workers == "1 worker")
     assert alive == []
@@ -354,7 +354,7 @@ CASES: dict[str, tuple[Setup, str, str, list[str]]] = {
         folders("train/cat/0.png"),
         f"--data data data.skip_broken=true {FILES}",
         "",
-        ["W 1 broken files skipped so far: {cwd}/data/train/cat/0.png: cannot be decoded"],
+        ["W broken files skipped so far: 1, the latest: {cwd}/data/train/cat/0.png: cannot be decoded"],
     ),
     "pixel values": (nothing, EXTREME, "train val", [f"W {FIRST}pixel values 0...255"] * 2),
     "infinite pixels": (

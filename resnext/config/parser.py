@@ -108,9 +108,12 @@ def _unique_keys(node: yaml.MappingNode, source: str, prefix: str) -> Iterator[t
 
 
 def _read_override(text: str) -> tuple[str, Value]:
-    name, equals, value = text.partition("=")
+    name, equals, value = (part.strip() for part in text.partition("="))
     if not equals:
-        raise UserError(f"{text!r}: not an override; write section.key=value, such as train.epochs=30")
+        hint = f"; did you mean --config {text}?" if text.endswith((".yaml", ".yml")) else ""
+        raise UserError(
+            f"{text!r}: not an override such as train.epochs=30{hint or '; write section.key=value'}"
+        )
     section, dot, key = name.partition(".")
     if not dot or section not in SECTIONS:
         raise UserError(f"{text!r}: no such key; {_hint(key or section, None)}")

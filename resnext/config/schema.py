@@ -91,10 +91,10 @@ class DataConfig:
         "fast, torch7: DataLoader workers per process; 0: none; null: one per CPU core",
         "nThreads num_workers", at_least=0, at_most=256)
     class_order: Literal["string", "natural"] | None = key(None,
-        "of class folders: string (10 before 2), natural (2 before 10; timm); null: string; 0…N-1 by number")
+        "class folders: string (10 before 2), natural (2 before 10; timm); null: string, or 0…N-1 by number")
     max_pixels: int = key(178_956_970, "refuse larger images, which could exhaust the memory", at_least=1)
     skip_broken: bool = key(False,
-        "fast, torch7: replace an undecodable training file by the next one, and log it")
+        "fast, torch7: replace an undecodable training file with the next one, and log it")
     train_images: int | None = key(None,
         "use this many training images, evenly spaced (glyphs: draw this many); null: all", at_least=1)
     val_images: int | None = key(None, "the same for validation", at_least=1)
@@ -124,7 +124,7 @@ class AugmentConfig:
         "alpha of mixup; 0: off; with cutmix, one of the two per batch", "mixup_alpha", at_least=0)
     cutmix: float = key(0.0, "alpha of CutMix; 0: off", "cutmix_alpha", at_least=0)
     repeats: int = key(1,
-        "fast, torch7: versions of each image per epoch, which keeps its length", "ra_reps", at_least=1)
+        "fast, torch7: augmented copies of each image per epoch of unchanged length", "ra_reps", at_least=1)
 
 
 @dataclass(frozen=True)
@@ -191,16 +191,16 @@ class RunConfig:
     """The run: seed, device, logging, saving."""
 
     seed: int = key(0,
-        "of initial weights, data order, and augmentation", "manualSeed", at_least=0, at_most=2**63 - 1)
+        "seed of initial weights, data order, and augmentation", "manualSeed", at_least=0, at_most=2**63 - 1)
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: a GPU if there is one")
-    deterministic: bool = key(False, "reproducible bits on GPUs too, but slower (CPUs always are)")
+    deterministic: bool = key(False, "reproducible bits on GPUs too, but slower; on CPUs always")
     log_interval: int = key(50, "steps between log rows and checks of the loss", at_least=1)
     save_interval: int | None = key(None,
         "steps between checkpoints within an epoch; null: only at its end", at_least=1)
     keep_every: int | None = key(None, "keep epoch_NNN.pt every N epochs; null: none", at_least=1)
     tensorboard: bool = key(True, "write TensorBoard scalars")
     timeout: int = key(600,
-        "seconds that a torchrun process waits for another, then stops", at_least=1, at_most=86400)
+        "seconds that a torchrun process waits for the others before it ends", at_least=1, at_most=86400)
 
 # fmt: on
 

@@ -166,7 +166,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except InvalidFileError as error:
         raise UserError(
-            f"{path}: not a checkpoint of this program, or damaged: {error}; use another checkpoint"
+            f"{path}: not a checkpoint of this program: {error}; use another checkpoint"
         ) from None
     if not isinstance(content, dict) or str(content.get("format")) != FORMAT:
         raise UserError(f"{path}: not a checkpoint of this program; give one written by train.py")
@@ -196,7 +196,7 @@ def check_state(module: torch.nn.Module, state: Mapping[str, object], path: Path
         if key not in state:
             raise UserError(f"{path}: has no {key}; it belongs to another architecture")
         if key not in own:
-            raise UserError(f"{path}: has {key}, which this network lacks; another architecture")
+            raise UserError(f"{path}: has {key}, unlike this network; it belongs to another architecture")
         value = state[key]
         if not isinstance(value, Tensor) or own[key].shape != value.shape:
             raise UserError(

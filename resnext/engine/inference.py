@@ -91,7 +91,9 @@ def to_inference(
             print(note, file=sys.stderr)
     configure_backends(precision, settings.deterministic, training=False)
     layout = memory_layout(settings.channels_last, precision, device)
-    with explain_out_of_memory("--device: no memory for the network; close other programs, or use cpu"):
+    with explain_out_of_memory(
+        "--device: not enough memory for the network; close other programs, or use cpu"
+    ):
         return InferenceNetwork(model.to(memory_format=layout).to(device), device, precision, layout)
 
 
@@ -106,7 +108,7 @@ def evaluate_batches(
     """Evaluate over batches of (images, labels), `steps` in all, with a progress bar on rank 0."""
     recorder = PredictionCollector()
     bar = tqdm(batches, "evaluating", steps, leave=False, disable=None if rank() == 0 else True)
-    explained = f"--batch-size: no memory for {batch_size} images with {crops} crops each; lower it"
+    explained = f"--batch-size: not enough memory for {batch_size} images with {crops} crops each; lower it"
     with explain_out_of_memory(explained):
         score = evaluate(
             network.model,
@@ -153,7 +155,9 @@ def run_batches(
                 bar.write(f"warning: {problem}", file=sys.stderr)
             broken += problems
             if paths:
-                with explain_out_of_memory(f"--batch-size: no memory for {batch_size} images; lower it"):
+                with explain_out_of_memory(
+                    f"--batch-size: not enough memory for {batch_size} images; lower it"
+                ):
                     logits = network.logits(images)
                 yield paths, logits
             bar.update(len(paths) + len(problems))

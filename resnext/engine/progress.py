@@ -32,7 +32,7 @@ def introduction(
     if data.pipeline != "memory":
         size = f" ({data.train_size} in training)" if data.train_size != data.image_size else ""
         images += f"{size} from {data.resize}, {data.pipeline}, {data.decoder}"
-    processes = "" if versions["processes"] == "1" else f" of {versions['processes']} processes"
+    processes = "" if versions["processes"] == "1" else f" across {versions['processes']} processes"
     lines = [
         f"{network_name(config.model)}: {parameters:,} parameters, "
         f"{macs / 1e6:,.0f} M multiply-adds per image",
@@ -110,8 +110,8 @@ class StepMetrics:
                 good = f"the last good checkpoint is {last}" if last.exists() else "nothing was saved yet"
                 raise UserError(
                     f"the loss is {loss} at epoch {self.progress.epoch}, step {step}; {good}; lower "
-                    "optimizer.lr, add schedule.warmup_epochs or train.clip_grad_norm, or use "
-                    "train.precision bf16 or fp32"
+                    "optimizer.lr, add schedule.warmup_epochs or train.clip_grad_norm, or (if "
+                    "train.precision is fp16) use bf16 or fp32"
                 )
             for sums in (self.progress.interval, self.progress.epoch_sums):
                 sums.add(loss, top1, top5, images)
@@ -187,7 +187,7 @@ def summary(training: TrainState, folder: Path, stopped_by: signal.Signals | Non
         lines, following = [f"finished: {epochs} epochs in {duration(progress.seconds)}"], ["evaluate.py"]
     else:
         name = stopped_by.name if stopped_by else "request"
-        lines = [f"stopped by {name} in epoch {progress.epoch}, after {progress.step} of its steps"]
+        lines = [f"stopped by {name} in epoch {progress.epoch}, after step {progress.step}"]
         following = ["train.py", "--resume"]
     for title, row in (("last", progress.last), ("best", progress.best)):
         if row:
@@ -196,5 +196,5 @@ def summary(training: TrainState, folder: Path, stopped_by: signal.Signals | Non
                 f"({row['top1_errors']}/{row['images']}), top-{k} {row['top5_error']:.3f} "
                 f"({row['top5_errors']}/{row['images']}), epoch {row['epoch']}"
             )
-    lines.append(f"checkpoints: {folder / 'checkpoints'}; log, metrics and curves: {folder}")
+    lines.append(f"checkpoints: {folder / 'checkpoints'}; log, metrics and TensorBoard data: {folder}")
     return "\n".join([*lines, f"next: {shlex.join(['python', *following, str(folder)])}"])

@@ -1,4 +1,4 @@
-"""What a training starts from (nothing, a checkpoint, weights, a Lua run), and its state at the start."""
+"""What a run starts from (nothing, a checkpoint, weights, a Lua run), and its state at the start."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +35,7 @@ FIXED_INSIDE_EPOCH = (
 
 
 def read_start(config: Config, source: Path | None, device: torch.device) -> tuple[Config, Start, list[str]]:
-    """Return (configuration, what a training starts from, lines for the log).
+    """Return (configuration, what a run starts from, lines for the log).
 
     `source` is a checkpoint, a file of a Lua run, or None. The configuration's precision is no longer `auto`:
     a resumed run keeps the one it had.
@@ -87,9 +87,9 @@ def check_resume(old: Config, new: Config, step: int) -> list[str]:
         if key in ("model.pretrained", "model.reset_classifier"):  # only for the start
             continue
         if key.startswith("model.") and key != "model.classes":
-            raise UserError(f"{changed}; a run keeps its network; start another run for another network")
+            raise UserError(f"{changed}; the network of a run cannot change; start a new run")
         if key == "train.frozen_stages" or (key in FOR_THE_WHOLE_RUN and "null" in (before, now)):
-            raise UserError(f"{changed}; it can neither start nor end inside a run; start another run")
+            raise UserError(f"{changed}; it cannot be switched on or off during a run; start a new run")
         if step and key in FIXED_INSIDE_EPOCH:
             raise UserError(
                 f"{changed}; it was saved after step {step} of an epoch, which must be finished with the "
@@ -192,7 +192,7 @@ def rate_jump(before: Config, config: Config, progress: TrainProgress, images: i
     last, next_ = rate(before, -1), rate(config, 0)
     if progress.epoch > config.train.epochs or not progress.global_step or next_ == rate(before, 0):
         return []
-    return [f"the learning rate jumps from {last:.3g}, of the last step, to {next_:.3g}"]
+    return [f"the learning rate jumps from {last:.3g} at the last step to {next_:.3g}"]
 
 
 def batchnorm_change_warning(config: Config, before: str) -> list[str]:

@@ -27,16 +27,18 @@ def configuration(config: str | None, resume: str | None, data: str | None, over
             raise UserError(f"--resume {resume}: not a run directory (no config.yaml); check the path")
         found = read_config(path / "config.yaml", overrides)
     else:
-        from .checkpoint import find_checkpoint, read_checkpoint
+        from .checkpoint import find_checkpoint, read_latest
 
         path = find_checkpoint(path, "last.pt")
-        found = parse_config(read_checkpoint(path)["config"], str(path), overrides)
+        found = parse_config(read_latest(path, lambda _: None)["config"], str(path), overrides)
     return absolute_paths(found, data)
 
 
 def absolute_paths(config: Config, data: str | None) -> Config:
     """Return the configuration with --data, and with paths that hold in every working directory."""
     folder, pretrained = config.data.dir, config.model.pretrained
+    if data is not None and config.data.dataset == "glyphs":
+        raise UserError(f"--data {data}: glyphs are drawn, not read; set data.dataset=folder, or omit --data")
     if data is not None:
         folder = os.fsencode(data).decode("utf-8", "surrogateescape")  # in every locale
     if pretrained is not None and not pretrained.startswith("torchvision:"):

@@ -1,4 +1,4 @@
-"""What a fresh training starts from other than nothing: pretrained weights, or a run of the Lua code."""
+"""What a fresh run starts from other than nothing: pretrained weights, or a run of the Lua code."""
 
 from collections.abc import Mapping
 

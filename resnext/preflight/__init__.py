@@ -1,4 +1,4 @@
-"""What train.py --check verifies before a training: data, disk, memory, learning rates, time.
+"""What train.py --check verifies before a run: data, disk, memory, learning rates, time.
 
 It finds failures that would otherwise surface hours into a run, and writes no file. All ranks call the same
 checks in the same order, and rank 0 prints.
@@ -88,7 +88,7 @@ def check(
     load_sets: Callable[[Config, Start], Datasets],
     make_batches: MakeBatches,
 ) -> int:
-    """Try everything that a training needs, without training; return the exit status.
+    """Try everything that a run needs, without training; return the exit status.
 
     `resume` is --resume; the last two are functions of data.training.
     """

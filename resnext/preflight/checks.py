@@ -47,7 +47,7 @@ class Dataset(Protocol):
 
 
 def warnings(lines: Iterable[str]) -> list[CheckResult]:
-    """Return the warnings that a training would write to its log."""
+    """Return the warnings that a run would write to its log."""
     return [CheckResult("warning", line.removeprefix(WARNING)) for line in lines]
 
 
@@ -58,7 +58,7 @@ def datasets(config: Config, train_set: Dataset, val_set: Dataset) -> list[Check
     each = f"{train.min():,} to {train.max():,}" if train.min() < train.max() else f"{train.max():,}"
     text = (
         f"data: {data.dataset}, {len(train_set):,} training and {len(val_set):,} validation images, "
-        f"{count(len(classes), 'class', 'es')} of {each} for training"
+        f"{count(len(classes), 'class', 'es')} with {each} training images each"
     )
     results = [CheckResult("ok", text)]
     limits = (("train_images", data.train_images, train), ("val_images", data.val_images, val))
@@ -185,17 +185,6 @@ def learning_rates(config: Config, steps: int) -> CheckResult:
         points += [f"{rate(epoch):.3g} from epoch {epoch}" for epoch in drops]
     points.append(f"{rate(epochs, steps - 1):.3g} at the end")
     return CheckResult("ok", f"learning rate: {schedule.name}; {', '.join(points)}")
-
-
-def epochas_seconds(work: float, timing: LoaderTiming) -> float:
-    """Estimate the seconds of an epoch from those of the network (`work`) and of the loader per batch.
-
-    A GPU computes while workers prepare the next batch: the slower of the two counts. On a CPU both use the
-    same cores, and without workers one waits for the other: there the times add up.
-    """
-    overlapped = timing.workers > 0 and timing.images.is_cuda
-    each = max(work, timing.each) if overlapped else work + timing.each
-    return timing.first + max(0, timing.steps - 1) * each + work
 
 
 def remaining_time(

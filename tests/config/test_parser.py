@@ -127,7 +127,7 @@ BAD_YAML = [  # content, fragments of the message
 ]
 
 BAD_OVERRIDES = [  # override, fragments of the message
-    ("train.epochs", "'train.epochs'", "section.key=value, such as train.epochs=30"),
+    ("train.epochs", "'train.epochs'", "write section.key=value"),
     ("demo", "'demo'", "section.key=value"),
     ("epochs=3", "'epochs=3'", "use train.epochs"),
     ("train.=3", "train.", "keys of train: epochs"),

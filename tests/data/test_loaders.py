@@ -300,7 +300,7 @@ def test_broken_files_are_skipped_on_request(workers, root):
             assert labels.tolist() == files.labels[shown].tolist()
     logged = [line.split(": ")[:3] for line in lines]
     assert [words[:2] for words in logged] == [
-        ["warning", f"{n} broken files skipped so far"] for n in (1, 2, 3)
+        ["warning", f"broken files skipped so far: {n}, the latest"] for n in (1, 2, 3)
     ]
     assert {words[2] for words in logged} == {files.path(i) for i in broken}
 

@@ -83,7 +83,7 @@ for place in train train/cat val val/cat; do
     done
     for name in ._0.png .DS_Store Thumbs.db desktop.ini .hidden.png; do echo no image > $place/$name; done
 done"""
-ABSENT = "data/val: has no images of 2 of 3 classes (cat, dog); errors are computed over the others"
+ABSENT = "data/val: has no images of 2 of 3 classes (cat, dog); errors are computed on the other classes"
 LOOSE = "data/train: skipped images outside class folders: 1 (loose.png)"
 UNSUPPORTED = "data/train: skipped files of unsupported formats: 4 (.heic 2, .psd 1, no extension 1), such as"
 AGREED = {  # name: (change, validation images, start of the warning)
@@ -392,6 +392,6 @@ def test_a_longer_cosine_reports_the_jump_of_the_rate(folder):
     longer = resumed("run", "train.epochs=4").output
     # cos² at 5/6 of a quarter turn of the old length, at half of the new one
     last = 0.1 * np.cos(np.pi / 2 * 5 / 6) ** 2
-    assert f"the learning rate jumps from {last:.3g}, of the last step, to 0.05" in longer.splitlines()
+    assert f"the learning rate jumps from {last:.3g} at the last step to 0.05" in longer.splitlines()
     assert "train.epochs 2 → 4" in longer
     assert "jumps" not in resumed("run", "run.log_interval=7").output

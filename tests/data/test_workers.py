@@ -230,6 +230,6 @@ def test_warnings_of_skipped_files_reach_the_log(root, tmp_path):
     run(*arguments(tmp_path / "run", root, *more))
     log = (tmp_path / "run" / "log.txt").read_text()
     assert log.count("bee/3.jpg: cannot be decoded") == 1
-    assert "warning: 1 broken files skipped so far: " in log
+    assert "warning: broken files skipped so far: 1, " in log
     images = [row["train"]["images"] for row in rows(tmp_path / "run") if row["kind"] == "epoch"]
     assert images == [IMAGES] * 2

@@ -313,7 +313,7 @@ def test_a_single_lua_file_is_not_resumed(tmp_path):
     assert result.status == 2 and "a single Lua file" in result.error
     for option in ("--json", "--csv"):
         result = call(evaluate.main, tmp_path, option, file)
-        assert result.status == 2 and "the name of a run file" in result.error
+        assert result.status == 2 and "looks like a file of a run" in result.error
     assert file.read_bytes() == b""
 
 

@@ -195,7 +195,7 @@ def test_classes_that_differ_or_are_empty(folder):
     (absent,) = report["warnings"]
     assert absent.startswith(f"{val}: has no images of 1 of 4 classes (cow)")
     assert "0 (bird) to 3 (cat) each" in result.output
-    assert "Problems\n  training ends with this error: 2\n" in result.output
+    assert "Problems\n  training would stop with this error: 2\n" in result.output
     assert report["classes"]["val"] == {"bird": 1, "cat": 3, "cow": 0, "dog": 3}
 
 

@@ -254,8 +254,8 @@ def test_impossible_features(folder_run, some, tmp_path, monkeypatch, target, la
 @pytest.mark.parametrize(
     ("where", "words"),
     [
-        ("resnext.engine.inference.InferenceNetwork", "--device: no memory for the network"),
-        ("resnext.ResNeXt.forward", "--batch-size: no memory for 2 images"),
+        ("resnext.engine.inference.InferenceNetwork", "--device: not enough memory for the network"),
+        ("resnext.ResNeXt.forward", "--batch-size: not enough memory for 2 images"),
     ],
 )
 @pytest.mark.parametrize("main", [predict.main, extract_features.main], ids=["predict", "extract"])
