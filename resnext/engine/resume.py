@@ -16,7 +16,7 @@ from ..schedule import learning_rate
 from .checkpoint import Checkpoint, check_state, read_latest
 from .train_state import TrainProgress, TrainState, build_train_state, init_momentum, parameter_groups
 
-if TYPE_CHECKING:  # a training loads the readers of other programs' files only if it needs them
+if TYPE_CHECKING:  # a run loads the readers of other programs' files only if it needs them
     from ..weights.load import LuaCheckpoint, WeightsInfo
 
 Pretrained: TypeAlias = "tuple[ResNeXt, WeightsInfo]"

@@ -63,7 +63,7 @@ def load_weights_and_ema(training: TrainState, state: dict[str, Tensor], file: s
 def pretrained_classes(
     info: WeightsInfo, config: Config, classes: tuple[str, ...]
 ) -> tuple[tuple[str, ...] | None, list[str]]:
-    """Return (names of the outputs of weights, warnings); None if they are not a training's `classes`."""
+    """Return (names of the outputs of weights, warnings); None if they are not the run's `classes`."""
     if info.outputs != len(classes) or config.model.reset_classifier:
         return None, []
     if info.classes is not None:

@@ -241,8 +241,10 @@ def _exported(state: dict[str, Tensor], path: Path, metadata: dict[str, str]) ->
 
 def _torchvision(source: str) -> Weights:
     """Download weights that torchvision publishes, and use the preprocessing that it states for them."""
-    import torchvision
-
+    try:
+        import torchvision
+    except ImportError:
+        raise UserError(f"{source}: needs torchvision; install it: pip install torchvision") from None
     name, _, version = source.removeprefix(TORCHVISION).partition(":")
     try:
         known = torchvision.models.get_model_weights(name)
