@@ -89,6 +89,9 @@ TRAIN = [  # id, setup, shell commands that spoil it, arguments of train.py, fra
      "no such file", "did you mean cifar10_resnext29_8x64d.yaml?"),
     ("config in missing folder", "", "", "--config nowhere/demo.yml", "no such file",
      "did you mean demo.yaml?"),
+    ("config without its option", "", "", "demo.yaml", "did you mean --config demo.yaml?"),
+    ("unknown option", "", "", f"{TINY} --epochs 3", "unrecognized arguments: --epochs", "--help"),
+    ("folder for drawn digits", "", "mkdir data", f"{TINY} --data data", "glyphs are drawn, not read"),
     ("config is a folder", "", "mkdir folder", "--config folder", "--config folder", "no such file"),
     # data
     ("no data folder", "", "", f"{TINY} data.dataset=folder", "data.dir: ", "--data DIR"),

@@ -411,6 +411,7 @@ BAD_ARGUMENTS = {
     "MEMORY --ten-crop": "--ten-crop: works on files",
     "MEMORY --image-size 16": "--image-size: works on files",
     "MEMORY --resize 16": "--resize: works on files",
+    "MEMORY --data other": "--data other: this run draws its images",
     "RUN --image-size 0": "--image-size: must be from 8 to 4096 (got 0)",
     "RUN --image-size 5000": "--image-size: must be from 8 to 4096 (got 5000)",
     "RUN --image-size 31": "--image-size: 31 is less than the network's stride",

@@ -363,6 +363,15 @@ def test_predecessor_is_not_given_up_for_a_damaged_checkpoint(finished_run, tmp_
     assert call_number > 2
 
 
+def test_predecessor_is_used_when_the_latest_is_damaged_and_named(finished_run, run_copy):
+    last = run_copy / "checkpoints" / "last.pt"
+    damage_largest(last)
+    result = call(train.main, "--resume", last)
+    assert result.status == 0, result.error
+    assert "previous.pt" in result.output
+    assert rows(run_copy) == rows(finished_run)
+
+
 def test_predecessor_is_used_when_the_latest_is_missing(finished_run, run_copy):
     (run_copy / "checkpoints" / "last.pt").unlink()
     result = call(train.main, "--resume", run_copy)
