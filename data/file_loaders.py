@@ -17,7 +17,7 @@ from resnext.errors import UserError
 from .augment import jitter, mirror, normalize, sample_color_params, sample_flips
 from .decode import check_decoder
 from .image_folder import ImageFolderDataset
-from .loaders import TrainLoader, pixel_statistics
+from .loaders import BaseTrainLoader, pixel_statistics
 from .rng import RngStream, random_uint64, random_uniform
 from .sampler import LocalIndices, StepIndices
 from .transforms import CROP_DRAWS, apply_policy, eval_images, train_image
@@ -26,7 +26,7 @@ from .workers import WorkerBatch, collate_images, make_loader, prefetch_to_devic
 MAX_SKIPPED = 100  # broken files in a row
 
 
-class FileTrainLoader(TrainLoader):
+class FileTrainLoader(BaseTrainLoader):
     """Training batches of class folders, with the original's ImageNet augmentation and its additions."""
 
     def __init__(

@@ -74,7 +74,7 @@ def pixel_statistics(data: DataConfig, device: torch.device) -> tuple[Tensor, Te
 # ---------------------------------------------------------------------------- training
 
 
-class TrainLoader:
+class BaseTrainLoader:
     """Base of the training loaders: the order of the images, random erasing, and mixing."""
 
     def __init__(self, image_set: ImageDataset, config: Config, device: torch.device, share: LocalIndices):
@@ -97,7 +97,7 @@ class TrainLoader:
         return images, labels
 
 
-class InMemoryTrainLoader(TrainLoader):
+class InMemoryTrainLoader(BaseTrainLoader):
     """Training batches of a dataset in memory, with CIFAR's augmentation; the last batch may be smaller."""
 
     def __init__(self, image_set: ArrayDataset, config: Config, device: torch.device, share: LocalIndices):

@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from resnext.config import DataConfig
+from resnext.distributed import STOP_SIGNALS
 from resnext.errors import UserError
 
 from .augment import on_device
 
 TIMEOUT = 300  # seconds to wait for a batch
 PREFETCH = 2  # batches that each worker prepares in advance
-STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP}
 
 
 class WorkerBatch(NamedTuple):
@@ -135,7 +135,7 @@ def init_worker(exiting: mmap.mmap, _: int) -> None:
     The main process also ends its workers by SIGTERM when it exits, after it has set `exiting`.
     """
     disable_malloc_trim()
-    for number in STOP_SIGNALS - {signal.SIGTERM}:
+    for number in set(STOP_SIGNALS) - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if exiting[0] else None)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

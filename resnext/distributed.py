@@ -24,6 +24,7 @@ from torch import Tensor
 from .errors import TORCHRUN, UserError, report_error
 
 T = TypeVar("T")
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 def world_size() -> int:
