@@ -298,11 +298,11 @@ def test_broken_files_are_skipped_on_request(workers, root):
             assert torch.equal(images[keep], unspoiled[step][0][keep])
             shown = [next(i for i in range(id, id + 3) if i not in broken) for id in part.tolist()]
             assert labels.tolist() == files.labels[shown].tolist()
-    logged = [line.split(": ")[:3] for line in lines]
-    assert [words[:2] for words in logged] == [
-        ["warning", f"broken files skipped so far: {n}, the latest"] for n in (1, 2, 3)
+    logged = [line.split(": ")[:4] for line in lines]
+    assert [words[1:3] for words in logged] == [
+        ["broken files skipped so far", f"{n}, the latest"] for n in (1, 2, 3)
     ]
-    assert {words[2] for words in logged} == {files.path(i) for i in broken}
+    assert {words[3] for words in logged} == {files.path(i) for i in broken}
 
 
 def test_nothing_but_broken_files(root):
