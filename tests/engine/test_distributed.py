@@ -55,7 +55,7 @@ def test_rank_0_speaks_for_all(runs):
     assert len(steps) == len(set(steps)) == 3 * len(logged)
     assert sum(line.startswith(" * epoch") for line in lines) == 3
     assert sum(line.startswith("finished: 3 epochs") for line in lines) == 1
-    assert "global batch 24 of 2 processes" in ended.outputs[0]
+    assert "global batch 24 across 2 processes" in ended.outputs[0]
     found = rows(output)
     expected = [
         row for n in (1, 2, 3) for row in [*(("step", n, step) for step in logged), ("epoch", n, None)]
