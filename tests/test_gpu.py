@@ -10,7 +10,7 @@ import pytest
 import torch
 from commands import ROOT, draw_folders
 from kernel_cases import LARGE, SMALL, check, results
-from runs import assert_same, read, row_count, rows
+from run_files import assert_same, read, row_count, rows
 
 from data.datasets import load_set
 from data.loaders import make_eval_loader, make_train_loader

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from commands import ROOT, Result, call, draw_folders, message, run_python, tiny
 from PIL import Image
-from runs import rows
+from run_files import rows
 
 import evaluate
 import train

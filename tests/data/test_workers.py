@@ -13,7 +13,7 @@ import pytest
 import torch
 from batches import CPU, IMAGES, assert_same, configure, spoil, take, train_loader
 from commands import ROOT, call
-from runs import assert_same_run, read, rows
+from run_files import assert_same_run, read, rows
 from torchrun import wait_for
 
 import data.file_loaders

@@ -21,7 +21,7 @@ import pytest
 import torch
 from commands import call, message, run_script, snapshot
 from failures import FULL_DISK, Killed, always_fail, fail_at, run_killed
-from runs import assert_same, row_count, rows
+from run_files import assert_same, row_count, rows
 
 import evaluate
 import train

@@ -17,7 +17,7 @@ import yaml
 from commands import ROOT, snapshot
 from rank_runs import STEPS, command, on_files, settings, settings_of
 from ranks import as_rank, seen_images
-from runs import assert_same_run, fingerprint, read, row_count, rows
+from run_files import assert_same_run, fingerprint, read, row_count, rows
 from torchrun import Ended, Torchrun, error_lines, marked, wait_for
 
 from resnext.config import parse_config

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from commands import ROOT, call
 from rank_runs import on_files, settings, settings_of
-from runs import rows
+from run_files import rows
 from torchrun import Processes, Torchrun
 
 import evaluate

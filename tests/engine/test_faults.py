@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from commands import ROOT, draw_folders
-from runs import assert_same_run, read, row_count, rows
+from run_files import assert_same_run, read, row_count, rows
 from torchrun import Ended, Job, Processes, Torchrun, assert_no_survivors, surroundings, wait_for
 
 from resnext.engine.checkpoint import read_checkpoint, read_latest

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from commands import ROOT, call
-from runs import assert_same, assert_same_run, read, row_count, rows, state
+from run_files import assert_same, assert_same_run, read, row_count, rows, state
 from torchrun import wait_for
 
 import train

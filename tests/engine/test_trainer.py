@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import ROOT, Result, call
-from runs import assert_same, read, rows, tensors
+from run_files import assert_same, read, rows, tensors
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import evaluate

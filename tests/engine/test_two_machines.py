@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from runs import assert_same_run, row_count
+from run_files import assert_same_run, row_count
 from torchrun import MARK, ROOT, assert_no_survivors, kill_marked, surroundings, wait_for
 
 SETTINGS = """

@@ -1,6 +1,6 @@
 """Four training steps in float64: by the program on any number of ranks, and by hand as a plain loop.
 
-`torchrun.Processes` runs the functions; each writes what it trained, by the names of `runs.tensors`.
+`torchrun.Processes` runs the functions; each writes what it trained, by the names of `run_files.tensors`.
 """
 
 import re
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 import torch.nn.functional as F
-from runs import digest, tensors
+from run_files import digest, tensors
 from torch import Tensor, nn
 
 from resnext.batch_plan import local_indices

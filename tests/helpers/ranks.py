@@ -10,7 +10,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from runs import digest
+from run_files import digest
 
 from resnext.batch_plan import local_indices
 from resnext.config import TrainConfig

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from commands import ROOT, call, message, run_script, tiny
 from PIL import Image
-from runs import rows
+from run_files import rows
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import plot_curves
