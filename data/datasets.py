@@ -1,11 +1,17 @@
 """The datasets that `data.dataset` names. Importing this module does not import torch."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 from resnext.config import DataConfig
 from resnext.errors import UserError
 
-from .in_memory import ImageDataset, subsample
+from .in_memory import ArrayDataset, subsample
+
+if TYPE_CHECKING:
+    from .image_folder import ImageFolderDataset
+
+ImageDataset: TypeAlias = "ArrayDataset | ImageFolderDataset"
 
 
 def load_set(config: DataConfig, split: str, classes: tuple[str, ...] | None = None) -> ImageDataset:

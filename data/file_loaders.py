@@ -17,7 +17,7 @@ from resnext.errors import UserError
 from .augment import jitter, mirror, normalize, sample_color_params, sample_flips
 from .decode import check_decoder
 from .image_folder import ImageFolderDataset
-from .loaders import BaseTrainLoader, pixel_statistics
+from .memory_loaders import BaseTrainLoader, pixel_statistics
 from .rng import RngStream, random_uint64, random_uniform
 from .sampler import LocalIndices, StepIndices
 from .transforms import CROP_DRAWS, apply_policy, eval_images, train_image

@@ -3,16 +3,10 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from resnext.errors import UserError
-
-if TYPE_CHECKING:
-    from .image_folder import ImageFolderDataset
-
-ImageDataset: TypeAlias = "ArrayDataset | ImageFolderDataset"
 
 
 @dataclass(frozen=True)

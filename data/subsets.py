@@ -16,9 +16,9 @@ from resnext.classes import abbreviate, name_outputs, output_numbers
 from resnext.config import DataConfig
 from resnext.errors import UserError
 
-from .datasets import load_set
+from .datasets import ImageDataset, load_set
 from .image_folder import class_folders, list_set, one_folder_too_many, read_set, split_folder
-from .in_memory import ArrayDataset, ImageDataset
+from .in_memory import ArrayDataset
 from .walk import to_text
 
 MAX_SPLITS = 50

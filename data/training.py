@@ -11,8 +11,7 @@ from resnext.config import Config
 from resnext.distributed import all_gather_objects, local_rank0_first, rank, world_size
 from resnext.errors import UserError
 
-from .datasets import check_classes, load_set, training_classes
-from .in_memory import ImageDataset
+from .datasets import ImageDataset, check_classes, load_set, training_classes
 from .loaders import AnyEvalLoader, AnyTrainLoader, make_eval_loader, make_train_loader
 
 

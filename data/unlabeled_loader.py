@@ -16,7 +16,7 @@ from resnext.errors import UserError
 from .augment import normalize
 from .decode import check_decoder, decode
 from .image_folder import LARGEST_FILE, read_file, resize_and_center_crop
-from .loaders import pixel_statistics
+from .memory_loaders import pixel_statistics
 from .transforms import eval_images
 from .workers import WorkerBatch, collate_images, make_loader, prefetch_to_device
 

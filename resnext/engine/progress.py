@@ -50,7 +50,7 @@ def introduction(
 
 
 class Timer:
-    """The time of a run over all its sessions, and of the steps since the last row."""
+    """The time of a run, resumed or not, and of the steps since the last row."""
 
     def __init__(self, seconds_before: float, epochs_before: float):
         self.seconds_before, self.epochs_before = seconds_before, epochs_before
@@ -74,11 +74,11 @@ class Timer:
             yield batch
 
     def total(self) -> float:
-        """Return the seconds of this session and all earlier ones."""
+        """Return the seconds of the run, those before a resume included."""
         return self.seconds_before + time.perf_counter() - self.start
 
     def remaining(self, epochs_done: float, epochs: int) -> str:
-        """Return the time to the end of the training at this session's pace, as text."""
+        """Return the time to the end of the run at the pace since it started or resumed, as text."""
         done = epochs_done - self.epochs_before
         if not done:  # resumed just before a validation
             return "?"
@@ -179,7 +179,7 @@ def error_text(row: Mapping[str, float | None], classes: int) -> str:
 
 
 def summary(training: TrainState, folder: Path, stopped_by: signal.Signals | None) -> str:
-    """Return the end of a session's log: result, time, where the files are, the next command."""
+    """Return the end of a log: result, time, where the files are, the next command."""
     progress, epochs = training.progress, training.config.train.epochs
     weights = " (averaged weights)" if training.ema else ""
     k = min(5, len(training.classes))
