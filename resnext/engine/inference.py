@@ -133,7 +133,7 @@ def run_images(
 ) -> Iterator[tuple[list[str], Tensor]]:
     """Return an iterator over (paths, logits) of batches of image files.
 
-    `options` are those of `image_parser`, `make_batches` is data.unlabeled.unlabeled_batches. If an image
+    `options` are those of `image_parser`, `make_batches` is data.unlabeled_loader.unlabeled_batches. If an image
     cannot be read, the reason is printed as a warning and added to `broken`.
     """
     if info.origin != "this program":
