@@ -133,8 +133,8 @@ def run_images(
 ) -> Iterator[tuple[list[str], Tensor]]:
     """Return an iterator over (paths, logits) of batches of image files.
 
-    `options` are those of `image_parser`, `make_batches` is data.unlabeled_loader.unlabeled_batches. If an image
-    cannot be read, the reason is printed as a warning and added to `broken`.
+    `options` are those of `image_parser`, `make_batches` is unlabeled_batches of data/unlabeled_loader.py.
+    If an image cannot be read, the reason is printed as a warning and added to `broken`.
     """
     if info.origin != "this program":
         print(preprocessing(info), file=sys.stderr)
