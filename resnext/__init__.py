@@ -10,9 +10,12 @@ import importlib
 from typing import Any
 
 NETWORKS = (
+    "resnet18",
+    "resnet34",
     "resnet50",
     "resnet101",
     "resnet152",
+    "resnet200",
     "resnext50_32x4d",
     "resnext101_32x4d",
     "resnext101_32x8d",
@@ -20,6 +23,12 @@ NETWORKS = (
     "resnext152_32x4d",
     "resnext29_8x64d",
     "resnext29_16x64d",
+    "resnet20",
+    "resnet32",
+    "resnet44",
+    "resnet56",
+    "resnet110",
+    "resnet1202",
 )
 _MODULES = dict.fromkeys(("ResNeXt", "build_model", *NETWORKS), "models.resnext")
 _MODULES |= {"convert_form": "models.block_forms", "load_weights": "weights.load", "UserError": "errors"}

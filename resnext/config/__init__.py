@@ -14,7 +14,7 @@ from .schema import (
     CONFIG_FOLDER,
     KEYS,
     SECTIONS,
-    STAGES_BY_DEPTH,
+    STAGES,
     STATISTICS,
     AugmentConfig,
     Config,
@@ -29,6 +29,7 @@ from .schema import (
     all_keys,
     differences,
     network_name,
+    stages_by_depth,
     to_text,
     to_yaml,
 )

@@ -12,7 +12,11 @@ Scalar = str | float | bool
 Value = Scalar | tuple[Scalar, ...] | None
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "configs"
-STAGES_BY_DEPTH = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+LAYERS = {"basic": 2, "bottleneck": 3}  # convolutions per block
+STAGES = {  # of the ImageNet networks: {block type: {depth: blocks per stage}}
+    "basic": {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)},
+    "bottleneck": {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3), 200: (3, 24, 36, 3)},
+}
 
 # Per-channel mean and standard deviation in pixel values 0...255 (fb.resnet.torch: datasets/*.lua).
 STATISTICS = {
@@ -41,10 +45,13 @@ class ModelConfig:
     """The network."""
 
     architecture: Literal["resnext", "resnet"] = key("resnext",
-        "resnext, or resnet: plain bottlenecks (one group)", "netType")
+        "resnext, or resnet: plain blocks (one group)", "netType")
     stem: Literal["imagenet", "cifar"] = key("imagenet",
         "imagenet: 7x7/2 and max-pool, 4 stages; cifar: 3x3, 3 stages")
-    depth: int = key(None, "layers: 50, 101, 152 (stem imagenet) or 9n+2 (stem cifar)", at_least=5)
+    depth: int = key(None, "layers; stem imagenet: 50, 101, 152, 200, and resnet 18, 34; "
+        "stem cifar: 9n+2, and resnet 6n+2", at_least=4)
+    block_type: Literal["basic", "bottleneck"] = key(None,
+        "resnet: basic (two 3x3) or bottleneck; null: basic if the depth allows it")
     stages: tuple[int, ...] = key(None,
         "blocks per stage, instead of depth: [3, 4, 6, 3]", at_least=1, at_most=1000)
     cardinality: int = key(None, "groups (paths) per block", "groups", at_least=1, at_most=10_000)
@@ -52,8 +59,8 @@ class ModelConfig:
         "width of a path in the first stage: 4 in 32x4d", "width_per_group", at_least=1, at_most=10_000)
     block: Literal["A", "B", "C"] = key("C",
         "block form of the paper's Fig. 3; C, grouped convolution, is the fast one", "bottleneckType")
-    shortcut: Literal["A", "B", "C"] = key("B",
-        "A: zero-padded identity; B: 1x1 convolution if channels change; C: always", "shortcutType")
+    shortcut: Literal["A", "B", "C"] = key(None, "A: zero-padded identity; B: 1x1 convolution if channels "
+        "change; C: always; null: A for basic blocks of stem cifar, else B", "shortcutType")
     preactivation: bool = key(False, "BN and ReLU before the convolutions (the paper's CIFAR runs)")
     zero_gamma: bool = key(False, "initialize the last BN of each block to 0 (not in the original)")
     classes: int | None = key(None,
@@ -235,8 +242,17 @@ def differences(old: Config, new: Config) -> list[tuple[str, Value, Value]]:
 
 
 def network_name(model: ModelConfig) -> str:
-    """Return a short name of a completed architecture, such as resnext-50 (32x4d)."""
-    return f"{model.architecture}-{model.depth} ({model.cardinality}x{model.base_width}d)"
+    """Return a short name of a completed architecture, such as resnext-50 (32x4d) or resnet-20 (basic)."""
+    kind = "basic" if model.block_type == "basic" else f"{model.cardinality}x{model.base_width}d"
+    return f"{model.architecture}-{model.depth} ({kind})"
+
+
+def stages_by_depth(block_type: str, depth: int, stem: str) -> tuple[int, ...]:
+    """Return the blocks per stage of a network; () if no network of this block type has this depth."""
+    if stem == "imagenet":
+        return STAGES[block_type].get(depth, ())
+    blocks, rest = divmod(depth - 2, 3 * LAYERS[block_type])
+    return () if blocks < 1 or rest else (blocks,) * 3
 
 
 def to_yaml(config: Config) -> str:

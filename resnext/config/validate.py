@@ -3,7 +3,17 @@
 from dataclasses import replace
 
 from ..errors import UserError
-from .schema import STAGES_BY_DEPTH, STATISTICS, AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig
+from .schema import (
+    LAYERS,
+    STAGES,
+    STATISTICS,
+    AugmentConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    TrainConfig,
+    stages_by_depth,
+)
 
 IMAGE_SIZES = {"cifar10": 32, "cifar100": 32, "glyphs": 20}
 
@@ -23,42 +33,60 @@ def complete(config: Config) -> Config:
 
 
 def _complete_model(model: ModelConfig) -> ModelConfig:
-    count = 4 if model.stem == "imagenet" else 3
-    stages = model.stages or _stages_by_depth(model.depth, model.stem)
-    layers = 3 * sum(stages) + 2
+    plain, imagenet = model.architecture == "resnet", model.stem == "imagenet"
+    count = 4 if imagenet else 3
+    depth = model.depth or (None if model.stages else 50 if imagenet else 29)
+    types = ("basic", "bottleneck") if plain else ("bottleneck",)
+    if model.block_type:
+        if model.block_type not in types:
+            raise UserError("model.block_type: resnext has bottlenecks; set model.architecture=resnet")
+        types = (model.block_type,)
+    # Blocks alone do not tell 34 layers from 50: then they are bottlenecks.
+    block_type = next((kind for kind in types if depth and _fits(model, kind, depth)), types[-1])
+    stages = model.stages or stages_by_depth(block_type, depth or 0, model.stem)
+    if not stages:
+        raise UserError(f"model.depth: {_depths(types, imagenet)} (got {depth}), or set model.stages")
+    layers, small = LAYERS[block_type] * sum(stages) + 2, block_type == "basic" and not imagenet
     if len(stages) != count:
         raise UserError(
             f"model.stages: stem {model.stem} has {count} stages (got {len(stages)}); give {count}"
         )
-    if model.depth not in (None, layers):
-        raise UserError(f"model.stages: gives {layers} layers, but model.depth is {model.depth}; remove one")
-    plain = model.architecture == "resnet"
+    if depth not in (None, layers):
+        raise UserError(f"model.stages: gives {layers} layers, but model.depth is {depth}; remove one")
     cardinality = model.cardinality or (1 if plain else 32)
-    base_width = model.base_width or (64 if plain else 4)
-    if plain and (cardinality, base_width, model.block) != (1, 64, "C"):
+    width = 16 if small else 64 if plain else 4
+    base_width = model.base_width or width
+    if plain and (cardinality, base_width, model.block) != (1, width, "C"):
         raise UserError(
-            "model.architecture: resnet has cardinality 1, base_width 64, and block C; "
+            f"model.architecture: resnet has cardinality 1, base_width {width}, and block C; "
             "remove these keys, or set model.architecture=resnext"
         )
     if model.zero_gamma and model.preactivation:
         raise UserError("model.zero_gamma: pre-activation blocks do not end with BN; set it to false")
-    return replace(model, depth=layers, stages=stages, cardinality=cardinality, base_width=base_width)
+    return replace(
+        model,
+        depth=layers,
+        block_type=block_type,
+        stages=stages,
+        cardinality=cardinality,
+        base_width=base_width,
+        shortcut=model.shortcut or ("A" if small else "B"),
+    )
 
 
-def _stages_by_depth(depth: int | None, stem: str) -> tuple[int, ...]:
-    if stem == "imagenet":
-        depth = depth or 50
-        if depth not in STAGES_BY_DEPTH:
-            raise UserError(f"model.depth: must be 50, 101 or 152 (got {depth}); else set model.stages")
-        return STAGES_BY_DEPTH[depth]
-    depth = depth or 29
-    if depth < 11 or depth % 9 != 2:
-        below = max(11, depth - (depth - 2) % 9)
-        raise UserError(
-            f"model.depth: must be 9n+2 for stem cifar (got {depth}); "
-            f"use {below} or {below + 9}, or set model.stages"
-        )
-    return ((depth - 2) // 9,) * 3
+def _fits(model: ModelConfig, block_type: str, depth: int) -> bool:
+    """Return whether blocks of a type make a network of this depth, with the stages if they are given."""
+    if model.stages:
+        return LAYERS[block_type] * sum(model.stages) + 2 == depth
+    return bool(stages_by_depth(block_type, depth, model.stem))
+
+
+def _depths(types: tuple[str, ...], imagenet: bool) -> str:
+    """Return which depths exist, for an error message."""
+    if imagenet:
+        return f"must be one of {', '.join(str(depth) for kind in types for depth in STAGES[kind])}"
+    rules = {"basic": "6n+2, such as 20, 32, 44, 56 or 110 (basic)", "bottleneck": "9n+2, such as 29 or 164"}
+    return f"must be {' or '.join(rules[kind] for kind in types)}"
 
 
 def _complete_data(data: DataConfig, stem: str) -> DataConfig:

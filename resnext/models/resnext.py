@@ -1,10 +1,11 @@
-"""ResNeXt and ResNet bottleneck networks for ImageNet and CIFAR (paper, sections 3-5).
+"""ResNeXt and ResNet for ImageNet and CIFAR (paper, sections 3-5; fb.resnet.torch).
 
-Parameter names are torchvision's. A stage with n features outputs 4n channels; a block has
-C = cardinality paths of width D = floor(n · base_width / 64). Its three equivalent forms
-(Fig. 3) are C, one grouped convolution; B, separate paths joined by concatenation; A, separate
-paths that each end in their own 1x1 convolution, summed. A plain ResNet bottleneck is the case
-C = 1, base_width = 64.
+Parameter names are torchvision's. A stage with n features outputs 4n channels from bottlenecks,
+which have C = cardinality paths of width D = floor(n · base_width / 64). Their three equivalent
+forms (Fig. 3) are C, one grouped convolution; B, separate paths joined by concatenation; A,
+separate paths that each end in their own 1x1 convolution, summed. A plain ResNet bottleneck is
+the case C = 1, base_width = 64. Basic blocks (resnet.lua) output n channels; n starts at
+base_width, 64 for ImageNet and 16 for CIFAR.
 
 Pre-activation blocks (fb.resnet.torch, preresnet.lua) put `bn0` and ReLU before the convolutions
 and have no last BN, no BN in the shortcut, and no ReLU after the addition.
@@ -20,25 +21,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..config import STAGES_BY_DEPTH, ModelConfig
+from ..config import ModelConfig, stages_by_depth
 from ..errors import UserError
 from .ghost_batchnorm import GhostBatchNorm2d, frozen_running_statistics, norm_relu, on_gpu
-
-EXPANSION = 4
 
 
 class Bottleneck(nn.Module):
     """A block in form C: 1x1, grouped 3x3 (with the stride), 1x1, added to a shortcut.
 
-    `width` is D, the width of one path. With `preactivation`, `activate_input` is None in the first
+    `features` is n of the stage, `width` D, the width of one path. With `preactivation`, `activate_input` is None in the first
     block of the ImageNet network (its input is already activated), "shared" in the first block of
     other stages (the shortcut also gets the activated input), and "branch" in all other blocks.
     """
 
+    expansion, last = 4, "bn3"  # output channels per feature; the name of the last BN
+
     def __init__(
         self,
         inputs: int,
-        outputs: int,
+        features: int,
         width: int,
         cardinality: int,
         stride: int,
@@ -50,10 +51,16 @@ class Bottleneck(nn.Module):
         self.activate_input = activate_input
         if activate_input:
             self.bn0 = nn.BatchNorm2d(inputs)
+        outputs = self.expansion * features
         self._build_branch(inputs, outputs, width, cardinality, stride)
-        self.bn3 = nn.Identity() if preactivation else nn.BatchNorm2d(outputs)
+        self.add_module(self.last, nn.Identity() if preactivation else nn.BatchNorm2d(outputs))
         self.activate_output = not preactivation
         self.downsample = shortcut
+
+    @property
+    def last_bn(self) -> nn.Module:
+        """The BN before the addition; an Identity in pre-activation blocks."""
+        return self.get_submodule(self.last)
 
     def _build_branch(self, inputs, outputs, width, cardinality, stride) -> None:
         total = width * cardinality
@@ -81,10 +88,25 @@ class Bottleneck(nn.Module):
             skip = self.downsample(skip)
         x = self._branch(x)
         if self.activate_output:
-            y, y2 = norm_relu(self.bn3, x, skip)
+            y, y2 = norm_relu(self.last_bn, x, skip)
         else:
-            y = y2 = self.bn3(x) + skip
+            y = y2 = x + skip
         return (y, y2) if twice else y
+
+
+class Basic(Bottleneck):
+    """A block of two 3x3, the first with the stride, added to a shortcut."""
+
+    expansion, last = 1, "bn2"
+
+    def _build_branch(self, inputs, outputs, width, cardinality, stride) -> None:
+        self.conv1 = _convolution(inputs, outputs, 3, stride)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = _convolution(outputs, outputs, 3)
+
+    def _branch(self, x: Tensor) -> Tensor:
+        x, _ = norm_relu(self.bn1, self.conv1(x))
+        return self.conv2(x)
 
 
 class BottleneckPath(nn.Module):
@@ -144,9 +166,11 @@ class ResNeXt(nn.Module):
 
     Args:
         stages: blocks in each stage; 4 stages for the ImageNet stem, 3 for CIFAR's.
-        cardinality, base_width: groups per block, and the width of a group at 64 features.
+        cardinality, base_width: groups per block, and the width of a group at 64 features; of basic
+            blocks 1, and the channels of the first stage.
         stem: "imagenet" (7x7/2, max-pool) or "cifar" (3x3).
-        form: "A", "B" or "C" (Fig. 3).
+        block_type: "bottleneck" or "basic".
+        form: "A", "B" or "C" (Fig. 3); of basic blocks C.
         shortcut: "A", "B" or "C" (see config.ModelConfig).
         classes: size of the output; None makes a backbone without a last layer (`fc` is an Identity).
 
@@ -163,32 +187,35 @@ class ResNeXt(nn.Module):
         classes: int | None = 1000,
         *,
         stem: str = "imagenet",
+        block_type: str = "bottleneck",
         form: str = "C",
         shortcut: str = "B",
         preactivation: bool = False,
         zero_gamma: bool = False,
     ):
         super().__init__()
-        _check_arguments(stages, cardinality, base_width, classes, stem, form, shortcut)
+        _check_arguments(stages, cardinality, base_width, classes, stem, block_type, form, shortcut)
         if zero_gamma and preactivation:
             raise UserError("zero_gamma: pre-activation blocks end without BN; set one of the two to False")
-        imagenet = stem == "imagenet"
+        imagenet, basic = stem == "imagenet", block_type == "basic"
+        block = Basic if basic else BLOCKS[form]
+        channels = base_width if basic else 64
         self.cardinality, self.form = cardinality, form
         self.activation_checkpointing = False
-        self.conv1 = _convolution(3, 64, 7, 2) if imagenet else _convolution(3, 64, 3)
+        self.conv1 = _convolution(3, channels, *((7, 2) if imagenet else (3, 1)))
         # In the pre-activation CIFAR network, the first block's bn0 replaces the stem's.
         if imagenet or not preactivation:
-            self.bn1 = nn.BatchNorm2d(64)
+            self.bn1 = nn.BatchNorm2d(channels)
             self.relu = nn.ReLU(inplace=True)
         if imagenet:
             self.maxpool = nn.MaxPool2d(3, 2, 1)
         # Children are in execution order, for torchvision's IntermediateLayerGetter.
         self.stem = [name for name, _ in self.named_children()]
         self.frozen: list[str] = []
-        channels = 64
+        first_features = channels
         for number, blocks in enumerate(stages, 1):
-            features = 64 * 2 ** (number - 1)
-            outputs = EXPANSION * features
+            features = first_features * 2 ** (number - 1)
+            outputs = block.expansion * features
             stage = nn.Sequential()
             for index in range(blocks):
                 first = index == 0
@@ -197,9 +224,9 @@ class ResNeXt(nn.Module):
                 if preactivation and not (imagenet and first and number == 1):
                     activate = "shared" if first else "branch"
                 stage.append(
-                    BLOCKS[form](
+                    block(
                         channels,
-                        outputs,
+                        features,
                         width=features * base_width // 64,
                         cardinality=cardinality,
                         stride=stride,
@@ -241,7 +268,8 @@ class ResNeXt(nn.Module):
         skip = x
         for number in range(1, self.stages + 1):
             for block in getattr(self, f"layer{number}"):
-                if self.training and type(block.bn3) is GhostBatchNorm2d and block.bn3.fused and on_gpu(x):
+                norm = block.last_bn
+                if self.training and type(norm) is GhostBatchNorm2d and norm.fused and on_gpu(x):
                     output = self._run(block, x, skip)
                 else:
                     output = self._run(block, x)
@@ -283,12 +311,13 @@ def _initialize(model: ResNeXt, zero_gamma: bool) -> None:
             nn.init.uniform_(module.weight, -bound, bound)
             nn.init.zeros_(module.bias)
         elif isinstance(module, Bottleneck) and zero_gamma:
-            nn.init.zeros_(module.bn3.get_parameter("weight"))
+            nn.init.zeros_(module.last_bn.get_parameter("weight"))
 
 
-def _check_arguments(stages, cardinality, base_width, classes, stem, form, shortcut) -> None:
+def _check_arguments(stages, cardinality, base_width, classes, stem, block_type, form, shortcut) -> None:
     choices = {
         "stem": (stem, ("imagenet", "cifar")),
+        "block_type": (block_type, ("bottleneck", "basic")),
         "form": (form, ("A", "B", "C")),
         "shortcut": (shortcut, ("A", "B", "C")),
         "number of stages": (len(stages), (4,) if stem == "imagenet" else (3,)),
@@ -304,6 +333,8 @@ def _check_arguments(stages, cardinality, base_width, classes, stem, form, short
     }.items():
         if value is not None and value < 1:
             raise UserError(f"{name} must be at least 1, not {value}")
+    if block_type == "basic" and (cardinality, form) != (1, "C"):
+        raise UserError(f"basic blocks have cardinality 1 and form C, not {cardinality} and {form}")
 
 
 def build_model(config: ModelConfig, classes: int | None) -> ResNeXt:
@@ -314,6 +345,7 @@ def build_model(config: ModelConfig, classes: int | None) -> ResNeXt:
         config.base_width,
         classes,
         stem=config.stem,
+        block_type=config.block_type,
         form=config.block,
         shortcut=config.shortcut,
         preactivation=config.preactivation,
@@ -321,21 +353,32 @@ def build_model(config: ModelConfig, classes: int | None) -> ResNeXt:
     )
 
 
-def _named(depth: int, cardinality: int, base_width: int) -> Callable[..., ResNeXt]:
+def _named(depth: int, cardinality: int, base_width: int, stem: str = "imagenet") -> Callable[..., ResNeXt]:
     """Return a constructor that takes `classes` and the keyword options of ResNeXt."""
-    if depth in STAGES_BY_DEPTH:
-        return partial(ResNeXt, STAGES_BY_DEPTH[depth], cardinality, base_width)
-    stages = ((depth - 2) // 9,) * 3
-    return partial(ResNeXt, stages, cardinality, base_width, stem="cifar")
+    return partial(ResNeXt, stages_by_depth("bottleneck", depth, stem), cardinality, base_width, stem=stem)
 
 
+def _basic(depth: int, base_width: int, stem: str, shortcut: str) -> Callable[..., ResNeXt]:
+    options = {"stem": stem, "block_type": "basic", "shortcut": shortcut}
+    return partial(ResNeXt, stages_by_depth("basic", depth, stem), 1, base_width, **options)
+
+
+resnet18 = _basic(18, 64, "imagenet", "B")
+resnet34 = _basic(34, 64, "imagenet", "B")
 resnet50 = _named(50, 1, 64)
 resnet101 = _named(101, 1, 64)
 resnet152 = _named(152, 1, 64)
+resnet200 = _named(200, 1, 64)
 resnext50_32x4d = _named(50, 32, 4)
 resnext101_32x4d = _named(101, 32, 4)
 resnext101_32x8d = _named(101, 32, 8)
 resnext101_64x4d = _named(101, 64, 4)
 resnext152_32x4d = _named(152, 32, 4)
-resnext29_8x64d = _named(29, 8, 64)
-resnext29_16x64d = _named(29, 16, 64)
+resnext29_8x64d = _named(29, 8, 64, "cifar")
+resnext29_16x64d = _named(29, 16, 64, "cifar")
+resnet20 = _basic(20, 16, "cifar", "A")
+resnet32 = _basic(32, 16, "cifar", "A")
+resnet44 = _basic(44, 16, "cifar", "A")
+resnet56 = _basic(56, 16, "cifar", "A")
+resnet110 = _basic(110, 16, "cifar", "A")
+resnet1202 = _basic(1202, 16, "cifar", "A")
