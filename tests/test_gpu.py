@@ -63,8 +63,14 @@ FILES = ("data.dataset=folder", "data.pipeline=fast", "data.image_size=32", "dat
 
 @pytest.mark.parametrize(
     "extra",
-    [(), AUGMENTED, (*FILES, *AUGMENTED), ("train.accumulation_steps=2", "train.bn_group=16")],
-    ids=["plain", "augmented", "files", "parts"],
+    [
+        (),
+        AUGMENTED,
+        (*FILES, *AUGMENTED),
+        ("train.accumulation_steps=2", "train.bn_group=16"),
+        ("train.compile=true",),
+    ],
+    ids=["plain", "augmented", "files", "parts", "compiled"],
 )
 def test_a_step_never_waits_for_the_device(extra, tmp_path):
     draw_folders(tmp_path, dict.fromkeys("0123456789", 20), size=50)
@@ -94,9 +100,18 @@ def test_evaluation_counts_are_those_of_the_cpu():
     assert (scores[0].top1_errors, scores[0].top5_errors) == (scores[1].top1_errors, scores[1].top5_errors)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_resume_is_bit_exact_in_deterministic_mode(tmp_path, precision):
-    settings = [*NETWORK, *DATA, f"train.precision={precision}", "train.epochs=4", "run.device=cuda"]
+@pytest.mark.parametrize(
+    "mode",
+    [
+        ("train.precision=fp32",),
+        ("train.precision=fp16",),
+        ("train.precision=bf16",),
+        ("train.precision=bf16", "train.compile=true"),
+    ],
+    ids=["fp32", "fp16", "bf16", "bf16-compiled"],
+)
+def test_resume_is_bit_exact_in_deterministic_mode(tmp_path, mode):
+    settings = [*NETWORK, *DATA, *mode, "train.epochs=4", "run.device=cuda"]
     settings += ["run.deterministic=true", "run.log_interval=2"]
 
     def command(name: str, *arguments: str) -> list[str]:
@@ -171,11 +186,21 @@ def test_kernels_on_a_batch_beyond_32_bit_offsets():
 
 
 GROUPS = "train.bn_group=16"
+BASIC = ("model.architecture=resnet", "model.depth=14", "model.cardinality=1", "model.base_width=16")
+PREACTIVATION = "model.preactivation=true"
 
 
 @pytest.mark.parametrize(
     "extra",
-    [(), (GROUPS,), (GROUPS, "train.compile=true"), ("train.bn_group=32", "model.preactivation=true")],
+    [
+        (),
+        (GROUPS,),
+        (GROUPS, "train.compile=true"),
+        (GROUPS, "train.compile=true", "train.accumulation_steps=2"),
+        ("train.bn_group=32", PREACTIVATION),
+        (GROUPS, *BASIC),
+        (GROUPS, *BASIC, PREACTIVATION),
+    ],
 )
 def test_a_step_is_that_of_the_cpu(extra):
     """Compare loss, gradients, and running statistics of the kernels and torch in fp32 without TF32."""

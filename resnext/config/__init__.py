@@ -13,6 +13,7 @@ from .parser import find_config, parse_config, read_config
 from .schema import (
     CONFIG_FOLDER,
     KEYS,
+    LAYERS,
     SECTIONS,
     STAGES,
     STATISTICS,

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from ..batch_plan import check_world_size, ghost_batches
-from ..config import Config, OptimizerConfig, to_yaml
+from ..config import Config, OptimizerConfig, TrainConfig, to_yaml
 from ..distributed import gradient_group, world_size
 from ..errors import UserError
 from ..models.ghost_batchnorm import kernels_work, use_ghost_batchnorm
@@ -195,7 +195,9 @@ def build_train_state(
     init_momentum(optimizer)
     # Static shapes give one graph per batch size. With DDP outside, graphs end where its buckets end, and
     # gradients are exchanged during the backward pass.
-    compiled = cast(nn.Module, torch.compile(model, dynamic=False)) if train.compile else model
+    compiled: nn.Module = model
+    if train.compile:
+        compiled = cast(nn.Module, torch.compile(model, dynamic=False, mode=compile_mode(train, device)))
     return TrainState(
         config=config,
         classes=classes,
@@ -210,6 +212,15 @@ def build_train_state(
         ema=ema,
         progress=TrainProgress(),
     )
+
+
+def compile_mode(train: TrainConfig, device: torch.device) -> str:
+    """Return torch.compile's mode: CUDA graphs where gradients live for a single forward and backward pass.
+
+    A small network waits for the launches of its kernels; a graph launches them all at once.
+    """
+    graphs = device.type == "cuda" and train.accumulation_steps == 1 and world_size() == 1
+    return "reduce-overhead" if graphs else "default"
 
 
 def distribute(model: nn.Module, device: torch.device, group: dist.ProcessGroup | None) -> nn.Module:

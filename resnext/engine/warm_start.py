@@ -90,7 +90,7 @@ def convert_state_form(
 
 def check_architecture(found: ModelConfig, configured: ModelConfig, where: str) -> None:
     """Raise UserError with the keys in which weights and configuration are different networks."""
-    keys = ("stem", "stages", "cardinality", "base_width", "preactivation")
+    keys = ("stem", "block_type", "stages", "cardinality", "base_width", "preactivation")
     pairs = [(key, getattr(found, key), getattr(configured, key)) for key in keys]
     differing = [f"model.{key}={to_text(theirs)}" for key, theirs, ours in pairs if theirs != ours]
     if differing:

@@ -29,9 +29,10 @@ from .ghost_batchnorm import GhostBatchNorm2d, frozen_running_statistics, norm_r
 class Bottleneck(nn.Module):
     """A block in form C: 1x1, grouped 3x3 (with the stride), 1x1, added to a shortcut.
 
-    `features` is n of the stage, `width` D, the width of one path. With `preactivation`, `activate_input` is None in the first
-    block of the ImageNet network (its input is already activated), "shared" in the first block of
-    other stages (the shortcut also gets the activated input), and "branch" in all other blocks.
+    `features` is n of the stage, `width` is D, the width of one path. With `preactivation`,
+    `activate_input` is None in the first block of the ImageNet network (its input is already
+    activated), "shared" in the first block of other stages (the shortcut also gets the activated
+    input), and "branch" in all other blocks.
     """
 
     expansion, last = 4, "bn3"  # output channels per feature; the name of the last BN
@@ -77,21 +78,19 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Return the output; if `skip` (x again) is given, return the output twice (see norm_relu)."""
-        twice = skip is not None
-        if not twice:
-            skip = x
+        shortcut = x if skip is None else skip
         if self.activate_input:
             x, activated = norm_relu(self.bn0, x)
             if self.activate_input == "shared":
-                skip = activated
+                shortcut = activated
         if self.downsample is not None:
-            skip = self.downsample(skip)
+            shortcut = self.downsample(shortcut)
         x = self._branch(x)
         if self.activate_output:
-            y, y2 = norm_relu(self.last_bn, x, skip)
+            y, y2 = norm_relu(self.last_bn, x, shortcut)
         else:
-            y = y2 = x + skip
-        return (y, y2) if twice else y
+            y = y2 = x + shortcut
+        return y if skip is None else (y, y2)
 
 
 class Basic(Bottleneck):
@@ -359,8 +358,8 @@ def _named(depth: int, cardinality: int, base_width: int, stem: str = "imagenet"
 
 
 def _basic(depth: int, base_width: int, stem: str, shortcut: str) -> Callable[..., ResNeXt]:
-    options = {"stem": stem, "block_type": "basic", "shortcut": shortcut}
-    return partial(ResNeXt, stages_by_depth("basic", depth, stem), 1, base_width, **options)
+    build = partial(ResNeXt, stages_by_depth("basic", depth, stem), 1, base_width)
+    return partial(build, stem=stem, block_type="basic", shortcut=shortcut)
 
 
 resnet18 = _basic(18, 64, "imagenet", "B")

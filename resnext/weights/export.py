@@ -46,10 +46,10 @@ def rebuild(config: Config, state: dict[str, Tensor], torchvision: bool = False)
     model = config.model
     with torch.device("meta"):
         if torchvision:
-            from torchvision.models.resnet import Bottleneck, ResNet
+            from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
             network: nn.Module = ResNet(
-                Bottleneck,
+                BasicBlock if model.block_type == "basic" else Bottleneck,
                 list(model.stages),
                 num_classes=model.classes,
                 groups=model.cardinality,

@@ -20,7 +20,7 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor
 
-from ..config import DataConfig, ModelConfig
+from ..config import LAYERS, DataConfig, ModelConfig
 from ..errors import InvalidFileError
 from ..safe_pickle import Placeholder
 
@@ -184,8 +184,7 @@ def _check_variant(origin: str, others: Mapping[str, object]) -> None:
 def architecture(state: Mapping[str, Tensor]) -> ModelConfig:
     """Infer the network from tensors under our names. Raise InvalidFileError for any other network."""
     stem = _shape(state, "conv1.weight", 4)
-    if "layer1.0.conv2.weight" in state and "layer1.0.conv3.weight" not in state:
-        raise InvalidFileError("its blocks have two convolutions, expected bottlenecks of three")
+    basic = "layer1.0.conv2.weight" in state and "layer1.0.conv3.weight" not in state
     paths = _count(state, r"layer1\.0\.paths\.(\d+)\.")
     total, width = _shape(state, f"layer1.0.{'paths.0.' if paths else ''}conv2.weight", 4)[:2]
     if stem[2] not in (3, 7) or stem[1] != 3 or not width or total % width:
@@ -195,7 +194,9 @@ def architecture(state: Mapping[str, Tensor]) -> ModelConfig:
     stages = [_count(state, rf"layer{number}\.(\d+)\.") for number in range(1, 6)]
     branch = re.compile(rf"layer\d\.\d+\.{'paths.0.' if paths else ''}conv1\.weight")
     present = sum(branch.fullmatch(key) is not None for key in state)
-    if present != sum(stages) or present * max(1, paths) * 3 > len(state):
+    if present != sum(stages) or present * max(1, paths) * LAYERS["basic" if basic else "bottleneck"] > len(
+        state
+    ):
         raise InvalidFileError("some of its blocks are missing")
     shortcuts = {m[1] for key in state if (m := re.match(r"(layer\d\.\d+)\.downsample\.", key))}
     first_blocks = {f"layer{number}.0" for number in range(1, 5)}
@@ -203,10 +204,11 @@ def architecture(state: Mapping[str, Tensor]) -> ModelConfig:
     block: Literal["A", "B", "C"] = "C"
     if paths:
         block = "A" if "layer1.0.paths.0.conv3.weight" in state else "B"
-    plain = (cardinality, width, block) == (1, 64, "C")
+    plain = basic or (cardinality, width, block) == (1, 64, "C")
     return ModelConfig(
         architecture="resnet" if plain else "resnext",
         stem="imagenet" if stem[2] == 7 else "cifar",
+        block_type="basic" if basic else "bottleneck",
         stages=tuple(stages[: stages.index(0)] if 0 in stages else stages),
         cardinality=cardinality,
         base_width=width,

@@ -203,6 +203,11 @@ class _Names:
             outputs = _outputs(self.ops[self.place + (0 if self.sees("branches") else 2)])
             if outputs != channels:
                 stage, channels, index = stage + 1, outputs, 0
+            elif self.sees("bn"):
+                raise InvalidFileError(
+                    "its blocks end with BN after the addition, as in the published resnet-50.t7, ours "
+                    "before it"
+                )
             self.block(stage, index)
             index += 1
         if self.preactivation:
@@ -233,14 +238,17 @@ class _Names:
         if len(sides) != 2:
             raise InvalidFileError(f"{name}: has {len(sides)} branches, expected a branch and a shortcut")
         branch, shortcut = sorted(sides, key=lambda ops: len(_trunk(ops)), reverse=True)
-        if _trunk(branch).count("conv") == 2:
-            raise InvalidFileError("its blocks have two convolutions, expected bottlenecks of three")
+        basic = _trunk(branch).count("conv") == 2
         inner = _Names(branch, self.of)
         if activated and not first:
             inner.norm_relu(f"{name}.bn0")
-        inner.branch(name, stride)
+        if basic:
+            inner.path(name, (3, stride))
+            inner.convolution(f"{name}.conv2", 3)
+        else:
+            inner.branch(name, stride)
         if not self.preactivation:
-            inner.norm(f"{name}.bn3")
+            inner.norm(f"{name}.bn{2 if basic else 3}")
             self.next("relu", name)
         inner.next("end", name)
         _Names(shortcut, self.of).shortcut(name, stride, with_bn=not self.preactivation)
@@ -248,7 +256,7 @@ class _Names:
     def branch(self, name: str, stride: int) -> None:
         """Read the convolutions of form C, or the paths of form B (joined) or A (added)."""
         if not self.sees("branches"):
-            self.path(name, stride)
+            self.path(name, (1, 1), (3, stride))
             self.convolution(f"{name}.conv3", 1)
             return
         paths = self.next("branches", name).branches
@@ -256,16 +264,17 @@ class _Names:
         self.next("add" if added else "join", name)
         for number, ops in enumerate(paths):
             path = _Names(ops, self.of)
-            path.path(f"{name}.paths.{number}", stride)
+            path.path(f"{name}.paths.{number}", (1, 1), (3, stride))
             if added:
                 path.convolution(f"{name}.paths.{number}.conv3", 1)
             path.next("end", name)
         if not added:
             self.convolution(f"{name}.conv3", 1)
 
-    def path(self, name: str, stride: int) -> None:
-        for number, (kernel, step) in enumerate(((1, 1), (3, stride)), 1):
-            self.convolution(f"{name}.conv{number}", kernel, step)
+    def path(self, name: str, *convolutions: tuple[int, int]) -> None:
+        """Read convolutions, given by kernel and stride, each with BN and ReLU."""
+        for number, (kernel, stride) in enumerate(convolutions, 1):
+            self.convolution(f"{name}.conv{number}", kernel, stride)
             self.norm_relu(f"{name}.bn{number}")
 
     def shortcut(self, name: str, stride: int, with_bn: bool) -> None:
