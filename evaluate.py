@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # for python -P
 from data.evaluation import evaluation_data
 from data.subsets import find_members, load_scored, read_classes, read_splits
 from resnext.arguments import CLASS_NAMES_HELP, add_inference_options, check_limits
+from resnext.config import IMAGE_FILES
 from resnext.errors import UserError, command_parser, run_main
 from resnext.files import check_source, check_target, write_file
 
@@ -103,7 +104,7 @@ def main() -> None:
             classes = val_set.classes
             result = result_row(info, network, crops, classes, arguments.classes, score, predictions)
             result |= split_rows(arguments.splits, splits, members, predictions)
-            key = "path" if data.dataset == "folder" else "index"
+            key = "path" if data.dataset in IMAGE_FILES else "index"
             rows = to_csv(key, names, predictions, classes) if arguments.csv else ""
             write_results(arguments, result, rows)
 

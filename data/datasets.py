@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
-from resnext.config import DataConfig
+from resnext.config import IMAGE_FILES, DataConfig
 from resnext.errors import UserError
 
 from .in_memory import ArrayDataset, subsample
@@ -26,23 +26,29 @@ def load_set(config: DataConfig, split: str, classes: tuple[str, ...] | None = N
         return glyphs.render_glyphs(split, limit, config.image_size, config.characters or glyphs.DIGITS)
     if config.dir is None:
         raise UserError(f"data.dir: missing; data.dataset={config.dataset} needs --data DIR")
-    if config.dataset == "folder":
-        from . import image_folder
+    if config.dataset in IMAGE_FILES:
+        from .image_folder import read_set
 
-        files = image_folder.list_set(config.dir, split, limit, classes, config.class_order)
-        if config.pipeline == "memory":
-            return image_folder.read_set(files, config.image_size, config.max_pixels)
-        return files
+        if config.dataset == "shards":
+            from .shards import list_set
+        else:
+            from .image_folder import list_set
+
+        files = list_set(config.dir, split, limit, classes, config.class_order)
+        return read_set(files, config.image_size, config.max_pixels) if config.pipeline == "memory" else files
     from . import cifar
 
     return subsample(cifar.read_set(config.dataset, config.dir, split, config.download), limit)
 
 
 def training_classes(config: DataConfig, before: Sequence[str] | None) -> tuple[str, ...] | None:
-    """Return the class folders of train/, in the order `before` of a resumed run, or None for others."""
-    if config.dataset != "folder" or config.dir is None:
+    """Return the classes of image files, in the order `before` of a resumed run, or None for others."""
+    if config.dataset not in IMAGE_FILES or config.dir is None:
         return None
-    from .image_folder import class_names
+    if config.dataset == "shards":
+        from .shards import class_names
+    else:
+        from .image_folder import class_names
 
     names = class_names(config.dir, config.class_order)
     return tuple(before) if before and set(before) == set(names) else names

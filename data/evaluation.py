@@ -4,8 +4,10 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from resnext.config import Config, DataConfig
+from resnext.config import IMAGE_FILES, Config, DataConfig
 from resnext.errors import UserError
+
+from .shards import is_sharded
 
 
 def evaluation_data(config: Config, classes_known: bool, options: argparse.Namespace) -> DataConfig:
@@ -28,13 +30,16 @@ def evaluation_data(config: Config, classes_known: bool, options: argparse.Names
     if resize < size:
         raise UserError(f"--resize: {resize} is less than the crop of {size}; raise it")
     folder = options.data or data.dir
-    # A folder with val/ is an image folder, not the CIFAR that a network with such a stem suggests.
-    is_folder = not classes_known and (Path(folder or "").expanduser() / "val").is_dir()
-    if options.data and data.dataset == "glyphs" and not is_folder:
+    # Files of images, not the CIFAR that a network with such a stem suggests.
+    if folder and (not classes_known or data.dataset in IMAGE_FILES):
+        if is_sharded(folder):
+            data = replace(data, dataset="shards")
+        elif data.dataset == "shards" or (Path(folder).expanduser() / "val").is_dir():
+            data = replace(data, dataset="folder")
+    if options.data and data.dataset == "glyphs":
         raise UserError(f"--data {options.data}: this run draws its images (glyphs); omit --data")
     return replace(
         data,
-        dataset="folder" if is_folder else data.dataset,
         dir=folder,
         image_size=size,
         resize=resize,

@@ -1,8 +1,8 @@
-"""The cache of file lists: reading the names of 1.28 million files takes minutes on some disks.
+"""The cache of file lists: reading the names of 1.28 million files, or of images in shards, takes minutes.
 
-A list is valid until a folder below changes its modification time, as it does if files are added, removed
-or renamed. A list of a folder that changed just before is not stored: the folder could change again within
-the clock's tick.
+A list is valid until a folder below, or a shard, changes its modification time, as a folder does if files
+are added, removed, or renamed. A list of what changed just before is not stored: it could change again
+within the clock's tick.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from .walk import EXTENSIONS, SYSTEM_NAMES, to_bytes, to_text
 
 TICK = 3 * 10**9  # nanoseconds; the coarsest clock of common file systems ticks every 2 seconds
 
-FileList = tuple[np.ndarray, np.ndarray, tuple[str, ...]]  # paths (bytes), labels (int64), warnings
+Arrays = dict[str, np.ndarray]  # what a list consists of, by name
 
 
 def _cache_file(folder: Path) -> Path:
@@ -33,8 +33,11 @@ def _header(folder: Path, classes: tuple[str, ...]) -> np.ndarray:
     return np.array(hashlib.sha256(to_bytes("/".join([folder.name, *classes, *rules]))).hexdigest())
 
 
-def cached(folder: Path, classes: tuple[str, ...]) -> FileList | None:
-    """Return the stored list, or None if there is none or a folder has changed."""
+def cached(folder: Path, classes: tuple[str, ...], names: tuple[str, ...]) -> Arrays | None:
+    """Return the arrays `names` of the stored list, or None if there is none or a folder has changed.
+
+    The `classes` must be those that it was stored with: class names, or the names of the shards.
+    """
     try:
         with np.load(_cache_file(folder), allow_pickle=False) as stored:
             if stored["classes"] != _header(folder, classes):
@@ -42,16 +45,15 @@ def cached(folder: Path, classes: tuple[str, ...]) -> FileList | None:
             for directory, changed in zip(stored["directories"], stored["changed"], strict=True):
                 if os.stat(os.fsdecode(directory)).st_mtime_ns != changed:
                     return None
-            return stored["paths"], stored["labels"], tuple(map(to_text, stored["notes"].tolist()))
+            return {name: stored[name] for name in names}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, RuntimeError):
         return None
 
 
-def remember(folder: Path, classes: tuple[str, ...], files: FileList, directories: dict[bytes, int]) -> None:
-    """Store a list. `directories` are all folders below, with their times from before they were read."""
+def remember(folder: Path, classes: tuple[str, ...], arrays: Arrays, directories: dict[bytes, int]) -> None:
+    """Store a list. `directories` are all folders or shards, with their times from before they were read."""
     if max(directories.values()) > time.time_ns() - TICK:
         return
-    paths, labels, notes = files
     with contextlib.suppress(OSError, RuntimeError):  # training works without the cache
         target = _cache_file(folder)
         temporary = target.with_name(f".{target.name}.{os.getpid()}")
@@ -61,11 +63,10 @@ def remember(folder: Path, classes: tuple[str, ...], files: FileList, directorie
                 np.savez(
                     file,
                     classes=_header(folder, classes),
-                    paths=paths,
-                    labels=labels,
-                    notes=np.array([to_bytes(note) for note in notes], "S"),
                     directories=np.array(list(directories)),
                     changed=np.array(list(directories.values())),
+                    allow_pickle=False,
+                    **arrays,
                 )
             os.replace(temporary, target)
         finally:

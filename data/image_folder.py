@@ -9,8 +9,9 @@ import os
 import shlex
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from PIL import Image
@@ -19,7 +20,7 @@ from resnext.classes import abbreviate, sort_classes
 from resnext.errors import UserError
 
 from .decode import MAX_PIXELS, decode
-from .file_list_cache import FileList, cached, remember
+from .file_list_cache import cached, remember
 from .in_memory import ArrayDataset, check_memory, digest, even_indices
 from .walk import FORMATS, Found, is_hidden, is_image, leads_to_folder, skipped, to_bytes, to_text, walk
 
@@ -47,9 +48,13 @@ class ImageFolderDataset:
         """Return the full path of image i."""
         return os.path.join(self.folder, os.fsdecode(self.paths[i]))
 
-    def read(self, i: int) -> bytes:
-        """Return the content of image i. Raise UserError if it cannot be read."""
-        return read_file(self.path(i))
+    def read(self, i: int, largest: int | None = None) -> bytes:
+        """Return the content of image i. Raise UserError if it cannot be read or exceeds `largest` bytes."""
+        return read_file(self.path(i), largest)
+
+    def select(self, keep: np.ndarray) -> Self:
+        """Return the images of these numbers."""
+        return replace(self, paths=self.paths[keep], labels=self.labels[keep])
 
     def fingerprint(self) -> str:
         """Return a hash of names, labels and classes (reading the images would take minutes)."""
@@ -71,6 +76,8 @@ def split_folder(root: str, split: str) -> Path:
     """Return root/train or root/val. Raise UserError with a hint if it does not exist."""
     base = Path(os.fsdecode(to_bytes(root))).expanduser()
     where = f"data.dir {base}"
+    if "{" in root or any(path.suffix == ".tar" for path in [*base.glob("*"), *base.glob(f"{split}/*")]):
+        raise UserError(f"{where}: has no class folders in {split}/; for tar shards, set data.dataset=shards")
     if not base.is_dir():
         what = "is a file; unpack it and" if base.is_file() else "no such folder;"
         raise UserError(f"{where}: {what} name a folder with train/ and val/")
@@ -206,17 +213,20 @@ def absent_classes(
     return [f"warning: {folder}: has no images of {which}; errors are computed on the other classes"]
 
 
-def list_files(folder: Path, classes: tuple[str, ...]) -> FileList:
-    """Return the images of a split: from the cache if no folder has changed. Raise the first error."""
-    known = cached(folder, classes)
-    if known:
-        return known
-    listing = list_split(folder, classes)
-    if listing.errors:
-        raise UserError(listing.errors[0])
-    files = listing.paths, listing.labels, tuple(listing.notes)
-    remember(folder, classes, files, listing.found.directories)
-    return files
+def list_files(folder: Path, classes: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Return (paths, labels, warnings) of a split: from the cache if no folder has changed.
+
+    Raise the first error.
+    """
+    known = cached(folder, classes, ("paths", "labels", "notes"))
+    if known is None:
+        listing = list_split(folder, classes)
+        if listing.errors:
+            raise UserError(listing.errors[0])
+        notes = np.array([to_bytes(note) for note in listing.notes], "S")
+        known = {"paths": listing.paths, "labels": listing.labels, "notes": notes}
+        remember(folder, classes, known, listing.found.directories)
+    return known["paths"], known["labels"], tuple(map(to_text, known["notes"].tolist()))
 
 
 def list_set(
@@ -241,8 +251,8 @@ def list_set(
         if train.exists() and train.samefile(folder):
             same = f"warning: {folder}: is the same folder as train/"
             notes += (f"{same}; the validation error is that of training images",)
-    keep = even_indices(len(paths), limit)
-    return ImageFolderDataset(folder, paths[keep], labels[keep], classes, notes)
+    files = ImageFolderDataset(folder, paths, labels, classes, notes)
+    return files.select(even_indices(len(files), limit))
 
 
 def read_set(files: ImageFolderDataset, size: int, max_pixels: int = MAX_PIXELS) -> ArrayDataset:

@@ -16,12 +16,18 @@ TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 OFFICIAL = {"train": (1000, 1_281_167), "val": (1000, 50_000)}  # classes, images
 WNID = "n[0-9]{8}"
+IMAGENET_WNIDS = Path(__file__).with_name("imagenet_wnids.txt")  # in the order of the outputs
 VAL_NAME = r"ILSVRC2012_val_[0-9]{8}\.JPEG"
 META = "ILSVRC2012_devkit_t12/data/meta.mat"
 TRUTH = "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"
 AGAIN = "download the archive again"
 
 Targets = list[tuple[TarInfo, Path]]  # members of an archive, and their paths in train/ or val/
+
+
+def imagenet_classes() -> tuple[str, ...]:
+    """Return ImageNet's wnids in the order of the outputs."""
+    return tuple(IMAGENET_WNIDS.read_text().split())
 
 
 @contextlib.contextmanager
@@ -53,11 +59,16 @@ def read_members(tar: tarfile.TarFile, where: str, pattern: str) -> Iterator[Tar
             raise UserError(f"{text} appears twice; {AGAIN}")
         names.add(name)
         yield member
-    tar.fileobj.seek(tar.offset)
-    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes anything for the end
-        raise UserError(f"{where}: is cut off or damaged after {len(names):,} members; {AGAIN}")
+    check_end(tar, where, len(names))
     if not names:
         raise UserError(f"{where}: is empty; {AGAIN}")
+
+
+def check_end(tar: tarfile.TarFile, where: str, count: int) -> None:
+    """Raise UserError if a tar, read to its end of `count` members, lacks its end mark."""
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes anything for the end
+        raise UserError(f"{where}: is cut off or damaged after {count:,} members; {AGAIN}")
 
 
 def train_targets(archive: Path) -> Targets:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 
@@ -25,6 +26,10 @@ class ArrayDataset:
         """Return a hash of images, labels and classes, which changes if the data does."""
         return digest(self.classes, self.images, self.labels)
 
+    def select(self, keep: np.ndarray) -> Self:
+        """Return the images of these numbers."""
+        return replace(self, images=self.images[keep], labels=self.labels[keep])
+
 
 def digest(classes: Sequence[str], *arrays: np.ndarray) -> str:
     """Return a hash, 16 hex digits, of class names and arrays."""
@@ -36,8 +41,7 @@ def digest(classes: Sequence[str], *arrays: np.ndarray) -> str:
 
 def subsample(image_set: ArrayDataset, limit: int | None) -> ArrayDataset:
     """Keep at most `limit` images, evenly spaced, so that datasets sorted by class keep every class."""
-    keep = even_indices(len(image_set), limit)
-    return replace(image_set, images=image_set.images[keep], labels=image_set.labels[keep])
+    return image_set.select(even_indices(len(image_set), limit))
 
 
 def even_indices(images: int, limit: int | None) -> np.ndarray:

@@ -13,16 +13,16 @@ from typing import Protocol
 import numpy as np
 
 from resnext.classes import abbreviate, name_outputs, output_numbers
-from resnext.config import DataConfig
+from resnext.config import IMAGE_FILES, DataConfig
 from resnext.errors import UserError
 
+from . import image_folder, shards
 from .datasets import ImageDataset, load_set
-from .image_folder import class_folders, list_set, one_folder_too_many, read_set, split_folder
-from .in_memory import ArrayDataset
+from .image_folder import class_folders, one_folder_too_many, read_set, split_folder
+from .imagenet_archives import imagenet_classes
 from .walk import to_text
 
 MAX_SPLITS = 50
-IMAGENET_WNIDS = Path(__file__).with_name("imagenet_wnids.txt")  # in the order of the outputs
 NO_DATA = "--data: is missing; give --data DIR with val/CLASS/*.jpg"
 
 
@@ -75,11 +75,6 @@ def read_splits(name: str) -> list[tuple[int, str, str]]:
     return rows
 
 
-def imagenet_classes() -> tuple[str, ...]:
-    """Return ImageNet's wnids in the order of the outputs."""
-    return tuple(IMAGENET_WNIDS.read_text().split())
-
-
 class Outputs(Protocol):
     """What is known of a network's outputs; a weights.load.WeightsInfo."""
 
@@ -114,12 +109,15 @@ def known_classes(data: DataConfig, outputs: int, origin: str) -> tuple[tuple[st
     """Return names of the outputs for weights without names, ImageNet's or the data's, and warnings."""
     if data.dir is None:
         raise UserError(NO_DATA)
-    if data.dataset != "folder":
+    if data.dataset not in IMAGE_FILES:
         return load_set(data, "val").classes, []
-    val = split_folder(data.dir, "val")
-    found, train = class_folders(val), val.with_name("train")
-    if len(found) < outputs and train.is_dir() and set(found) < set(class_folders(train)):
-        found = class_folders(train)  # val/ may lack classes
+    if data.dataset == "shards":
+        found = list(shards.stored_classes(data.dir))
+    else:
+        val = split_folder(data.dir, "val")
+        found, train = class_folders(val), val.with_name("train")
+        if len(found) < outputs and train.is_dir() and set(found) < set(class_folders(train)):
+            found = class_folders(train)  # val/ may lack classes
     wnids = imagenet_classes()
     numbered = output_numbers(found, outputs) is not None and data.class_order is None
     if outputs == len(wnids) and (numbered or set(found) <= set(wnids)):
@@ -151,26 +149,31 @@ def load_val(
     Classes, or the `wanted` outputs, without images cause a warning. Folders named 0…N-1, as in
     ImageNet-V2, are the network's outputs. Names are paths below val/, or numbers if there are no files.
     """
-    if data.dataset != "folder":
+    if data.dataset not in IMAGE_FILES:
         val_set = load_set(data, "val", classes)
         if val_set.classes != classes:
             raise other_classes(data.dir, val_set.classes, classes)
         return val_set, list(map(str, range(len(val_set))))
     if data.dir is None:
         raise UserError(NO_DATA)
-    val = split_folder(data.dir, "val")
-    found = class_folders(val)
+    if data.dataset == "shards":
+        found, hint = list(shards.stored_classes(data.dir)), ""
+    else:
+        val = split_folder(data.dir, "val")
+        found = class_folders(val)
+        hint = one_folder_too_many(val, found)
     names, notes = classes, []
     if not set(found) <= set(classes):
         numbers = output_numbers(found, len(classes))
         if numbers is None or any(name.isdecimal() for name in classes):
-            raise other_classes(data.dir, found, classes, one_folder_too_many(val, found))
+            raise other_classes(data.dir, found, classes, hint)
         if classes != imagenet_classes():
             notes.append(
                 f"warning: class folders 0…{len(classes) - 1} are interpreted as numbers of the network's "
                 f"outputs, {abbreviate(classes)}"
             )
         names = tuple(numbers.get(output, str(output)) for output in range(len(classes)))
+    list_set = shards.list_set if data.dataset == "shards" else image_folder.list_set
     files = list_set(data.dir, "val", data.val_images, names, wanted=wanted)
     val_set = read_set(files, data.image_size, data.max_pixels) if data.pipeline == "memory" else files
     val_set = replace(val_set, classes=classes, notes=(*notes, *val_set.notes))
@@ -199,11 +202,7 @@ def restrict(
     if not len(keep):
         raise UserError(f"{option}: the data has no image of these classes; check --data")
     classes = tuple(val_set.classes[column] for column in columns)
-    part = replace(val_set, labels=labels[keep], classes=classes)
-    if isinstance(part, ArrayDataset):
-        part = replace(part, images=part.images[keep])
-    else:
-        part = replace(part, paths=part.paths[keep])
+    part = replace(val_set.select(keep), labels=labels[keep], classes=classes)
     return part, [names[i] for i in keep.tolist()]
 
 

@@ -14,7 +14,8 @@ from .errors import UserError
 ORDERS = dict.fromkeys(("torchvision", "mmpretrain", "pycls", "bearpaw", "prlz77", "Torch7"), "string")
 ORDERS["timm"] = "natural"
 IMAGENET_OUTPUTS = 1000
-USUAL_CLASSES = {"folder": 1000, "cifar10": 10, "cifar100": 100, "glyphs": 10}  # by data.dataset
+# By data.dataset.
+USUAL_CLASSES = {"folder": 1000, "shards": 1000, "cifar10": 10, "cifar100": 100, "glyphs": 10}
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:

@@ -12,6 +12,7 @@ This package does not import torch, so configuration errors appear at once.
 from .parser import find_config, parse_config, read_config
 from .schema import (
     CONFIG_FOLDER,
+    IMAGE_FILES,
     KEYS,
     LAYERS,
     SECTIONS,

@@ -12,6 +12,7 @@ Scalar = str | float | bool
 Value = Scalar | tuple[Scalar, ...] | None
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "configs"
+IMAGE_FILES = ("folder", "shards")  # values of data.dataset: files of any size
 LAYERS = {"basic": 2, "bottleneck": 3}  # convolutions per block
 STAGES = {  # of the ImageNet networks: {block type: {depth: blocks per stage}}
     "basic": {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)},
@@ -21,6 +22,7 @@ STAGES = {  # of the ImageNet networks: {block type: {depth: blocks per stage}}
 # Per-channel mean and standard deviation in pixel values 0...255 (fb.resnet.torch: datasets/*.lua).
 STATISTICS = {
     "folder": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+    "shards": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
     "cifar10": ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
     "cifar100": ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),
     "glyphs": ((128.0, 128.0, 128.0), (64.0, 64.0, 64.0)),
@@ -76,8 +78,8 @@ class ModelConfig:
 class DataConfig:
     """The dataset and how images become network inputs."""
 
-    dataset: Literal["folder", "cifar10", "cifar100", "glyphs"] = key("folder",
-        "folder: class folders in train/ and val/; glyphs: digits drawn in memory")
+    dataset: Literal["folder", "shards", "cifar10", "cifar100", "glyphs"] = key("folder",
+        "folder: class folders in train/ and val/; shards: tars of images; glyphs: digits drawn in memory")
     characters: str | None = key(None, "glyphs: the characters to draw, one class each; null: 0123456789")
     dir: str | None = key(None, "dataset folder; downloads go there too (--data)", "data_dir root path")
     download: bool = key(True, "download cifar10 and cifar100 if they are missing")

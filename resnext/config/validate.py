@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from ..errors import UserError
 from .schema import (
+    IMAGE_FILES,
     LAYERS,
     STAGES,
     STATISTICS,
@@ -93,8 +94,8 @@ def _complete_data(data: DataConfig, stem: str) -> DataConfig:
     size = data.image_size or IMAGE_SIZES.get(data.dataset) or (224 if stem == "imagenet" else 32)
     if data.dataset.startswith("cifar") and size != 32:
         raise UserError(f"data.image_size: {data.dataset} images have 32 pixels (got {size}); remove the key")
-    pipeline = data.pipeline or ("memory" if data.dataset != "folder" or stem == "cifar" else "fast")
-    if pipeline != "memory" and data.dataset != "folder":
+    pipeline = data.pipeline or ("memory" if data.dataset not in IMAGE_FILES or stem == "cifar" else "fast")
+    if pipeline != "memory" and data.dataset not in IMAGE_FILES:
         raise UserError(f"data.pipeline: {data.dataset} is held in memory (got {pipeline}); remove the key")
     resize = data.resize or (size if pipeline == "memory" else size * 256 // 224)
     for name, value in (("train_size", data.train_size), ("resize", data.resize)):

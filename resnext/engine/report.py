@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import network_name
+from ..config import IMAGE_FILES, network_name
 from ..weights.load import WeightsInfo, preprocessing
 from .evaluator import EvalResult, Predictions
 from .inference import InferenceNetwork
@@ -136,7 +136,7 @@ def report(result: Row, per_class: bool) -> str:
         "errors in percent, [95% interval]",
         *footnotes(result),
     ]
-    if per_class or (result["dataset"] == "folder" and result["classes"] <= FEW_CLASSES):
+    if per_class or (result["dataset"] in IMAGE_FILES and result["classes"] <= FEW_CLASSES):
         lines += ["", *class_table(result)]
     pairs = result["confusions"]
     if per_class and pairs:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..classes import name_outputs
-from ..config import Config, ModelConfig, network_name, to_text
+from ..config import IMAGE_FILES, Config, ModelConfig, network_name, to_text
 from ..errors import UserError
 from ..models.block_forms import convert_form
 from ..models.resnext import ResNeXt
@@ -68,7 +68,7 @@ def pretrained_classes(
         return None, []
     if info.classes is not None:
         return (info.classes if set(info.classes) == set(classes) else None), []
-    if config.data.dataset != "folder":
+    if config.data.dataset not in IMAGE_FILES:
         return classes, []
     try:
         return name_outputs(classes, info.outputs, info.origin, config.data.class_order, "data.class_order=")

@@ -1,0 +1,284 @@
+"""Write images as tar shards (WebDataset), from class folders or from Parquet files of the Hugging Face hub.
+
+    python scripts/make_shards.py datasets/imagenet datasets/imagenet-shards
+    python scripts/make_shards.py PARQUET OUTPUT --label fine_label
+    python train.py --config resnext50_32x4d.yaml --data OUTPUT data.dataset=shards
+
+Images are copied unchanged, with their names. OUTPUT gets train-0000.tar, validation-0000.tar, …, the class
+names in classes.txt, and a list of the shards in _info.json, which timm reads too. To resume after an
+interruption, run the same command again: complete shards are kept. Nothing is overwritten.
+
+PARQUET is a folder with files like train-00000-of-00294.parquet and validation-00000-of-00014.parquet.
+Column and class names are those of their metadata. pip install pyarrow reads them.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import io
+import json
+import os
+import re
+import sys
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import numpy as np
+
+from data import image_folder
+from data.in_memory import digest
+from data.process_pool import progress
+from data.shards import class_labels, split_files
+from data.walk import EXTENSIONS, to_bytes, to_text
+from resnext.errors import UserError, command_parser, run_main
+from resnext.files import whole_file
+
+if TYPE_CHECKING:
+    from pyarrow import Schema
+
+NAMES = {"train": "train", "val": "validation"}
+JPEG = (".jpeg", ".jpe", ".jfif")  # members end with .jpg, the only one of these that timm reads
+MAGIC = {b"\xff\xd8": ".jpg", b"\x89P": ".png", b"RI": ".webp", b"BM": ".bmp", b"GI": ".gif"}
+
+
+@dataclass(frozen=True)
+class Split:
+    """The images of a split: paths CLASS/NAME, labels, and their contents from a number on."""
+
+    paths: np.ndarray  # bytes (N,)
+    labels: np.ndarray  # int64 (N,)
+    contents: Callable[[int], Iterator[bytes]]
+
+
+Splits = dict[str, Split]
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    source, output = Path(arguments.source), Path(arguments.output)
+    parquet = split_files(str(source), ".parquet", depth=3) if source.is_dir() else {}
+    if any(parquet.values()):
+        classes, splits = read_parquet(parquet, arguments.label)
+    else:
+        classes, splits = read_folders(str(source))
+    if len(set(classes)) < len(classes) or any("\n" in name for name in classes):
+        raise UserError(f"{source}: a class name is used twice or has a line end; rename the class")
+    info = describe(classes, splits, arguments.images)
+    with prepared(output, info):
+        with whole_file(str(output / "classes.txt")) as path:
+            path.write_bytes(to_bytes("".join(f"{name}\n" for name in classes)))
+        try:
+            for split, content in splits.items():
+                write_split(output, split, classes, content, info["splits"][NAMES[split]])
+        except KeyboardInterrupt:
+            print("stopped; run the same command again to resume", file=sys.stderr)
+            raise
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = command_parser(__doc__)
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="folder with train/CLASS/ and val/CLASS/, or with Parquet files")
+    add("output", metavar="OUTPUT", help="folder to create, or to resume")
+    add("--images", type=int, default=1250, metavar="N", help="images per shard (default: 1250)")
+    add("--label", metavar="COLUMN", help="Parquet: the column of labels, if there are several")
+    arguments = parser.parse_args()
+    if arguments.images < 1:
+        raise UserError(f"--images: must be at least 1 (got {arguments.images}); raise it")
+    return arguments
+
+
+def describe(classes: tuple[str, ...], splits: Splits, images: int) -> dict:
+    """Return the content of _info.json: timm's keys, and a hash of what the shards are made from."""
+    info: dict = {"splits": {}}
+    for split, content in splits.items():
+        count, name = len(content.labels), NAMES[split]
+        lengths = [min(images, count - start) for start in range(0, count, images)]
+        files = [f"{name}-{number:04}.tar" for number in range(len(lengths))]
+        info["splits"][name] = {
+            "name": name,
+            "num_samples": count,
+            "filenames": files,
+            "shard_lengths": lengths,
+            "source": digest(classes, content.paths, content.labels),
+        }
+    return info
+
+
+@contextlib.contextmanager
+def prepared(output: Path, info: dict) -> Iterator[None]:
+    """Create OUTPUT with its _info.json, or resume it, and lock it against other processes."""
+    if not output.exists():
+        output.mkdir(parents=True)
+    file = output / "_info.json"
+    foreign = sorted(set(os.listdir(output)) - {"lost+found"})
+    if foreign and not file.exists():
+        raise UserError(
+            f"{output}: holds {foreign[0]!r}, which this program did not create; name a new folder"
+        )
+    folder = os.open(output, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not file.exists():
+            with whole_file(str(file)) as path:
+                path.write_text(json.dumps(info, indent=1))
+        elif json.loads(file.read_bytes()) != info:
+            text = "was made from other images, or with another --images"
+            raise UserError(f"{output}: {text}; give the same ones to resume, or name a new folder")
+        for rest in output.glob(".*.partial*"):
+            rest.unlink()
+        yield
+    except BlockingIOError:
+        raise UserError(f"{output}: another process is writing there; wait, or stop it first") from None
+    finally:
+        os.close(folder)
+
+
+def write_split(output: Path, split: str, classes: tuple[str, ...], images: Split, info: dict) -> None:
+    """Write the shards of a split that do not exist yet."""
+    start, contents = 0, None
+    with progress(f"{split}: writing", len(images.labels), " images") as bar:
+        for name, length in zip(info["filenames"], info["shard_lengths"], strict=True):
+            numbers = range(start, start + length)
+            start += length
+            if (output / name).exists():
+                contents = None
+            else:
+                contents = contents or images.contents(numbers.start)
+                with whole_file(str(output / name)) as path:
+                    write_shard(path, classes, images, numbers, islice(contents, length))
+            bar.update(length)
+    print(f"{split}: complete, {start:,} images in {len(info['filenames']):,} shards", flush=True)
+
+
+def write_shard(
+    path: Path, classes: tuple[str, ...], images: Split, numbers: range, contents: Iterator[bytes]
+) -> None:
+    """Write the images of some numbers: members CLASS/NAME.jpg, .cls (label), and .json (original name)."""
+    keys = set()
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, encoding="utf-8") as tar:  # surrogateescape
+        for number, content in zip(numbers, contents, strict=True):
+            name, label = to_text(images.paths[number]), int(images.labels[number])
+            key, extension = os.path.splitext(name)
+            if extension.lower() not in EXTENSIONS:
+                key, extension = name, MAGIC.get(content[:2], ".jpg")
+            details = {"filename": key + extension, "label": label, "class": classes[label]}
+            if key in keys or key.startswith("__") or "." in os.path.basename(key):
+                key = f"{number:08}"  # a key ends at its first dot
+            keys.add(key)
+            extension = ".jpg" if extension.lower() in JPEG else extension.lower()
+            parts = {extension: content, ".cls": b"%d" % label, ".json": json.dumps(details).encode()}
+            for ending, part in parts.items():
+                member = tarfile.TarInfo(key + ending)
+                member.size = len(part)
+                tar.addfile(member, io.BytesIO(part))
+
+
+# ---------------------------------------------------------------------------- sources
+
+
+def read_folders(source: str) -> tuple[tuple[str, ...], Splits]:
+    """Return the classes and images of class folders."""
+    classes, splits = image_folder.class_names(source), {}
+    for split in NAMES:
+        files = image_folder.list_set(source, split, classes=classes)
+        for note in files.notes:
+            print(note, file=sys.stderr)
+        splits[split] = folder_split(files)
+    return classes, splits
+
+
+def folder_split(files: image_folder.ImageFolderDataset) -> Split:
+    return Split(files.paths, files.labels, lambda start: map(files.read, range(start, len(files))))
+
+
+def read_parquet(parquet: dict[str, list[Path]], column: str | None) -> tuple[tuple[str, ...], Splits]:
+    """Return the classes and images of Parquet files. Only names and labels are read at first."""
+    try:
+        import pyarrow
+        from pyarrow.parquet import read_schema, read_table
+    except ImportError:
+        raise UserError("Parquet files are read by pyarrow, which is missing: pip install pyarrow") from None
+    for split, files in parquet.items():
+        check_complete(split, files)
+    classes: tuple[str, ...] = ()
+    splits: Splits = {}
+    for split, files in parquet.items():
+        try:
+            image, label, names = find_columns(read_schema(files[0]), column, files[0])
+            tables = [read_table(file, columns=[f"{image}.path", label]) for file in files]
+            paths = [row["path"] for table in tables for row in table[image].to_pylist()]
+            labels = [row for table in tables for row in table[label].to_pylist()]
+        except (pyarrow.ArrowException, LookupError, TypeError, ValueError) as error:
+            reason = str(error)[:100]
+            raise UserError(f"{files[0].parent}: {split} cannot be read ({reason!a}); get it again") from None
+        if not all(isinstance(value, int) and value >= 0 for value in labels):
+            raise UserError(f"{files[0]}: rows of {label} have no class number; use a split with labels")
+        bases = [os.path.basename(path or "") for path in paths]
+        if not all(bases) or len(set(zip(labels, bases, strict=True))) < len(bases):
+            bases = [f"{row:08}{base and '_'}{base}" for row, base in enumerate(bases)]
+        if not classes:  # train comes first
+            found = np.array(list(map(to_bytes, bases)))
+            known = class_labels(len(names) or max(labels) + 1, found, np.array(labels), str(files[0]))
+            classes = known if known[0] != "0" else names or known
+        if max(labels) >= len(classes):
+            raise UserError(f"{files[0]}: has label {max(labels)}, and there are {len(classes)} classes")
+        full = [to_bytes(f"{classes[label]}/{base}") for label, base in zip(labels, bases, strict=True)]
+        contents = partial(rows, files, image)
+        splits[split] = Split(np.array(full, "S"), np.array(labels, np.int64), contents)
+    return classes, splits
+
+
+def check_complete(split: str, files: Sequence[Path]) -> None:
+    """Raise UserError if there are no Parquet files of a split, or some are missing by their names."""
+    if not files:
+        raise UserError(f"SOURCE: has no Parquet files of {split}; download both splits")
+    for file in files:
+        total = re.search(r"-[0-9]{5}-of-([0-9]{5})", file.name)
+        if "partial-" in str(file) or (total and int(total[1]) != len(files)):
+            raise UserError(f"{file}: is one of several files, of which {len(files)} exist; get the others")
+
+
+def find_columns(schema: "Schema", column: str | None, where: Path) -> tuple[str, str, tuple[str, ...]]:
+    """Return the columns of the images and labels, and the class names, or () if the metadata has none."""
+    content = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = content.get("info", {}).get("features", {})
+    types = {name: str(schema.field(name).type) for name in schema.names}
+    images = [name for name in types if types[name].startswith("struct<bytes:")]
+    named = {name: features[name]["names"] for name in types if "names" in features.get(name, ())}
+    labels = list(named) or [name for name in types if "label" in name and types[name].startswith("int")]
+    if column or "label" in labels:
+        labels = [name for name in types if name == (column or "label")]
+    if len(images) != 1 or len(labels) != 1:
+        text = f"images ({', '.join(images)}) and labels ({', '.join(labels)})"
+        raise UserError(f"{where}: needs one column of each: {text}; name the one of labels with --label")
+    return images[0], labels[0], tuple(named.get(labels[0], ()))
+
+
+def rows(files: Sequence[Path], image: str, start: int) -> Iterator[bytes]:
+    """Yield the images of Parquet files from row `start` on."""
+    from pyarrow.parquet import ParquetFile
+
+    for file in files:
+        with ParquetFile(file) as parquet:
+            for group in range(parquet.num_row_groups):
+                count = parquet.metadata.row_group(group).num_rows
+                if start >= count:
+                    start -= count
+                    continue
+                for batch in parquet.iter_batches(64, row_groups=[group], columns=[f"{image}.bytes"]):
+                    for value in batch.column(0).to_pylist()[start:]:
+                        if value["bytes"] is None:
+                            raise UserError(f"{file}: has an image without bytes; get a dataset with images")
+                        yield value["bytes"]
+                    start = max(0, start - len(batch))
+
+
+if __name__ == "__main__":
+    run_main(main)
