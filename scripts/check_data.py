@@ -1,6 +1,6 @@
-"""Check class folders before training: report what training would say, decode every image, list odd ones.
+"""Check images before training: report what training would say, decode every image, list odd ones.
 
-    python scripts/check_data.py DIR                       DIR has train/CLASS/ and val/CLASS/
+    python scripts/check_data.py DIR                       DIR has train/CLASS/ and val/CLASS/, or shards
     python scripts/check_data.py DIR --json report.json    the complete lists too
 
 Exit status 0: fit for training, in spite of warnings and odd files (gray, CMYK, rotated, …); 1: training
@@ -15,17 +15,18 @@ import os
 import sys
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from PIL import Image
 
-from data import image_folder
+from data import image_folder, shards
 from data.decode import MAX_PIXELS, decode
-from data.image_folder import Listing
+from data.image_folder import ImageFolderDataset, Listing
 from data.process_pool import process_pool, progress
-from data.walk import FORMATS, to_text
+from data.walk import FORMATS, Found, to_text
 from resnext.errors import UserError, command_parser, run_main
 from resnext.files import check_target, write_file
 
@@ -64,19 +65,34 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.workers < 1:
         raise UserError(f"--workers: must be at least 1 (got {arguments.workers})")
-    for split in SPLITS:
+    root, sharded = Path(arguments.folder).expanduser(), shards.is_sharded(arguments.folder)
+    for split in SPLITS if not sharded else ():
         image_folder.split_folder(arguments.folder, split)
-    root = Path(arguments.folder).expanduser()
     if arguments.json:
         check_target("--json", Path(arguments.json))
     try:
-        classes, refused = image_folder.class_names(str(root)), []
+        classes, refused = (shards if sharded else image_folder).class_names(str(root)), []
     except UserError as error:
+        if sharded:
+            raise
         classes, refused = tuple(image_folder.class_folders(root / "train")), [str(error)]
-    listings = {split: image_folder.list_split(root / split, classes) for split in SPLITS}
+    if sharded:
+        sets = [shards.list_set(str(root), split, classes=classes) for split in SPLITS]
+        parts = [Listing(part.paths, part.labels, list(part.notes), [], Found([])) for part in sets]
+        listings = dict(zip(SPLITS, parts, strict=True))
+    else:
+        listings = {split: image_folder.list_split(root / split, classes) for split in SPLITS}
     paths = np.concatenate([np.char.add(f"{split}/".encode(), listings[split].paths) for split in SPLITS])
-    found = inspect_all(root, paths, arguments.workers, arguments.max_pixels)
-    report = summarize(root, classes, listings, paths, found)
+    labels = np.concatenate([listings[split].labels for split in SPLITS])
+    files = ImageFolderDataset(root, paths, labels, classes)
+    if sharded:
+        places = np.concatenate([part.places for part in sets])
+        places["shard"][len(sets[0]) :] += len(sets[0].shards)
+        files = replace(
+            sets[0], paths=paths, labels=labels, places=places, shards=sets[0].shards + sets[1].shards
+        )
+    found = inspect_all(files, arguments.workers, arguments.max_pixels)
+    report = summarize(root, classes, listings, files.paths, found)
     report["problems"]["refused"][:0] = refused
     print_report(report, arguments.json)
     if arguments.json:
@@ -85,22 +101,21 @@ def main() -> int:
     return int(any(report["problems"].values()))
 
 
-def inspect(root: Path, paths: np.ndarray, max_pixels: int) -> Inspected:
+def inspect(files: ImageFolderDataset, max_pixels: int) -> Inspected:
     """Return a RECORD per file, and why some are broken."""
-    records = np.zeros(len(paths), RECORD)
+    records = np.zeros(len(files), RECORD)
     reasons = {}
-    for number, name in enumerate(map(os.fsdecode, paths)):
-        path = root / name
+    for number in range(len(files)):
+        path = files.path(number)
         try:
-            records[number] = inspect_file(path, max_pixels)
+            records[number] = inspect_file(files.read(number, image_folder.LARGEST_FILE), path, max_pixels)
         except UserError as error:
             reasons[number] = str(error).removeprefix(f"{path}: ")
     return records, reasons
 
 
-def inspect_file(path: Path, max_pixels: int) -> tuple:
+def inspect_file(content: bytes, path: str, max_pixels: int) -> tuple:
     """Return the fields of a RECORD. Raise UserError if the file is broken."""
-    content = image_folder.read_file(str(path), image_folder.LARGEST_FILE)
     if not content:
         raise UserError("empty")
     height, width, _ = decode(content, path, max_pixels=max_pixels).shape
@@ -110,12 +125,13 @@ def inspect_file(path: Path, max_pixels: int) -> tuple:
         mode, kind, alpha = image.mode, image.format, image.has_transparency_data
         frames = kind != "MPO" and getattr(image, "n_frames", 1) > 1
         orientation = image.getexif().get(274, 1)
+    extension = os.path.splitext(path)[1].lower()
     odd = {
         "gray": mode in ("1", "L", "LA", "La") or mode.startswith("I"),
         "cmyk": mode == "CMYK",
         # Pillow opens 16-bit color PNGs as 8-bit; their header has the depth.
         "deep": mode.startswith("I") or (kind == "PNG" and content[24:25] == b"\x10"),
-        "format": Image.registered_extensions().get(path.suffix.lower()) != ALIASES.get(kind, kind),
+        "format": Image.registered_extensions().get(extension) != ALIASES.get(kind, kind),
         "orientation": orientation not in (0, 1),
         "alpha": alpha,
         "frames": frames,
@@ -127,19 +143,19 @@ def inspect_file(path: Path, max_pixels: int) -> tuple:
     return True, width, height, len(content), digest, [odd[key] for key in ODD]
 
 
-def inspect_all(root: Path, paths: np.ndarray, workers: int, max_pixels: int) -> Inspected:
+def inspect_all(files: ImageFolderDataset, workers: int, max_pixels: int) -> Inspected:
     """Inspect all files in other processes. A file that crashes its process counts as broken."""
-    records = np.zeros(len(paths), RECORD)
+    records = np.zeros(len(files), RECORD)
     reasons: dict[int, str] = {}
-    spans = [range(len(paths))[start : start + CHUNK] for start in range(0, len(paths), CHUNK)][::-1]
-    with progress("decoding", len(paths), " images") as bar:
+    spans = [range(len(files))[start : start + CHUNK] for start in range(0, len(files), CHUNK)][::-1]
+    with progress("decoding", len(files), " images") as bar:
         while spans:
             running: dict[Future, range] = {}
             try:
                 with process_pool(workers) as pool:
                     while spans or running:
                         while spans and len(running) < (2 * workers if len(spans[-1]) > 1 else 1):
-                            future = pool.submit(inspect, root, paths[spans[-1]], max_pixels)
+                            future = pool.submit(inspect, files.select(np.array(spans[-1])), max_pixels)
                             running[future] = spans.pop()
                         for future in wait(running, return_when=FIRST_COMPLETED).done:
                             found, why = future.result()
