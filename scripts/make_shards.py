@@ -202,7 +202,7 @@ def read_parquet(parquet: dict[str, list[Path]], column: str | None) -> tuple[tu
     """Return the classes and images of Parquet files. Only names and labels are read at first."""
     try:
         import pyarrow
-        from pyarrow.parquet import read_schema, read_table
+        from pyarrow.parquet import ParquetFile, read_schema
     except ImportError:
         raise UserError("Parquet files are read by pyarrow, which is missing: pip install pyarrow") from None
     for split, files in parquet.items():
@@ -212,7 +212,7 @@ def read_parquet(parquet: dict[str, list[Path]], column: str | None) -> tuple[tu
     for split, files in parquet.items():
         try:
             image, label, names = find_columns(read_schema(files[0]), column, files[0])
-            tables = [read_table(file, columns=[f"{image}.path", label]) for file in files]
+            tables = [ParquetFile(file).read(columns=[f"{image}.path", label]) for file in files]
             paths = [row["path"] for table in tables for row in table[image].to_pylist()]
             labels = [row for table in tables for row in table[label].to_pylist()]
         except (pyarrow.ArrowException, LookupError, TypeError, ValueError) as error:
