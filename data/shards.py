@@ -80,21 +80,26 @@ def _opened(path: str) -> _Opened:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Return the names that a pattern stands for: x{0000..1023} and x{a,b}, also nested."""
-    found = re.search(r"\{([^{}]*)\}", pattern)
-    if not found:
+    """Return the names that a pattern stands for: x{0000..1023}, x{a,b}, also one inside the other."""
+    before, brace, rest = pattern.partition("{")
+    if not brace:
         return [pattern]
-    span = re.fullmatch(r"([0-9]{1,7})\.\.([0-9]{1,7})", found[1])
+    parts, depth = [""], 1
+    for letter in rest:
+        depth += (letter == "{") - (letter == "}")
+        if not depth:
+            break
+        if letter == "," and depth == 1:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    ends = expand_braces(rest[len(",".join(parts)) + 1 :])
+    span = re.fullmatch(r"([0-9]{1,7})\.\.([0-9]{1,7})", ",".join(parts))
     if span:
-        choices = [f"{n:0{len(span[1])}}" for n in range(int(span[1]), int(span[2]) + 1)]
-    else:
-        choices = found[1].split(",")
-    if len(choices) < 2:
-        raise UserError(
-            f"data.dir {pattern}: {found[0]} names no alternatives; write {{0000..0009}} or {{a,b}}"
-        )
-    names = [pattern[: found.start()] + choice + pattern[found.end() :] for choice in choices]
-    return [name for choice in names for name in expand_braces(choice)]
+        parts = [f"{number:0{len(span[1])}}" for number in range(int(span[1]), int(span[2]) + 1)]
+    if depth or len(parts) < 2:
+        raise UserError(f"data.dir {pattern}: has braces without alternatives; write {{00..09}} or {{a,b}}")
+    return [before + middle + last for part in parts for middle in expand_braces(part) for last in ends]
 
 
 def split_files(root: str, suffix: str = ".tar", depth: int = 2) -> dict[str, list[Path]]:

@@ -32,12 +32,12 @@ class Sample(NamedTuple):
 def read_samples(path: str) -> list[Sample]:
     """Return the samples of a shard, in its order. Raise UserError with the member if one is not usable."""
     samples = []
-    with reading(path), tarfile.open(path, "r:", encoding="utf-8", errors="surrogateescape") as tar:
-        for key, members in groupby(_members(tar, path), lambda part: part[0]):
-            sample = _sample(tar, f"{path}: sample {_short(key)}", [part[1:] for part in members])
-            if sample:
-                samples.append(sample)
-        check_end(tar, path, len(tar.getmembers()))
+    with reading(path), tarfile.open(path, "r:", encoding="utf-8") as tar:  # with surrogateescape
+        members = list(_members(tar, path))
+        check_end(tar, path, len(members))
+        for key, parts in groupby(members, lambda member: member[0]):
+            sample = _sample(tar, f"{path}: sample {_short(key)}", [part[1:] for part in parts])
+            samples += [sample] if sample else []
     return samples
 
 
@@ -95,7 +95,8 @@ def _content(tar: tarfile.TarFile, where: str, member: tarfile.TarInfo, kind: st
 def _json(tar: tarfile.TarFile, where: str, member: tarfile.TarInfo) -> dict[str, object]:
     try:
         details = json.loads(_content(tar, where, member, "json"))
-        to_bytes(str(details))  # some escapes do not stand for text
+        details = details if isinstance(details, dict) else {}
+        to_bytes(str(details.get("filename")))  # some escapes do not stand for text
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: its .json cannot be read ({str(error)[:100]!a}); repair it") from None
-    return details if isinstance(details, dict) else {}
+    return details

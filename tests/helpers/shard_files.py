@@ -35,7 +35,9 @@ def pack(path: Path, members: Iterable[Member], **options) -> Path:
     return path
 
 
-def sample(key: str, label: object, image: bytes, extension: str = "jpg", **details: object) -> list[Member]:
+def sample(
+    key: str, label: object, image: bytes, extension: str = "jpg", /, **details: object
+) -> list[Member]:
     """Return the members of a sample; without a label, those of its image and json alone."""
     members: list[Member] = [(f"{key}.{extension}", image)]
     if label is not None:
