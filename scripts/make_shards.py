@@ -70,9 +70,7 @@ def main() -> None:
     if len(set(classes)) < len(classes) or any("\n" in name for name in classes):
         raise UserError(f"{source}: a class name is used twice or has a line end; rename the class")
     info = describe(classes, splits, arguments.images)
-    with prepared(output, info):
-        with whole_file(str(output / "classes.txt")) as path:
-            path.write_bytes(to_bytes("".join(f"{name}\n" for name in classes)))
+    with prepared(output, info, classes):
         try:
             for split, content in splits.items():
                 write_split(output, split, classes, content, info["splits"][NAMES[split]])
@@ -112,27 +110,26 @@ def describe(classes: tuple[str, ...], splits: Splits, images: int) -> dict:
 
 
 @contextlib.contextmanager
-def prepared(output: Path, info: dict) -> Iterator[None]:
-    """Create OUTPUT with its _info.json, or resume it, and lock it against other processes."""
-    if not output.exists():
-        output.mkdir(parents=True)
+def prepared(output: Path, info: dict, classes: tuple[str, ...]) -> Iterator[None]:
+    """Create OUTPUT with _info.json and classes.txt, or resume it, and lock it against other processes."""
+    output.mkdir(parents=True, exist_ok=True)
     file = output / "_info.json"
-    foreign = sorted(set(os.listdir(output)) - {"lost+found"})
+    foreign = sorted(name for name in os.listdir(output) if not name.startswith(".") and name != "lost+found")
     if foreign and not file.exists():
-        raise UserError(
-            f"{output}: holds {foreign[0]!r}, which this program did not create; name a new folder"
-        )
+        raise UserError(f"{output}: holds {foreign[0]!r}, which is not from here; name a new folder")
     folder = os.open(output, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not file.exists():
-            with whole_file(str(file)) as path:
-                path.write_text(json.dumps(info, indent=1))
-        elif json.loads(file.read_bytes()) != info:
+        if file.exists() and json.loads(file.read_bytes()) != info:
             text = "was made from other images, or with another --images"
             raise UserError(f"{output}: {text}; give the same ones to resume, or name a new folder")
         for rest in output.glob(".*.partial*"):
             rest.unlink()
+        lines = "".join(f"{name}\n" for name in classes)
+        for name, text in (("_info.json", json.dumps(info, indent=1)), ("classes.txt", lines)):
+            if not (output / name).exists():
+                with whole_file(str(output / name)) as path:
+                    path.write_bytes(to_bytes(text))
         yield
     except BlockingIOError:
         raise UserError(f"{output}: another process is writing there; wait, or stop it first") from None

@@ -54,7 +54,7 @@ def to_parquet(folders: Path, output: Path, files: int = 2, label: str = "label"
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     output.mkdir(parents=True, exist_ok=True)
     for split, name in (("train", "train"), ("val", "validation")):
-        paths = sorted((folders / split).rglob("*.*"), key=lambda path: path.name)  # not by class
+        paths = sorted((folders / split).rglob("*.*"), key=lambda path: path.parts[:-3:-1])  # not by class
         for number in range(files):
             part = paths[number::files]
             rows = [{"bytes": path.read_bytes(), "path": named(path, options)} for path in part]
