@@ -6,14 +6,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
+import make_shards
 import torch
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from data.augment import EIGENVALUES, EIGENVECTORS
-from data.file_loaders import FileTrainLoader
+from data.datasets import load_set
 from data.image_folder import list_set
 from data.loaders import make_train_loader
 from resnext.config import parse_config
@@ -22,6 +24,7 @@ from resnext.engine.train_state import TrainState, build_train_state
 from resnext.engine.trainer import train_step
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SHARDS = "data.dataset=shards"
 PLAIN = ("augment.jitter=0", "augment.lighting=0")
 
 
@@ -40,6 +43,13 @@ Table = tuple[str, list[Variant]]
 
 def pipelines(folder: str, overrides: list[str]) -> Iterator[Table]:
     """Compare training input in one DataLoader worker on its own core, then in process on one core."""
+    with TemporaryDirectory() as packed:
+        files = list_set(folder, "train")
+        make_shards.write_shards(Path(packed), files.classes, {"train": make_shards.folder_split(files)}, 100)
+        yield from pipelines_of(folder, packed, overrides)
+
+
+def pipelines_of(folder: str, packed: str, overrides: list[str]) -> Iterator[Table]:
     cores = sorted(os.sched_getaffinity(0))
     torch.set_num_threads(1)
     base = ["data.workers=0", "train.batch_size=32", *overrides]
@@ -51,6 +61,7 @@ def pipelines(folder: str, overrides: list[str]) -> Iterator[Table]:
             ours("fast", folder, [*one, *PLAIN]),
             Reference(folder, photometric=True, workers=1).variant("torchvision, color and lighting"),
             ours("fast, color and lighting", folder, one),
+            ours("the same from tar shards", packed, [*one, SHARDS]),
         ]
         for variant in variants:  # forks the worker, which stays on this first core
             variant.run()
@@ -67,6 +78,7 @@ def pipelines(folder: str, overrides: list[str]) -> Iterator[Table]:
             ours("torch7", folder, [*base, *PLAIN, "data.pipeline=torch7"]),
             Reference(folder, photometric=True).variant("torchvision, color and lighting"),
             ours("fast, color and lighting", folder, base),
+            ours("the same from tar shards", packed, [*base, SHARDS]),
         ],
     )
     os.sched_setaffinity(0, cores)
@@ -74,8 +86,8 @@ def pipelines(folder: str, overrides: list[str]) -> Iterator[Table]:
 
 def ours(name: str, folder: str, overrides: list[str]) -> Variant:
     config = parse_config("", "benchmark", [f"data.dir={folder}", *overrides])
-    files = list_set(folder, "train")
-    loader = FileTrainLoader(files, config, torch.device("cpu"), print)
+    files = load_set(config.data, "train")
+    loader = make_train_loader(files, config, torch.device("cpu"), print)
     return Variant(name, len(files), lambda: [None for _ in loader.epoch(1)])
 
 

@@ -69,14 +69,11 @@ def main() -> None:
         classes, splits = read_folders(str(source))
     if len(set(classes)) < len(classes) or any("\n" in name for name in classes):
         raise UserError(f"{source}: a class name is used twice or has a line end; rename the class")
-    info = describe(classes, splits, arguments.images)
-    with prepared(output, info, classes):
-        try:
-            for split, content in splits.items():
-                write_split(output, split, classes, content, info["splits"][NAMES[split]])
-        except KeyboardInterrupt:
-            print("stopped; run the same command again to resume", file=sys.stderr)
-            raise
+    try:
+        write_shards(output, classes, splits, arguments.images)
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to resume", file=sys.stderr)
+        raise
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -90,6 +87,14 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.images < 1:
         raise UserError(f"--images: must be at least 1 (got {arguments.images}); raise it")
     return arguments
+
+
+def write_shards(output: Path, classes: tuple[str, ...], splits: Splits, images: int) -> None:
+    """Write the shards that OUTPUT lacks, of up to `images` images each."""
+    info = describe(classes, splits, images)
+    with prepared(output, info, classes):
+        for split, content in splits.items():
+            write_split(output, split, classes, content, info["splits"][NAMES[split]])
 
 
 def describe(classes: tuple[str, ...], splits: Splits, images: int) -> dict:

@@ -48,7 +48,9 @@ def benchmark(tmp_path, *arguments: object) -> list[dict]:
 def test_input(tmp_path, jpegs):
     tables = benchmark(tmp_path, "data", "--data", jpegs)
     assert all(row["images"] == 6 for table in tables for row in table["rows"])
-    assert {"fast", "torch7"} <= {row["name"] for table in tables for row in table["rows"]}
+    assert {"fast", "torch7", "the same from tar shards"} <= {
+        row["name"] for table in tables for row in table["rows"]
+    }
 
 
 def test_end_to_end(tmp_path, jpegs):
