@@ -108,7 +108,7 @@ def split_files(root: str, suffix: str = ".tar", depth: int = 2) -> dict[str, li
     A word in its own name, or else in that of its folder, says which split a file belongs to: train, val, or
     what other people call these. Raise UserError if files of a pattern do not exist.
     """
-    base = Path(os.fsdecode(to_bytes(root))).expanduser()
+    base = Path(os.path.abspath(Path(os.fsdecode(to_bytes(root))).expanduser()))
     if base.is_dir():
         patterns = ["*/" * level + f"*{suffix}" for level in range(depth)]
         found = [path for pattern in patterns for path in base.glob(pattern) if path.is_file()]
@@ -180,13 +180,14 @@ def read_index(root: str, split: str) -> tuple[tuple[str, ...], Arrays]:
 
     The arrays are "names", bytes below the class folders, "labels", int64, and "places".
     """
-    shards = tuple(map(str, find_shards(root, split)))
+    paths = find_shards(root, split)
+    shards, names = tuple(map(str, paths)), tuple("/".join(path.parts[-2:]) for path in paths)
     entry = Path(os.fsdecode(to_bytes(root))) / f"shards of {split}"
-    known = cached(entry, shards, ("names", "labels", "places"))
+    known = cached(entry, names, ("names", "labels", "places"))
     if known is None:
         changed = {os.fsencode(shard): os.stat(shard).st_mtime_ns for shard in shards}  # before it is read
         known = _join(shards, list(_read_all(shards)))
-        remember(entry, shards, known, changed)
+        remember(entry, names, known, changed)
     return shards, known
 
 
@@ -306,8 +307,8 @@ def list_set(
     by_class = np.argsort(labels, kind="stable")
     paths, labels, places = paths[by_class], labels[by_class], places[by_class]
     notes = absent_classes(Path(where), labels, classes, wanted) if split == "val" else []
-    empty = sorted(set(range(len(classes))) - set(labels.tolist()))
+    empty = [classes[n] for n in np.setdiff1d(np.arange(len(classes)), labels)]
     if split == "train" and empty:
-        raise UserError(f"{where}: have no images of {abbreviate([classes[n] for n in empty])}; add some")
+        raise UserError(f"{where}: have no images of {abbreviate(empty)}; add some")
     files = ShardDataset(Path(root), paths, labels, classes, tuple(notes), shards=shards, places=places)
     return files.select(even_indices(len(files), limit))

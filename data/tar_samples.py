@@ -75,7 +75,7 @@ def _sample(tar: tarfile.TarFile, where: str, members: list[tuple[str, tarfile.T
         text = _content(tar, where, parts["cls"], "cls").decode("latin-1").strip()
     else:
         text = str(details.get("label"))
-    if not re.fullmatch("[0-9]{1,7}", text):
+    if not re.fullmatch("[0-9]{1,6}", text):
         problem = f"has no class number (got {_short(text)} in .cls or in label of .json)"
         raise UserError(f"{where} {problem}; shards need one in .cls for each image")
     if image.size > LARGEST["image"]:

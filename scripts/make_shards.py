@@ -35,7 +35,7 @@ from data import image_folder
 from data.in_memory import digest
 from data.process_pool import progress
 from data.shards import class_labels, split_files
-from data.walk import EXTENSIONS, to_bytes, to_text
+from data.walk import EXTENSIONS, is_hidden, to_bytes, to_text
 from resnext.errors import UserError, command_parser, run_main
 from resnext.files import whole_file
 
@@ -91,31 +91,24 @@ def parse_arguments() -> argparse.Namespace:
 
 def write_shards(output: Path, classes: tuple[str, ...], splits: Splits, images: int) -> None:
     """Write the shards that OUTPUT lacks, of up to `images` images each."""
-    info = describe(classes, splits, images)
-    with prepared(output, info, classes):
-        for split, content in splits.items():
-            write_split(output, split, classes, content, info["splits"][NAMES[split]])
-
-
-def describe(classes: tuple[str, ...], splits: Splits, images: int) -> dict:
-    """Return the content of _info.json: timm's keys, and a hash of what the shards are made from."""
-    info: dict = {"splits": {}}
+    lists = {}  # for _info.json: timm's keys, and a hash of what the shards are made from
     for split, content in splits.items():
         count, name = len(content.labels), NAMES[split]
         lengths = [min(images, count - start) for start in range(0, count, images)]
-        files = [f"{name}-{number:04}.tar" for number in range(len(lengths))]
-        info["splits"][name] = {
+        lists[name] = {
             "name": name,
             "num_samples": count,
-            "filenames": files,
+            "filenames": [f"{name}-{number:04}.tar" for number in range(len(lengths))],
             "shard_lengths": lengths,
             "source": digest(classes, content.paths, content.labels),
         }
-    return info
+    with prepared(output, json.dumps({"splits": lists}, indent=1), classes):
+        for split, content in splits.items():
+            write_split(output, split, classes, content, lists[NAMES[split]])
 
 
 @contextlib.contextmanager
-def prepared(output: Path, info: dict, classes: tuple[str, ...]) -> Iterator[None]:
+def prepared(output: Path, info: str, classes: tuple[str, ...]) -> Iterator[None]:
     """Create OUTPUT with _info.json and classes.txt, or resume it, and lock it against other processes."""
     output.mkdir(parents=True, exist_ok=True)
     file = output / "_info.json"
@@ -125,13 +118,13 @@ def prepared(output: Path, info: dict, classes: tuple[str, ...]) -> Iterator[Non
     folder = os.open(output, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if file.exists() and json.loads(file.read_bytes()) != info:
+        if file.exists() and file.read_bytes() != info.encode():
             text = "was made from other images, or with another --images"
             raise UserError(f"{output}: {text}; give the same ones to resume, or name a new folder")
         for rest in output.glob(".*.partial*"):
             rest.unlink()
         lines = "".join(f"{name}\n" for name in classes)
-        for name, text in (("_info.json", json.dumps(info, indent=1)), ("classes.txt", lines)):
+        for name, text in (("_info.json", info), ("classes.txt", lines)):
             if not (output / name).exists():
                 with whole_file(str(output / name)) as path:
                     path.write_bytes(to_bytes(text))
@@ -171,8 +164,9 @@ def write_shard(
             if extension.lower() not in EXTENSIONS:
                 key, extension = name, MAGIC.get(content[:2], ".jpg")
             details = {"filename": key + extension, "label": label, "class": classes[label]}
-            if key in keys or key.startswith("__") or "." in os.path.basename(key):
-                key = f"{number:08}"  # a key ends at its first dot
+            hidden = key.startswith("__") or any(map(is_hidden, to_bytes(key).split(b"/")))
+            if hidden or key in keys or "." in os.path.basename(key):  # a key ends at its first dot
+                key = f"{number:08}"
             keys.add(key)
             extension = ".jpg" if extension.lower() in JPEG else extension.lower()
             parts = {extension: content, ".cls": b"%d" % label, ".json": json.dumps(details).encode()}

@@ -34,11 +34,12 @@ ALL = itertools.product(("folders", "parquet"), (1, 2, 3), (0, 1, 3))
     [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not in CASES)],
 )
 def test_runs_are_equal(source, ranks, workers, shards, runs, images, tmp_path):
-    """Also if stopped in mid-epoch, and resumed with another number of workers."""
+    """Also if stopped in mid-epoch, and resumed with another number of workers, or begun on class folders."""
     output = tmp_path / "run"
     here = [*on_files(images), f"data.dir={shards[source]}", "data.dataset=shards", f"data.workers={workers}"]
     stop = {"rank": ranks - 1, "signal": "SIGTERM", "step": 7}
-    ended = runs.start(ranks, output, *here, watch={"stop": stop})
+    begun = on_files(images) if source == "parquet" else here
+    ended = runs.start(ranks, output, *begun, watch={"stop": stop})
     assert set(ended.statuses) == {0}, ended  # torch may warn of more workers than cores
     stopped = read(output)["progress"]
     assert (2, 1) <= (stopped["epoch"], stopped["step"]) < (2, 5)

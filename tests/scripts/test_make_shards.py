@@ -179,6 +179,14 @@ def test_parquet_killed(plain, tmp_path):
     assert contents(tmp_path / "out") == whole
 
 
+def test_odd_class_names_in_parquet(plain, tmp_path):
+    """As member names they would be hidden, or folders."""
+    root = make(to_parquet(plain, tmp_path / "hub", names=["__cat__/.net", "AC/DC"]), tmp_path / "out")
+    files = shards.list_set(str(root), "val")
+    assert files.classes == ("__cat__/.net", "AC/DC")
+    assert [os.fsdecode(path) for path in files.paths[2:4]] == ["__cat__/.net/2.png", "AC/DC/0.png"]
+
+
 def test_parquet_without_names(plain, tmp_path):
     """Neither of classes nor of images: numbers."""
     root = make(to_parquet(plain, tmp_path / "hub", 1, unnamed=True, names=[]), tmp_path / "out")
