@@ -252,9 +252,9 @@ def test_network_of_basic_blocks_is_its_definition(stem, preactivation, shortcut
 @pytest.mark.parametrize("preactivation", [False, True])
 def test_training_of_basic_blocks_is_its_definition(preactivation):
     """Six steps of the program in float64 against the reference and optim.sgd's formula."""
-    text = f"model: {{architecture: resnet, stem: cifar, depth: 14, preactivation: {str(preactivation).lower()}}}\n"
-    text += "data: {dataset: cifar10, dir: unused}\ntrain: {batch_size: 8}"
-    training = build_train_state(parse_config(text, "test"), tuple("0123456789"), torch.device("cpu"), {})
+    text = "model: {architecture: resnet, stem: cifar, depth: 14}\ndata: {dataset: cifar10, dir: unused}\n"
+    config = parse_config(text, "test", [f"model.preactivation={str(preactivation).lower()}"])
+    training = build_train_state(config, tuple("0123456789"), torch.device("cpu"), {})
     training.model.double().train()
     init_momentum(training.optimizer)
     parameters = {name: p.detach().clone() for name, p in training.model.named_parameters()}
