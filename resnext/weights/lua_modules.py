@@ -215,8 +215,9 @@ class _Names:
     def check_last_norms(self) -> None:
         """Refuse BN after the addition; only the first block of a pre-activation stage follows a BN."""
         kinds = ["branches", "add", "bn", "relu", "branches"]
-        for self.place, op in enumerate(self.ops):
-            if self.sees(*kinds) and _outputs(op) == _outputs(self.ops[self.place + 4]):
+        for place, op in enumerate(self.ops):
+            self.place = place
+            if self.sees(*kinds) and _outputs(op) == _outputs(self.ops[place + 4]):
                 raise InvalidFileError(
                     "its blocks have BN after the addition, as in the published resnet-50.t7, and ours before"
                 )
