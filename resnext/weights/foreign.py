@@ -194,12 +194,11 @@ def architecture(state: Mapping[str, Tensor]) -> ModelConfig:
     stages = [_count(state, rf"layer{number}\.(\d+)\.") for number in range(1, 6)]
     branch = re.compile(rf"layer\d\.\d+\.{'paths.0.' if paths else ''}conv1\.weight")
     present = sum(branch.fullmatch(key) is not None for key in state)
-    if present != sum(stages) or present * max(1, paths) * LAYERS["basic" if basic else "bottleneck"] > len(
-        state
-    ):
+    block_type: Literal["basic", "bottleneck"] = "basic" if basic else "bottleneck"
+    if present != sum(stages) or present * max(1, paths) * LAYERS[block_type] > len(state):
         raise InvalidFileError("some of its blocks are missing")
     shortcuts = {m[1] for key in state if (m := re.match(r"(layer\d\.\d+)\.downsample\.", key))}
-    first_blocks = {f"layer{number}.0" for number in range(1, 5)}
+    first_blocks = {f"layer{number}.0" for number in range(2 if basic else 1, 5)}  # where channels change
     cardinality = paths or total // width
     block: Literal["A", "B", "C"] = "C"
     if paths:
@@ -208,7 +207,7 @@ def architecture(state: Mapping[str, Tensor]) -> ModelConfig:
     return ModelConfig(
         architecture="resnet" if plain else "resnext",
         stem="imagenet" if stem[2] == 7 else "cifar",
-        block_type="basic" if basic else "bottleneck",
+        block_type=block_type,
         stages=tuple(stages[: stages.index(0)] if 0 in stages else stages),
         cardinality=cardinality,
         base_width=width,
