@@ -14,6 +14,7 @@ from ..errors import InvalidFileError, UserError
 from .model_folder import CONFIG, MAX_CONFIG, PREFERRED, PREPROCESSOR, TIMM_TAGS, read_facts
 
 MAX_WEIGHTS = 4 << 30  # bytes; the largest that was published, ResNeXt-101 32x48d, has 3.1 GiB
+COMMIT = re.compile("[0-9a-f]{40}")
 NAME = re.compile(r"(?P<repo>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>\w[\w.-]*))?", re.ASCII)
 
 
@@ -44,51 +45,67 @@ def download(source: str) -> tuple[str, Path]:
     """
     name, repo, revision = parse_name(source)
     try:
-        from huggingface_hub import DryRunFileInfo  # noqa: F401 (since 1.0, as is the check of sizes)
+        import huggingface_hub.errors  # noqa: F401
     except ImportError:
-        raise UserError(f"{source}: needs huggingface_hub; pip install 'huggingface_hub>=1'") from None
+        raise UserError(f"{source}: needs the package huggingface_hub; pip install huggingface_hub") from None
     try:
-        folder = _fetch(repo, revision, [CONFIG], MAX_CONFIG).parent
-        commit, config = folder.name, read_facts(folder)
-        if config.origin == "transformers":
+        folder = _fetch(repo, revision or "main", [CONFIG], MAX_CONFIG).parent
+        commit, facts = folder.name, read_facts(folder)
+        if facts.origin == "transformers":
             _fetch(repo, commit, [PREPROCESSOR], MAX_CONFIG)
-        _fetch(repo, commit, list(PREFERRED[:2]), MAX_WEIGHTS, config.license)
+        _fetch(repo, commit, list(PREFERRED[:2]), MAX_WEIGHTS, facts.license)
     except Exception as error:
         raise UserError(f"{name}: {_explain(repo, error)}") from None
     return name, folder
 
 
-def _fetch(repo: str, revision: str | None, names: list[str], limit: int, license: object = None) -> Path:
+def _fetch(repo: str, revision: str, names: list[str], limit: int, license: object = None) -> Path:
     """Return the path in the cache of the first of these files that the repository has."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError
 
+    problem: Exception = InvalidFileError(f"{repo} has no {' or '.join(names)}")
     for name in names:
-        try:
-            facts = hf_hub_download(repo, name, revision=revision, dry_run=True)
-            if not facts.file_size or facts.file_size > limit:
-                raise InvalidFileError(f"{name} has {facts.file_size} bytes, expected 1 to {limit}")
-            if facts.will_download and limit == MAX_WEIGHTS and os.environ.get("LOCAL_RANK", "0") == "0":
-                license = _license(repo, facts.commit_hash) or license or "unknown (read its model card)"
-                text = "".join(filter(str.isprintable, str(license)))[:80]
-                text += " (non-commercial)" if "-nc" in text.lower() else ""
-                print(f"{repo}: license {text}", file=sys.stderr)
-                print(f"downloading {name}, {facts.file_size / 2**20:.1f} MiB", file=sys.stderr, flush=True)
-            return Path(hf_hub_download(repo, name, revision=revision))
-        except EntryNotFoundError:  # without network, also if it is not in the cache
-            if name == names[-1]:
+        cached = try_to_load_from_cache(repo, name, revision=revision)
+        if not (isinstance(cached, str) and COMMIT.fullmatch(revision)):  # a branch may have moved
+            try:
+                facts = get_hf_file_metadata(hf_hub_url(repo, name, revision=revision))
+                _check(name, limit, facts.size, facts.commit_hash, facts.etag)
+                current = try_to_load_from_cache(repo, name, revision=facts.commit_hash)
+                if limit == MAX_WEIGHTS and not isinstance(current, str):
+                    _announce(repo, revision, name, facts.size or 0, license)
+                cached = hf_hub_download(repo, name, revision=revision)
+            except EntryNotFoundError:
+                continue
+            except InvalidFileError:
                 raise
-    raise AssertionError
+            except Exception as error:  # offline, or not permitted: what is in the cache will do
+                problem = error
+        if isinstance(cached, str):
+            return Path(cached)
+    raise problem
 
 
-def _license(repo: str, commit: str) -> str | None:
-    """Return the license on the model card, None if there is none."""
+def _check(name: str, limit: int, size: int | None, *parts: str | None) -> None:
+    """Raise InvalidFileError for a file that is too large, or whose place in the cache would be outside."""
+    if not size or size > limit:
+        raise InvalidFileError(f"{name} has {size} bytes (expected 1 to {limit})")
+    if not all(part and re.fullmatch(r"[\w-]{1,128}", part, re.ASCII) for part in parts):
+        raise InvalidFileError(f"{name}: the hub sent a name for the cache that is not safe")
+
+
+def _announce(repo: str, commit: str, name: str, size: int, license: object) -> None:
+    """Print the license, of the model card if there is one, and the size, once per machine."""
     from huggingface_hub import model_info
 
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return
     with contextlib.suppress(Exception):  # nothing depends on it
         card = model_info(repo, revision=commit).card_data
-        return str(card.license) if card and card.license else None
-    return None
+        license = card.license if card and card.license else license
+    text = "".join(filter(str.isprintable, str(license or "unknown, see its model card")))[:80]
+    text += " (non-commercial)" if "-nc" in text.lower() else ""
+    print(f"{repo}: license {text}; downloading {name}, {size / 2**20:.1f} MiB", file=sys.stderr, flush=True)
 
 
 def _explain(repo: str, error: Exception) -> str:
@@ -101,11 +118,7 @@ def _explain(repo: str, error: Exception) -> str:
         return f"the hub has no {repo}, or it is private; check the name, or log in with `hf auth login`"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{repo} has no such revision; check the part after @"
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        return "is not in the cache, and the hub cannot be reached; connect, or pass a downloaded folder"
-    if isinstance(error, errors.EntryNotFoundError):
-        return f"{repo} lacks {CONFIG}, {PREPROCESSOR} (of transformers), or weights; use another"
-    reason = (str(error).splitlines() or [""])[0][:200]
+    reason = (str(error).splitlines() or [""])[0][:160]
     if isinstance(error, InvalidFileError):
         return f"{reason}; use other weights"
-    return f"could not be downloaded ({reason}); download it and pass the folder"
+    return f"is not in the cache, and cannot be downloaded ({reason}); connect, or pass a downloaded folder"

@@ -103,7 +103,7 @@ def read_facts(folder: Path) -> FolderFacts:
 def _timm_facts(config: dict[str, object]) -> FolderFacts:
     # Old files are flat: pretrained_cfg's keys beside architecture, and labels for label_names.
     cfg = _mapping(config.get("pretrained_cfg", config), "pretrained_cfg")
-    if config["architecture"] not in TIMM_TAGS:
+    if config["architecture"] not in list(TIMM_TAGS):  # a list: it may be unhashable
         raise _refused(CONFIG, "architecture", config["architecture"], ", ".join(TIMM_TAGS))
     arguments = _mapping(config.get("model_args") or {}, "model_args")
     offset, mode = cfg.get("label_offset") or 0, cfg.get("crop_mode") or "center"
@@ -169,7 +169,7 @@ def _pixels(file: str, name: str, values: object, low: float, usual: tuple[float
     numbers = [v for v in values if isinstance(v, int | float)] if isinstance(values, list) else []
     if len(numbers) != 3 or not all(low <= number <= 10 for number in numbers):
         raise _refused(file, name, values, "3 numbers, as for pixels 0...1")
-    return tuple(round(255 * number, 9) for number in numbers)
+    return tuple(round(255 * number, 6) for number in numbers)
 
 
 def _class_names(value: object) -> tuple[str, ...] | None:
@@ -223,9 +223,6 @@ def timm_config(config: Config, classes: tuple[str, ...] | None) -> dict[str, ob
     if name not in TIMM_TAGS or STAGES[model.block_type].get(model.depth) != model.stages:
         name = "resnet18" if model.block_type == "basic" else "resnet50"
         arguments = {"layers": model.stages, "cardinality": model.cardinality, "base_width": width}
-    crop = data.image_size / data.resize
-    if math.floor(data.image_size / crop) < data.resize:  # the quotient was rounded up
-        crop = math.nextafter(crop, 0)
     return {
         "architecture": name,
         "num_classes": model.classes,
@@ -237,12 +234,18 @@ def timm_config(config: Config, classes: tuple[str, ...] | None) -> dict[str, ob
             "custom_load": False,
             "input_size": [3, data.image_size, data.image_size],
             "interpolation": "bicubic" if data.pipeline == "torch7" else data.interpolation,
-            "crop_pct": crop,
+            "crop_pct": crop_pct(data.image_size, data.resize),
             "crop_mode": "center",
-            "mean": [round(value / 255, 9) for value in data.mean],
-            "std": [round(value / 255, 9) for value in data.std],
+            "mean": [round(value / 255, 12) for value in data.mean],
+            "std": [round(value / 255, 12) for value in data.std],
             "num_classes": model.classes,
             "first_conv": "conv1",
             "classifier": "fc",
         },
     }
+
+
+def crop_pct(size: int, resize: int) -> float:
+    """Return the share of the resized side that the crop takes, so that floor(size / share) is `resize`."""
+    share = size / resize
+    return share if math.floor(size / share) == resize else math.nextafter(share, 0)
