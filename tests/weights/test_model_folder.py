@@ -293,7 +293,8 @@ def test_other_networks_of_transformers(changes, processor, words, tmp_path):
 
 EXPORTED = {
     "small": SMALL.format("B"),
-    "resnet18": "model: {architecture: resnet, depth: 18}\ndata: {image_size: 64, resize: 70, mean: [9, 9, 0]}",
+    "resnet18": "model: {architecture: resnet, depth: 18}\n"
+    "data: {image_size: 64, resize: 70, std: [9, 7, 1]}",
     "resnext50_32x4d": "model: {depth: 50}\ndata: {image_size: 64, interpolation: bilinear}",
 }
 
