@@ -40,7 +40,7 @@ def test_tags_are_timms():
 def test_the_table_lists_all_networks_that_are_ours():
     """Another name of timm has other tensors, or says how it differs without tensors."""
     for name in timm.list_models(module="resnet"):
-        if re.search(r"[1-4]\d\d", name):  # deeper ones of the same kinds, which take long to build
+        if not re.search(r"18|26|50", name):  # other depths of the same kinds, which take long to build
             continue
         with torch.device("meta"):
             theirs = timm.create_model(name, num_classes=10).state_dict()
@@ -149,14 +149,12 @@ def test_every_command_takes_a_name(tmp_path, small):
     )
     assert f'pretrained: "{name}"' in (tmp_path / "run/config.yaml").read_text()
     (tmp_path / "small.safetensors").unlink()
-    # Offline, and without the server, the cache will do.
-    again = [commands[0], ["describe", "timm:resnet18"]]
-    results = run_all(again, tmp_path, HF_HUB_OFFLINE="1")
-    assert [result.status for result in results] == [0, 2]
-    assert "timm:resnet18.a1_in1k: is not in the cache, and cannot be downloaded" in results[1].error
-    again = [["describe", "hf:timm/resnet50.a1_in1k@main"]]
-    results = run_all(again, tmp_path, HF_ENDPOINT=server.url)
-    assert results[0].status == 0
+    # Without the server, the cache will do.
+    again = [["describe", "hf:timm/resnet50.a1_in1k@main"], ["describe", "timm:resnet18"]]
+    for environment in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": server.url}):
+        results = run_all(again, tmp_path, **environment)
+        assert [result.status for result in results] == [0, 2]
+        assert "timm:resnet18.a1_in1k: is not in the cache, and cannot be downloaded" in results[1].error
 
 
 def test_kinds_of_repositories(tmp_path, small):
