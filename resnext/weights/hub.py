@@ -5,7 +5,6 @@ everywhere. Only files with known names are fetched, and only up to a size.
 """
 
 import contextlib
-import os
 import re
 import sys
 from pathlib import Path
@@ -95,11 +94,9 @@ def _check(name: str, limit: int, size: int | None, *parts: str | None) -> None:
 
 
 def _announce(repo: str, commit: str, name: str, size: int, license: object) -> None:
-    """Print the license, of the model card if there is one, and the size, once per machine."""
+    """Print the license, of the model card if there is one, and the size."""
     from huggingface_hub import model_info
 
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        return
     with contextlib.suppress(Exception):  # nothing depends on it
         card = model_info(repo, revision=commit).card_data
         license = card.license if card and card.license else license
