@@ -66,7 +66,8 @@ class ModelConfig:
     classes: int | None = key(None,
         "number of classes; null: as in the data", "nClasses num_classes", at_least=1, at_most=10**7)
     pretrained: str | None = key(None,
-        "initial weights: a run, a file, or torchvision:NAME; other classes get a new last layer",
+        "initial weights: a run, file, torchvision:NAME, timm:NAME, or hf:OWNER/REPO; "
+        "other classes get a new last layer",
         "retrain weights load_from")
     reset_classifier: bool = key(False,
         "with pretrained: reinitialize the last layer even if the number of classes matches")

@@ -6,6 +6,7 @@
     bearpaw, prlz77      conv_1_3x3, stage_1.stage_1_bottleneck_0.conv_reduce ... classifier (CIFAR)
     MoCo                 our own below encoder_q., whose fc is not a classifier
     SwAV                 our own without fc
+    transformers         resnet.embedder.embedder, resnet.encoder.stages.0.layers.0 ... classifier.1
 
 Any file may lack the last layer; the network then has an Identity there.
 
@@ -52,6 +53,20 @@ BEARPAW = (
 )
 MMPRETRAIN = ((r"backbone\.", ""), (r"head\.fc\.", "fc."))
 MOCO = ((r"encoder_q\.fc\.", "projection_head."), (r"encoder_q\.", ""))
+KINDS = {"convolution": "conv", "normalization": "bn"}
+KIND, LAYER = r"(convolution|normalization)\.", r"resnet\.encoder\.stages\.(\d)\.layers\.(\d+)\."
+TRANSFORMERS = (
+    (rf"resnet\.embedder\.embedder\.{KIND}", lambda m: f"{KINDS[m[1]]}1."),
+    (
+        rf"{LAYER}layer\.(\d)\.{KIND}",
+        lambda m: f"layer{int(m[1]) + 1}.{m[2]}.{KINDS[m[4]]}{int(m[3]) + 1}.",
+    ),
+    (
+        rf"{LAYER}shortcut\.{KIND}",
+        lambda m: f"layer{int(m[1]) + 1}.{m[2]}.downsample.{int(m[3] == 'normalization')}.",
+    ),
+    (r"classifier\.1\.", "fc."),
+)
 # What self-supervised training (MoCo, SwAV, mmpretrain) saves in addition to the backbone.
 PRETEXT = re.compile(r"(projection_head|prototypes|encoder_k|neck)\..*|queue(_ptr)?")
 
@@ -63,6 +78,7 @@ STYLES: dict[str, tuple[str, tuple[Renaming, ...]]] = {
     "bearpaw": ("conv_1_3x3.weight", BEARPAW),
     "MoCo": ("encoder_q.conv1.weight", MOCO),
     "SwAV": ("prototypes.weight", ()),
+    "transformers": ("resnet.embedder.embedder.convolution.weight", TRANSFORMERS),
     "torchvision or timm": ("conv1.weight", ()),
 }
 CIFAR: dict[int | None, Literal["cifar10", "cifar100", "folder"]] = {
