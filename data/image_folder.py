@@ -25,6 +25,7 @@ from .in_memory import ArrayDataset, check_memory, digest, even_indices
 from .walk import FORMATS, Found, is_hidden, is_image, leads_to_folder, skipped, to_bytes, to_text, walk
 
 LARGEST_FILE = 1 << 30  # bytes; nothing larger is read if a file may be anything
+SHARDS = "for tar shards, set data.dataset=shards"
 OTHER_NAMES = {  # that people give to a split
     "train": ("training",),
     "val": ("valid", "validation", "test", "testing", "dev", "eval"),
@@ -76,8 +77,8 @@ def split_folder(root: str, split: str) -> Path:
     """Return root/train or root/val. Raise UserError with a hint if it does not exist."""
     base = Path(os.fsdecode(to_bytes(root))).expanduser()
     where = f"data.dir {base}"
-    if "{" in root or any(path.suffix == ".tar" for path in [*base.glob("*"), *base.glob(f"{split}/*")]):
-        raise UserError(f"{where}: has no class folders in {split}/; for tar shards, set data.dataset=shards")
+    if "{" in root:
+        raise UserError(f"{where}: no such folder; {SHARDS}")
     if not base.is_dir():
         what = "is a file; unpack it and" if base.is_file() else "no such folder;"
         raise UserError(f"{where}: {what} name a folder with train/ and val/")
@@ -89,7 +90,9 @@ def split_folder(root: str, split: str) -> Path:
     nested = [name for name in names if (base / os.fsdecode(to_bytes(name)) / split).is_dir()]
     classes = [name for name in names if name not in OTHER_NAMES]
     hint = "put images into train/CLASS/ and val/CLASS/"
-    if renamed:
+    if any(base.glob("*.tar")):
+        hint += f"; {SHARDS}"
+    elif renamed:
         link = shlex.join(["ln", "-s", renamed[0], str(folder)])
         hint = f"did you mean {renamed[0]}/? Rename it, or create a link: {link}"
     elif nested:
@@ -121,7 +124,8 @@ def class_names(root: str, order: str | None = None) -> tuple[str, ...]:
     train = split_folder(root, "train")
     names = class_folders(train)
     if not names:
-        raise UserError(f"{train}: contains no class folders; put images into {train}/CLASS/")
+        hint = SHARDS if any(train.glob("*.tar")) else f"put images into {train}/CLASS/"
+        raise UserError(f"{train}: contains no class folders; {hint}")
     if len(names) == 1:
         hint = one_folder_too_many(train, names) or f"put the images of each class into {train}/CLASS/"
         raise UserError(f"{train}: has one class, {names[0]!r} (expected at least two); {hint}")

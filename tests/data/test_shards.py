@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from archives import header
 from batches import COUNTS, CPU, IMAGES, configure, joined
-from commands import call
+from commands import call, message
 from images import encode, noise
 from shard_files import make, pack, sample
 
@@ -183,6 +183,11 @@ def test_imagenet(numbers, tmp_path):
     assert paths(tmp_path, "val") == [f"{wnids[-1]}/ILSVRC2012_val_00000001.jpg"]
     data = parse_config("", "test", [f"data.dir={tmp_path}", "data.dataset=shards"]).data
     assert subsets.known_classes(data, 1000, "torchvision") == (wnids, [])
+    (tmp_path / "imagenet1k-train-0000.tar").unlink()  # numbers are those of the outputs
+    assert subsets.known_classes(data, 1000, "torchvision") == (wnids, [])
+    val_set, names = subsets.load_val(data, wnids)
+    assert (val_set.classes, val_set.labels.tolist()) == (wnids, [999])
+    assert names == ["999/ILSVRC2012_val_00000001.jpg"]
 
 
 # ---------------------------------------------------------------------------- what are the shards?
@@ -344,12 +349,17 @@ def test_a_label_of_val_that_train_lacks(tmp_path):
         shards.list_set(str(tmp_path), "val")
 
 
-def test_the_missing_key_is_named(made, tmp_path):
-    """A folder of shards without data.dataset=shards."""
-    result = call(
-        train.main, "--config", "resnext50_32x4d.yaml", "--data", made, "--output", tmp_path / "run"
-    )
-    assert result.status == 2 and "for tar shards, set data.dataset=shards" in result.error
+def test_the_missing_key_is_named(made, shared_root, tmp_path):
+    """For shards without data.dataset=shards; archives beside class folders cause nothing."""
+    pack(tmp_path / "train" / "0.tar", sample("a", 0, IMAGE))
+    for root in (made, tmp_path, f"{made}/{{train,validation}}-0000.tar"):
+        options = ["--config", "resnext50_32x4d.yaml", "--output", tmp_path / "run"]
+        text = message(call(train.main, *options, "--data", root))
+        assert "for tar shards, set data.dataset=shards" in text
+    both = shutil.copytree(shared_root, tmp_path / "both")
+    for name in ("ILSVRC2012_img_train.tar", "weights.pth.tar", "val/x.tar"):
+        (both / name).write_bytes(b"no tar")
+    assert len(image_folder.list_set(str(both), "train")) == IMAGES and not shards.is_sharded(str(both))
 
 
 # ---------------------------------------------------------------------------- index and descriptors
