@@ -218,21 +218,26 @@ def _join(shards: Sequence[str], parts: list[Arrays]) -> Arrays:
         raise UserError(f"{shards[0]}: has no images with labels, and no other shard of the split has any")
     for number, part in enumerate(parts):
         part["places"]["shard"] = number
-    for unique in (False, True):  # many programs number the images of each shard from 0
-        if unique:
-            for shard, part in zip(shards, parts, strict=True):
-                part["names"] = np.char.add(to_bytes(Path(shard).stem) + b"/", part["names"])
-        arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        order = np.lexsort((arrays["names"], arrays["labels"]))
-        arrays = {name: array[order] for name, array in arrays.items()}
-        names, labels = arrays["names"], arrays["labels"]
-        same = np.flatnonzero((names[1:] == names[:-1]) & (labels[1:] == labels[:-1]))
-        if not len(same):
-            break
-    else:
-        name = to_text(names[same[0]])
-        raise UserError(f"{name}: is in its shard twice, with the same label; remove one of the two")
+    arrays = _sorted(parts)
+    if _repeated(arrays):  # many programs number the images of each shard from 0
+        for shard, part in zip(shards, parts, strict=True):
+            part["names"] = np.char.add(to_bytes(Path(shard).stem) + b"/", part["names"])
+        arrays = _sorted(parts)
+    for name in _repeated(arrays)[:1]:
+        raise UserError(f"{shards[0]}, …: two images are {to_text(name)} with one label; remove one of them")
     return arrays
+
+
+def _sorted(parts: list[Arrays]) -> Arrays:
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    order = np.lexsort((arrays["names"], arrays["labels"]))
+    return {name: array[order] for name, array in arrays.items()}
+
+
+def _repeated(arrays: Arrays) -> list[bytes]:
+    """Return the names that images of one label share."""
+    names, labels = arrays["names"], arrays["labels"]
+    return names[1:][(names[1:] == names[:-1]) & (labels[1:] == labels[:-1])].tolist()
 
 
 def stored_classes(root: str) -> tuple[str, ...]:

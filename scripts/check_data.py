@@ -4,7 +4,8 @@
     python scripts/check_data.py DIR --json report.json    the complete lists too
 
 Exit status 0: fit for training, in spite of warnings and odd files (gray, CMYK, rotated, …); 1: training
-would refuse the folders, files are broken, or the same file is in train/ and val/; 2: wrong usage.
+would refuse the folders, files are broken, or the same file is in train/ and val/; 2: wrong usage, or
+shards that training would refuse.
 """
 
 import contextlib
@@ -78,7 +79,7 @@ def main() -> int:
         classes, refused = tuple(image_folder.class_folders(root / "train")), [str(error)]
     if sharded:
         sets = [shards.list_set(str(root), split, classes=classes) for split in SPLITS]
-        parts = [Listing(part.paths, part.labels, list(part.notes), [], Found([])) for part in sets]
+        parts = [Listing(part.paths, part.labels, [], [], Found([])) for part in sets]
         listings = dict(zip(SPLITS, parts, strict=True))
     else:
         listings = {split: image_folder.list_split(root / split, classes) for split in SPLITS}

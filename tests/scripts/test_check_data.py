@@ -17,6 +17,7 @@ import pytest
 from commands import ROOT, Result, call, draw_folders, message, run_python, snapshot
 from images import encode, noise, orientation
 from PIL import Image
+from shard_files import make
 
 from data.walk import FORMATS
 
@@ -63,6 +64,26 @@ def test_good_folders(folder):
     assert not problems(report) and not any(report["odd"].values()) and not any(report["duplicates"].values())
     assert report["warnings"] == report["ignored"] == []
     assert snapshot(folder, folders=True) == before
+
+
+def test_shards(folder):
+    """They get the report of their class folders."""
+    cat = folder / "train/cat"
+    draw(cat / "gray.jpg", mode="L", kind="JPEG")
+    (cat / "cut.jpg").write_bytes(encode(noise(40, 40, 3), "JPEG")[:-99])
+    shutil.copy(cat / "0.png", folder / "val/dog/same.png")
+    for path in (folder / "val/cat").iterdir():
+        path.unlink()
+    expected = check(folder)[1]
+    shards = make(folder, folder.parent / "shards", "--images", 4)
+    for root in (shards, f"{shards}/{{train-{{0000..0001}},validation-0000}}.tar"):
+        result = call(check_data.main, root, "--json", folder.parent / "shards.json")
+        report = json.loads((folder.parent / "shards.json").read_text())
+        assert result.status == 1 and report["problems"].keys() == expected["problems"].keys()
+        (ours,), (theirs,) = report.pop("warnings"), expected["warnings"]
+        assert ours.partition(": has")[2] == theirs.partition(": has")[2] != ""
+        different = {key for key in report if report[key] != expected[key]}
+        assert different == {"folder"}
 
 
 def test_sizes(folder):
