@@ -29,7 +29,13 @@ def load_set(config: DataConfig, split: str, classes: tuple[str, ...] | None = N
     if config.dataset == "folder":
         from . import image_folder
 
-        files = image_folder.list_set(config.dir, split, limit, classes, config.class_order)
+        classes = classes or training_classes(config, None)
+        if classes and (config.train_list if split == "train" else config.val_list):
+            from .lists import load_list
+
+            files = load_list(config, split, classes)
+        else:
+            files = image_folder.list_set(config.dir, split, limit, classes, config.class_order)
         if config.pipeline == "memory":
             return image_folder.read_set(files, config.image_size, config.max_pixels)
         return files
@@ -44,7 +50,12 @@ def training_classes(config: DataConfig, before: Sequence[str] | None) -> tuple[
         return None
     from .image_folder import class_names
 
-    names = class_names(config.dir, config.class_order)
+    if config.train_list:
+        from .lists import list_classes, read_list
+
+        names = list_classes(read_list(config.train_list, "train"), config.class_order)
+    else:
+        names = class_names(config.dir, config.class_order)
     return tuple(before) if before and set(before) == set(names) else names
 
 

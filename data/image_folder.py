@@ -30,6 +30,10 @@ OTHER_NAMES = {  # that people give to a split
 }
 
 
+# Files near a flat val/ that name the classes of its images, in val/ or a folder above (data/lists.py).
+KNOWN_LISTS = ("LOC_val_solution.csv", "val_annotations.txt", "val.txt", "ILSVRC2012_devkit_t12.tar.gz")
+
+
 @dataclass(frozen=True)
 class ImageFolderDataset:
     """Image files below `folder`: paths as one array of bytes, labels int64 (N,), class names, warnings."""
@@ -90,6 +94,28 @@ def split_folder(root: str, split: str) -> Path:
     elif classes:
         hint += f"; if {abbreviate(classes)} are classes, split their images between the two"
     raise UserError(f"{where}: has no {split}/; {hint}")
+
+
+def evaluated_folder(root: str) -> Path:
+    """Return root/val, or `root` itself if it holds class folders alone, as published test sets do."""
+    base = Path(os.fsdecode(to_bytes(root))).expanduser()
+    if base.is_dir() and not (base / "val").is_dir():
+        names = class_folders(base)
+        splits = {*OTHER_NAMES, *(name for others in OTHER_NAMES.values() for name in others)}
+        inside = (base / os.fsdecode(to_bytes(name)) / "val" for name in names)
+        if names and not splits & {*map(str.lower, names)} and not any(path.is_dir() for path in inside):
+            return base
+    return split_folder(root, "val")
+
+
+def known_list(folder: Path) -> str:
+    """Return a hint if a known list of the images of val/ is near, else ""."""
+    for near in (folder, *folder.absolute().parents[:4]):
+        for name in KNOWN_LISTS:
+            if (near / name).is_file():
+                file = shlex.quote(str(near / name))
+                return f"use its list: data.val_list={file} (evaluate.py: --val-list {file})"
+    return ""
 
 
 def class_folders(folder: Path) -> list[str]:
@@ -176,13 +202,17 @@ def _errors(folder: Path, found: Found, loose: list[str], strangers: set[str]) -
     """Return errors for everything but images in known class folders, the most serious first."""
     errors = []
     if loose and folder.name == "val":
-        errors.append(
-            f"{folder}: contains images outside class folders; for ImageNet's validation set, run python "
+        prepare = (
+            "for ImageNet's validation set, run python "
             f"scripts/prepare_imagenet.py TARS {shlex.quote(str(folder.parent))} --flat-val "
             f"{shlex.quote(str(folder))} (TARS has the devkit)"
         )
+        hint = known_list(folder) or prepare
+        errors.append(f"{folder}: contains images outside class folders; {hint}")
     if strangers:
         hint = one_folder_too_many(folder, strangers) or "use the same classes in train/ and val/"
+        if folder.name == "val":
+            hint = known_list(folder) or hint
         errors.append(f"{folder}: class folder {min(strangers)!r} is not in train/; {hint}")
     for path, error in found.unreadable.items():
         errors.append(f"{os.fsdecode(path)}: cannot be read ({error.strerror})")
@@ -226,14 +256,15 @@ def list_set(
     classes: tuple[str, ...] | None = None,
     order: str | None = None,
     wanted: Collection[int] | None = None,
+    folder: Path | None = None,
 ) -> ImageFolderDataset:
-    """List the images below root/split, at most `limit`.
+    """List the images below root/split, or `folder`, at most `limit`.
 
     Without `classes`, the folders of train/ name them, in the given `order`. A warning names classes, or
     the `wanted` labels, that val/ lacks.
     """
     classes = classes or class_names(root, order)
-    folder = split_folder(root, split)
+    folder = folder or split_folder(root, split)
     paths, labels, notes = list_files(folder, classes)
     train = folder.with_name("train")
     if split == "val":

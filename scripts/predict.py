@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data.subsets import imagenet_classes, read_classes
+from data.imagenet_archives import imagenet_classes
+from data.subsets import read_classes
 from data.unlabeled import find_images
 from resnext.arguments import CLASS_NAMES_HELP, check_limits, image_parser
 from resnext.errors import UserError, run_main

@@ -15,7 +15,7 @@ from PIL import Image
 
 import evaluate
 import train
-from data.subsets import IMAGENET_WNIDS
+from data.imagenet_archives import IMAGENET_WNIDS
 from data.unlabeled import find_images
 from resnext import load_weights
 
