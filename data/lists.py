@@ -94,7 +94,7 @@ def read_list(file: str, split: str) -> ImageList:
 def _rows(name: str, column: str, split: str) -> Iterable[Row]:
     """Return the rows of a list of any kind."""
     if name.endswith(".gz"):
-        return _numbered(read_devkit(Path(name)))
+        return _truth_rows(name, "")
     text = read_text(f"data.{split}_list", name)
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     header = [cell.strip() for cell in lines[0][1].split(",")] if lines else []
@@ -103,22 +103,21 @@ def _rows(name: str, column: str, split: str) -> Iterable[Row]:
     if column:
         raise UserError(f"{name}: has no header with a path; remove :{column}, or add a header path,label")
     if lines and all(line.strip().isdecimal() for _, line in lines):
-        return _numbered(decode_truth(_read_meta(name), text, name))
+        return _truth_rows(name, text)
     return (_split_line(f"{name}, line {number}", number, line) for number, line in lines)
 
 
-def _numbered(truth: Sequence[str]) -> Iterator[Row]:
-    return ((number, VAL_NAME.format(number), wnid) for number, wnid in enumerate(truth, 1))
-
-
-def _read_meta(truth: str) -> bytes:
+def _truth_rows(name: str, text: str) -> Iterable[Row]:
+    """Return the rows of the devkit's ground truth, or of its archive if there is no text."""
     try:
-        return Path(truth).with_name("meta.mat").read_bytes()
+        truth = decode_truth(Path(name).with_name("meta.mat").read_bytes(), text, name) if text else None
     except OSError:
         raise UserError(
-            f"{truth}: has the devkit's class numbers, and no meta.mat next to it explains them; leave it in "
+            f"{name}: has the devkit's class numbers, and no meta.mat next to it explains them; leave it in "
             f"the devkit's folder data/, or give {DEVKIT}"
         ) from None
+    numbered = enumerate(truth or read_devkit(Path(name)), 1)
+    return ((number, VAL_NAME.format(number), wnid) for number, wnid in numbered)
 
 
 def _csv_rows(name: str, lines: Iterable[str], column: str, split: str) -> Iterator[Row]:
@@ -172,22 +171,15 @@ def list_classes(found: ImageList, order: str | None) -> tuple[str, ...]:
 
 def output_labels(found: ImageList, classes: Sequence[str]) -> np.ndarray:
     """Return the label of each image, int64: its class by name, or else by number from 0."""
-    position = {name: label for label, name in enumerate(classes)}
-    unknown = next((i for i, name in enumerate(found.names) if name not in position), None)
-    if unknown is None:
-        return np.array([position[name] for name in found.names], np.int64)
-    if not found.numbered or classes[0].isdecimal():
-        raise UserError(
-            f"{found.file}, line {found.lines[unknown]}: class {found.names[unknown][:80]!r} is none of the "
-            f"{len(classes):,} classes ({abbreviate(classes)}); correct the list"
-        )
-    labels = np.array(found.names, np.int64)
-    if labels.max() >= len(classes):
-        raise UserError(
-            f"{found.file}: has class numbers from {labels.min()} to {labels.max():,} (expected 0 to "
-            f"{len(classes) - 1:,}); count from 0, in the order of the outputs"
-        )
-    return labels
+    by_number = found.numbered and not classes[0].isdecimal()
+    position = {str(key): i for i, key in enumerate(range(len(classes)) if by_number else classes)}
+    for line, name in zip(found.lines, found.names, strict=True):
+        if name not in position:
+            known = f"0 to {len(classes) - 1:,}" if by_number else abbreviate(list(position))
+            raise UserError(
+                f"{found.file}, line {line}: class {name[:80]!r} is unknown (expected {known}); correct it"
+            )
+    return np.array([position[name] for name in found.names], np.int64)
 
 
 def check_order(found: ImageList, labels: np.ndarray, classes: tuple[str, ...]) -> list[str]:
@@ -198,14 +190,13 @@ def check_order(found: ImageList, labels: np.ndarray, classes: tuple[str, ...]) 
     imagenet = imagenet_classes()
     names = imagenet if found.numbered and len(classes) == len(imagenet) else classes
     position = {name: label for label, name in enumerate(names)}
-    own = np.array([_own_class(path, position) for path in found.paths])
-    if names == imagenet:
-        own = np.array([KNOWN_OUTPUTS.get(path, label) for path, label in zip(found.paths, own, strict=True)])
+    position |= KNOWN_OUTPUTS if names == imagenet else {}
+    own = np.array([next((position[w] for w in _words(path) if w in position), -1) for path in found.paths])
     known, different = np.count_nonzero(own >= 0), np.flatnonzero((own >= 0) & (own != labels))
     if len(different):
         i = different[0]
         example = f"{found.paths[i]} is {names[own[i]]}, output {own[i]}, and not {names[labels[i]]}"
-        if 2 * len(different) > known and (found.numbered or found.paths[i] in KNOWN_OUTPUTS):
+        if 2 * len(different) > known and found.numbered:
             raise UserError(
                 f"{found.file}, line {found.lines[i]}: class {found.names[i]!r} is of another class order: "
                 f"{example}; number the classes from 0 in the order of their names"
@@ -218,11 +209,10 @@ def check_order(found: ImageList, labels: np.ndarray, classes: tuple[str, ...]) 
     return []
 
 
-def _own_class(path: str, position: dict[str, int]) -> int:
-    """Return the label of the class that an image's folder or name tells, or -1."""
-    folder, name = posixpath.split(path)
-    wnid = re.search(r"(?<![0-9A-Za-z])n[0-9]{8}(?![0-9])", name)
-    return position.get(posixpath.basename(folder), position.get(wnid[0], -1) if wnid else -1)
+def _words(path: str) -> Iterator[str]:
+    """Yield what may tell the class of an image: its folder, its name, a WNID in its name."""
+    yield from path.rsplit("/", 2)[-2:]
+    yield from re.findall(r"(?<![0-9A-Za-z])n[0-9]{8}(?![0-9])", posixpath.basename(path))
 
 
 def label_images(root: str, split: str, file: str, classes: tuple[str, ...]) -> ImageFolderDataset:

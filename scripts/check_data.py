@@ -64,9 +64,9 @@ def main() -> int:
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--workers", type=int, default=cores, metavar="N", help="default: one per CPU core")
     parser.add_argument("--json", metavar="FILE", help="write the complete report to FILE")
-    for split in SPLITS:
-        list_help = f"file of image paths and classes instead of class folders (data.{split}_list)"
-        parser.add_argument(f"--{split}-list", metavar="FILE", help=list_help)
+    list_help = "file of image paths and classes instead of class folders (data.train_list)"
+    parser.add_argument("--train-list", metavar="FILE", help=list_help)
+    parser.add_argument("--val-list", metavar="FILE", help="the same for val/ (data.val_list)")
     parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help="data.max_pixels")
     arguments = parser.parse_args()
     if arguments.workers < 1:

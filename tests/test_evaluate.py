@@ -425,7 +425,7 @@ BAD_ARGUMENTS = {
     "RUN --csv nowhere/a.csv": "--csv nowhere/a.csv: cannot be written",
     "RUN --csv .": "--csv .: cannot be written",
     "RUN --classes nowhere": "--classes nowhere: cannot be read",
-    "RUN --classes RUN": "--classes RUN: cannot be read",
+    "RUN --classes RUN": "'checkpoints' is unknown",
     "RUN --splits nowhere": "--splits nowhere: cannot be read",
     "RUN --data other": "--data other: its classes (2)",
     "RUN --data empty": "data.dir empty: has no val/",

@@ -143,8 +143,8 @@ def test_numbers_are_outputs_from_0(tmp_path):
 @pytest.mark.parametrize(
     ("text", "classes", "phrase"),
     [
-        ("a.png 1\nb.png 3\n", ("cat", "dog", "ox"), "class numbers from 1 to 3 (expected 0 to 2)"),
-        ("a.png cat\nb.png 1\n", ("cat", "dog"), "line 2: class '1' is none of the 2 classes"),
+        ("a.png 1\nb.png 3\n", ("cat", "dog", "ox"), "line 2: class '3' is unknown (expected 0 to 2)"),
+        ("a.png cat\nb.png 1\n", ("cat", "dog"), "line 2: class '1' is unknown (expected cat, dog)"),
         # numbers of the devkit, and those counted from 1, for images of the official validation set
         (caffe(490, 361, 171, 822, 297), imagenet_classes(), "line 2: class '361' is of another class order"),
         (caffe(66, 971, 231, 810, 517, 58), imagenet_classes(), ", output 970, and not "),
