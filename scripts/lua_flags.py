@@ -25,7 +25,7 @@ from typing import Literal
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from resnext.config import KEYS, SECTIONS, STAGES_BY_DEPTH, Value, to_text
+from resnext.config import KEYS, SECTIONS, STAGES, Value, stages_by_depth, to_text
 from resnext.config.parser import check_limits, convert
 from resnext.errors import UserError, command_parser, run_main
 from resnext.files import write_file
@@ -62,7 +62,7 @@ FLAGS = {
                       lambda o: "fp16" if o.precision == "half" else "fp32"),
     "nThreads": Flag(int, 2, "data.workers",
                      lambda o: math.ceil(o.nThreads / o.nGPU) if o.imagenet else None),
-    "nEpochs": Flag(int, 0, "train.epochs", lambda o: o.nEpochs or (100 if o.imagenet else 300), at_least=0),
+    "nEpochs": Flag(int, 0, "train.epochs", lambda o: o.nEpochs or o.usual_epochs, at_least=0),
     "epochNumber": Flag(int, 1, at_least=1),
     "batchSize": Flag(int, 32, "train.batch_size"),
     "testOnly": Flag(bool, False),
@@ -79,7 +79,8 @@ FLAGS = {
     "depth": Flag(int, 34, "model.depth"),
     "baseWidth": Flag(int, 64, "model.base_width", lambda o: None if o.plain else o.baseWidth),
     "cardinality": Flag(int, 1, "model.cardinality", lambda o: None if o.plain else o.cardinality),
-    "shortcutType": Flag(Literal["A", "B", "C"], "B", "model.shortcut"),
+    "shortcutType": Flag(Literal["A", "B", "C"], None, "model.shortcut",
+                         lambda o: None if o.shortcutType == o.usual_shortcut else o.shortcutType),
     "retrain": Flag(str, key="model.pretrained", value=lambda o: None if o.resume else o.retrain),
     "optimState": Flag(str),
     "shareGradInput": Flag(bool, False, RECOMPUTE, lambda o: o.shareGradInput or o.optnet),
@@ -96,7 +97,7 @@ NOTES: list[tuple[str, Callable[[SimpleNamespace], object], str]] = [
     ("baseWidth", lambda o: o.plain and o.baseWidth != 64, PLAIN),
     ("bottleneckType", lambda o: o.bottleneckType == "resnext_B" and not o.plain,
      "C is the same function and much faster; resnext.convert_form converts weights"),
-    ("shortcutType", lambda o: o.shortcutType == "A",
+    ("shortcutType", lambda o: o.shortcutType == "A" and not o.basic,
      "pads new channels with zeros; the original's own A could not be run"),
     ("retrain", lambda o: o.retrain and o.resume, "not used: -resume overrides it, as in the original"),
     ("retrain", lambda o: o.retrain and not o.resume,
@@ -109,8 +110,9 @@ NOTES: list[tuple[str, Callable[[SimpleNamespace], object], str]] = [
     ("nThreads", lambda o: o.imagenet,
      "DataLoader workers of each of {nGPU} training processes; they do not affect the images. The default is "
      "one per CPU core"),
-    ("nEpochs", lambda o: o.imagenet and o.netType != "resnext" and not o.nEpochs,
-     "100, as in ResNeXt's code; the default of fb.resnet.torch was 90"),
+    ("netType", lambda o: o.facebook and "netType" not in o.given,
+     "fb.resnet.torch's networks and defaults, because no flag is one of ResNeXt's own (-baseWidth, "
+     "-cardinality, -bottleneckType)"),
     ("dataset", lambda o: not o.imagenet, "downloaded to --data if missing, not to -gen"),
     ("nThreads", lambda o: not o.imagenet and "nThreads" in o.given,
      "not used, because the dataset is held in memory"),
@@ -187,9 +189,25 @@ def read_flags(words: list[str]) -> SimpleNamespace:
     o = SimpleNamespace(**{name: flag.default for name, flag in FLAGS.items()} | given, given=set(given))
     o.imagenet, o.share = o.dataset == "imagenet", o.batchSize // o.nGPU
     o.data = o.data or ("DIR" if o.imagenet else "datasets")  # the original kept CIFAR in -gen
-    paths = {"cardinality", "baseWidth", "bottleneckType"} & o.given  # without: resnet.lua, preresnet.lua
-    o.plain = o.bottleneckType == "resnet" or (o.netType != "resnext" and not paths)
+    o.stem = "imagenet" if o.imagenet else "cifar"
+    complete_network(o)
     return o
+
+
+def complete_network(o: SimpleNamespace) -> None:
+    """Add which of the two programs the flags are for, what its network is, and its defaults."""
+    paths = {"cardinality", "baseWidth", "bottleneckType"} & o.given  # only ResNeXt's opts.lua has them
+    kinds = ("basic", "bottleneck") if o.imagenet else ("basic",)
+    if "netType" not in o.given and not paths:
+        fits = any(stages_by_depth(kind, o.depth, o.stem) for kind in kinds)
+        o.netType = "resnet" if fits or not stages_by_depth("bottleneck", o.depth, o.stem) else "resnext"
+    o.facebook = o.netType != "resnext" and not paths
+    o.plain = o.facebook or o.bottleneckType == "resnet"
+    o.basic = o.facebook and bool(stages_by_depth("basic", o.depth, o.stem))
+    o.kinds = kinds if o.facebook else ("bottleneck",)
+    o.usual_shortcut = "A" if o.facebook and not o.imagenet else "B"
+    o.shortcutType = o.shortcutType or o.usual_shortcut
+    o.usual_epochs = (90 if o.imagenet else 164) if o.facebook else 100 if o.imagenet else 300
 
 
 def flag_hint(word: str) -> str:
@@ -220,8 +238,10 @@ def read_value(name: str, text: str) -> Value:
 
 def check_options(o: SimpleNamespace) -> None:
     """Raise UserError for what the original refused, and for what has no counterpart here."""
-    depths = "50, 101 or 152" if o.imagenet else "9n+2, such as 29"
-    fits = o.depth in STAGES_BY_DEPTH if o.imagenet else o.depth >= 11 and o.depth % 9 == 2
+    depths = ", ".join(str(depth) for kind in o.kinds for depth in STAGES[kind])
+    if not o.imagenet:
+        depths = "6n+2 (20, 32, 44, ...)" if o.facebook else "9n+2 (20, 29, 38, ...)"
+    fits = any(stages_by_depth(kind, o.depth, o.stem) for kind in o.kinds)
     source = o.resume or o.retrain
     look = f", see python scripts/describe.py {shlex.quote(source)}" if source else ""
     apart = "network, optimizer, and epoch belong together; give -resume DIR, the folder with latest.t7"
@@ -243,13 +263,9 @@ def check_options(o: SimpleNamespace) -> None:
             (o.momentum == 0, "-momentum 0: Nesterov momentum must be above 0, as in the original; raise it"),
             (o.nGPU > o.batchSize,
              f"-nGPU {o.nGPU}: more GPUs than images (-batchSize {o.batchSize}); lower it"),
-            ("depth" not in o.given,
-             "-depth: missing, and the original's default of 34 layers is for basic blocks; "
-             f"give {depths}{look}"),
-            (not o.imagenet and o.plain and o.bottleneckType != "resnet",
-             f"-netType {o.netType}: fb.resnet.torch's networks for CIFAR have other blocks and widths, "
-             "which are not offered; give -netType resnext -bottleneckType resnet"),
-            (not fits, f"-depth {o.depth}: bottlenecks on {o.dataset} need {depths} layers; change it"),
+            ("depth" not in o.given and not fits,
+             f"-depth: missing, and the original's default of 34 layers does not fit; give {depths}{look}"),
+            (not fits, f"-depth {o.depth}: {o.netType} on {o.dataset} has {depths} layers; change it"),
         ]
     # fmt: on
     for applies, message in refused:
@@ -263,8 +279,12 @@ def translate(o: SimpleNamespace) -> dict[str, Value]:
         "model.stem": "imagenet" if o.imagenet else "cifar",
         "model.preactivation": o.netType == "preresnet",
         "augment.padding": 0 if o.imagenet else 4,
-        "schedule.name": "imagenet_step" if o.imagenet else "cifar_step",
+        "schedule.name": "imagenet_step" if o.imagenet else "multistep" if o.facebook else "cifar_step",
     }
+    if o.facebook and not o.imagenet:
+        values["schedule.milestones"] = (80, 121)
+    if o.plain and not o.basic and stages_by_depth("basic", o.depth, o.stem):  # 20 layers may be either
+        values["model.block_type"] = "bottleneck"
     for name, flag in FLAGS.items():
         if flag.key:
             values[flag.key] = flag.value(o) if flag.value else getattr(o, name)

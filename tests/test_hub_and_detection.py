@@ -58,7 +58,7 @@ def test_hub_loads_weights(tmp_path, finished_run):
     state, expected = network.state_dict(), original.state_dict()
     assert state.keys() == expected.keys() and all(torch.equal(state[k], expected[k]) for k in state)
     assert not network.training and network.fc.out_features == 3
-    for name, options in (("resnext50_32x4d", {"classes": 4}), ("resnet50", {})):
+    for name, options in (("resnext50_32x4d", {"classes": 4}), ("resnet50", {}), ("resnet34", {})):
         with pytest.raises(UserError, match=f"as {name}: .*another architecture"):
             hub(name, weights=source, **options)
 
@@ -131,6 +131,13 @@ def test_the_pyramid_gets_the_features_of_the_network(example):
             assert torch.equal(found[str(number)], expected)
             assert expected.shape[1] == 256 * 2**number
         assert torch.equal(expected, network.forward_features(x))
+
+
+def test_basic_blocks_have_narrower_features(example):
+    network = resnext.resnet18()
+    body = example["detector"](network, classes=3).backbone
+    shapes = [tuple(level.shape[1:]) for level in body(torch.zeros(1, 3, 64, 64)).values()]
+    assert shapes == [(256, 16, 16), (256, 8, 8), (256, 4, 4), (256, 2, 2), (256, 1, 1)]
 
 
 def test_freezing_batchnorm_changes_no_logit(example):

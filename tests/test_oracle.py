@@ -45,14 +45,17 @@ STRICT, LOOSE = 1e-10, 1e-9  # of one step, of a training
 
 def configure(options, *more):
     """Return the project's configuration for the original's options."""
-    resnet = options["bottleneckType"] == "resnet"
+    kind = options["bottleneckType"]
+    resnet, basic = kind in ("resnet", "basic"), kind == "basic"
     settings = {
         "model.stem": "imagenet" if options["dataset"] == "imagenet" else "cifar",
         "model.architecture": "resnet" if resnet else "resnext",
         "model.depth": options["depth"],
-        "model.cardinality": options["cardinality"],
-        "model.base_width": options["baseWidth"],
-        "model.block": "C" if resnet else options["bottleneckType"].removeprefix("resnext_"),
+        "model.block_type": "basic" if basic else "bottleneck",
+        "model.cardinality": options.get("cardinality", "null"),
+        "model.base_width": options.get("baseWidth", "null"),
+        "model.block": "C" if resnet else kind.removeprefix("resnext_"),
+        "model.preactivation": str(options.get("preactivation", False)).lower(),
         "model.shortcut": options["shortcutType"],
         "data.dataset": options["dataset"].replace("imagenet", "folder"),
     }

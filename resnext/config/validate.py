@@ -45,7 +45,10 @@ def _complete_model(model: ModelConfig) -> ModelConfig:
     block_type = next((kind for kind in types if depth and _fits(model, kind, depth)), types[-1])
     stages = model.stages or stages_by_depth(block_type, depth or 0, model.stem)
     if not stages:
-        raise UserError(f"model.depth: {_depths(types, imagenet)} (got {depth}), or set model.stages")
+        other = "architecture=resnet" if stages_by_depth("basic", depth or 0, model.stem) else "stages"
+        raise UserError(
+            f"model.depth: must be {_depths(types, imagenet)} (got {depth}); change it, or set model.{other}"
+        )
     layers, small = LAYERS[block_type] * sum(stages) + 2, block_type == "basic" and not imagenet
     if len(stages) != count:
         raise UserError(
@@ -84,9 +87,9 @@ def _fits(model: ModelConfig, block_type: str, depth: int) -> bool:
 def _depths(types: tuple[str, ...], imagenet: bool) -> str:
     """Return which depths exist, for an error message."""
     if imagenet:
-        return f"must be one of {', '.join(str(depth) for kind in types for depth in STAGES[kind])}"
-    rules = {"basic": "6n+2, such as 20, 32, 44, 56 or 110 (basic)", "bottleneck": "9n+2, such as 29 or 164"}
-    return f"must be {' or '.join(rules[kind] for kind in types)}"
+        return f"one of {', '.join(str(depth) for kind in types for depth in STAGES[kind])}"
+    rules = {"basic": "6n+2 (20, 32, 44, ...)", "bottleneck": "9n+2 (20, 29, 38, ...)"}
+    return " or ".join(rules[kind] for kind in types)
 
 
 def _complete_data(data: DataConfig, stem: str) -> DataConfig:

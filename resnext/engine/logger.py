@@ -37,7 +37,8 @@ def environment(device: torch.device) -> dict[str, str]:
         versions["device"] = torch.cuda.get_device_name(device)
         versions["cudnn"] = str(torch.backends.cudnn.version())
     else:
-        versions["device"] = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        versions["device"] = f"{_cpu_name()}, {threads} thread{'s' * (threads > 1)}"
     versions["processes"] = str(world_size())
     versions["started"] = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     return versions

@@ -196,6 +196,7 @@ class _Names:
         first = next((op for op in self.ops if op.kind == "branches"), None)
         if first is None:
             raise InvalidFileError("holds no network with residual blocks")
+        self.check_last_norms()
         self.preactivation = max(map(_trunk, first.branches), key=len)[-1:] == ["conv"]
         self.stem()
         stage, channels, index = 0, None, 0
@@ -203,11 +204,6 @@ class _Names:
             outputs = _outputs(self.ops[self.place + (0 if self.sees("branches") else 2)])
             if outputs != channels:
                 stage, channels, index = stage + 1, outputs, 0
-            elif self.sees("bn"):
-                raise InvalidFileError(
-                    "its blocks end with BN after the addition, as in the published resnet-50.t7, ours "
-                    "before it"
-                )
             self.block(stage, index)
             index += 1
         if self.preactivation:
@@ -215,6 +211,17 @@ class _Names:
         self.next("avgpool", "the last pooling")
         self.of[id(self.next("linear", "fc").module)] = "fc"
         self.next("end", "fc")
+
+    def check_last_norms(self) -> None:
+        """Refuse BN after the addition; only the first block of a pre-activation stage follows a BN."""
+        kinds = ["branches", "add", "bn", "relu", "branches"]
+        for place, op in enumerate(self.ops):
+            self.place = place
+            if self.sees(*kinds) and _outputs(op) == _outputs(self.ops[place + 4]):
+                raise InvalidFileError(
+                    "its blocks have BN after the addition, as in the published resnet-50.t7, and ours before"
+                )
+        self.place = 0
 
     def stem(self) -> None:
         self.imagenet = self.sees("conv") and _number(self.ops[0].module, "kW") == 7

@@ -22,9 +22,9 @@ from resnext.config import (
 
 FILES = sorted(path.name for path in CONFIG_FOLDER.glob("*.yaml"))
 DEFAULTS = """
-model: {architecture: resnext, stem: imagenet, depth: 50, stages: [3, 4, 6, 3], cardinality: 32,
-  base_width: 4, block: C, shortcut: B, preactivation: false, zero_gamma: false, classes: null,
-  pretrained: null, reset_classifier: false}
+model: {architecture: resnext, stem: imagenet, depth: 50, block_type: bottleneck, stages: [3, 4, 6, 3],
+  cardinality: 32, base_width: 4, block: C, shortcut: B, preactivation: false, zero_gamma: false,
+  classes: null, pretrained: null, reset_classifier: false}
 data: {dataset: folder, characters: null, dir: null, download: true, pipeline: fast, decoder: simplejpeg,
   interpolation: bicubic, image_size: 224, train_size: 224, resize: 256, workers: null, class_order: null,
   max_pixels: 178956970, skip_broken: false, train_images: null, val_images: null,
@@ -123,6 +123,7 @@ CHOICES = {  # valid values of every key
     "model.architecture": ["resnext", "resnet"], "model.stem": ["imagenet", "cifar"], "model.depth": [50,
     101],
     "model.stages": [[3, 4, 6, 3], [1, 40, 2, 1]], "model.cardinality": [1, 100], "model.base_width": [1, 40],
+    "model.block_type": ["basic", "bottleneck"],
     "model.block": ["A", "B", "C"], "model.shortcut": ["A", "B", "C"], "model.preactivation": [True, False],
     "model.zero_gamma": [True, False], "model.classes": [None, 1, 1000], "model.pretrained": [None, *TEXTS],
     "model.reset_classifier": [True, False], "data.dataset": ["folder", "cifar10", "cifar100", "glyphs"],
@@ -156,6 +157,7 @@ CHOICES = {  # valid values of every key
     "run.tensorboard": [True, False], "run.timeout": [1, 600, 86400],
 }
 CONTEXT = {  # what some keys need
+    "model.block_type": {"model": {"architecture": "resnet", "stem": "cifar", "depth": 20}},
     "data.characters": {"data": {"dataset": "glyphs"}}, "augment.padding": {"data": {"pipeline": "memory"}},
     "optimizer.momentum": {"optimizer": {"nesterov": False}},
     "schedule.milestones": {"schedule": {"name": "multistep"}},

@@ -5,12 +5,20 @@ import pytest
 from resnext.config import parse_config
 from resnext.errors import UserError
 
+CIFAR_RESNET = "model: {{architecture: resnet, stem: cifar, {}}}"
 # fmt: off
 CONTRADICTIONS = [  # configuration, fragment of the message
-    ("model: {stem: cifar, depth: 28}", "model.depth: must be 9n+2 for stem cifar (got 28); use 20 or 29"),
-    ("model: {stem: cifar, depth: 5}", "model.depth: must be 9n+2 for stem cifar (got 5); use 11 or 20"),
-    ("model: {depth: 34}", "model.depth: must be 50, 101 or 152 (got 34)"),
-    ("model: {depth: 29}", "model.depth: must be 50, 101 or 152 (got 29)"),
+    ("model: {stem: cifar, depth: 28}", "model.depth: must be 9n+2 (20, 29, 38, ...) (got 28)"),
+    ("model: {stem: cifar, depth: 5}", "model.depth: must be 9n+2 (20, 29, 38, ...) (got 5)"),
+    (CIFAR_RESNET.format("depth: 5"), "model.depth: must be 6n+2 (20, 32, 44, ...) or 9n+2"),
+    (CIFAR_RESNET.format("depth: 29, block_type: basic"), "model.depth: must be 6n+2"),
+    ("model: {depth: 29}", "model.depth: must be one of 50, 101, 152, 200 (got 29)"),
+    ("model: {depth: 29, architecture: resnet}", "model.depth: must be one of 18, 34, 50, 101, 152, 200"),
+    ("model: {block_type: basic}", "model.block_type: resnext has bottlenecks"),
+    (
+        "model: {stem: cifar, depth: 20, architecture: resnet, base_width: 64}",
+        "model.architecture: resnet has cardinality 1, base_width 16",
+    ),
     ("model: {stages: [1, 1, 1]}", "model.stages: stem imagenet has 4 stages (got 3)"),
     ("model: {stem: cifar, stages: [1, 1, 1, 1]}", "model.stages: stem cifar has 3 stages (got 4)"),
     ("model: {stages: [3, 4, 6, 3], depth: 101}", "model.stages: gives 50 layers, but model.depth is 101"),
@@ -59,6 +67,16 @@ DERIVED = [  # configuration, section.key, value
     ("model: {depth: 152}", "model.stages", (3, 8, 36, 3)),
     ("model: {stem: cifar}", "model.depth", 29),
     ("model: {stem: cifar, depth: 164}", "model.stages", (18, 18, 18)),
+    (CIFAR_RESNET.format("depth: 164"), "model.stages", (27, 27, 27)),
+    (CIFAR_RESNET.format("depth: 20"), "model.stages", (3, 3, 3)),
+    (CIFAR_RESNET.format("depth: 20"), "model.shortcut", "A"),
+    (CIFAR_RESNET.format("depth: 20"), "model.base_width", 16),
+    (CIFAR_RESNET.format("depth: 20, block_type: bottleneck"), "model.stages", (2, 2, 2)),
+    (CIFAR_RESNET.format("depth: 20, stages: [2, 2, 2]"), "model.block_type", "bottleneck"),
+    (CIFAR_RESNET.format("depth: 20, stages: [2, 2, 2]"), "model.shortcut", "B"),
+    ("model: {architecture: resnet, depth: 34}", "model.block_type", "basic"),
+    ("model: {architecture: resnet, stages: [3, 4, 6, 3]}", "model.depth", 50),
+    ("model: {architecture: resnet, depth: 200}", "model.stages", (3, 24, 36, 3)),
     ("model: {stages: [2, 2, 2, 2]}", "model.depth", 26),
     ("model: {stem: cifar}", "data.image_size", 32),
     ("data: {dataset: cifar10}", "data.mean", (125.3, 123.0, 113.9)),

@@ -259,9 +259,17 @@ def test_resume_a_lua_run_by_command(lua_run, tmp_path):
     assert not (tmp_path / "c").exists()
 
 
-def test_resume_a_run_written_as_the_lua_code_does(tmp_path):
+BASIC = ["model.architecture=resnet", "model.cardinality=null", "model.base_width=null", "model.depth=8"]
+
+
+@pytest.mark.parametrize(
+    "network",
+    [["model.depth=20"], BASIC, [*BASIC, "model.preactivation=true"]],
+    ids=["bottleneck", "basic", "basic pre"],
+)
+def test_resume_a_run_written_as_the_lua_code_does(network, tmp_path):
     """Train, write checkpoints.lua's files, resume from them, and continue as if never stopped."""
-    options = ["model.depth=20", "optimizer.lr=0.01"]
+    options = [*network, "optimizer.lr=0.01"]
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(8, 3, 32, 32, generator=generator) for _ in range(4)]
 

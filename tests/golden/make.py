@@ -24,7 +24,8 @@ from oracle import h, sample_places  # noqa: E402
 
 FULL = 1024  # gradients of at most this many elements are stored whole
 SUMMARY = ("norm", "sum", "proj")
-T7_MODELS = ("c11_B_2x8d/model.t7.xz", "c11_C_2x8d/model_cuda.t7.xz")
+T7_MODELS = ("models/c11_B_2x8d/model.t7.xz", "models/c11_C_2x8d/model_cuda.t7.xz")
+T7_MODELS += ("basic/res_c14_scA/model.t7.xz", "basic/pre_c20_cifar100_scB/model.t7.xz")
 DRAWN = ("gradient_rgb.png", "small_rgba.png", "small_gray.png", "palette_png_named.JPEG")
 
 
@@ -58,10 +59,10 @@ def check_running_statistics(values, meta):
             assert np.array_equal(part, filled.astype(np.float32))
 
 
-def network(folder, name):
+def network(folder):
     """Return (facts, arrays) of a network."""
-    meta = read_json(folder / name / "meta.json")
-    values = arrays(folder / name / "data.npz.xz")
+    meta = read_json(folder / "meta.json")
+    values = arrays(folder / "data.npz.xz")
     check_running_statistics(values, meta)
     sizes = [p["numel"] for p in meta["params"]]
     kept = {key: values[key] for key in ("logits_train", "logits_eval")}
@@ -83,6 +84,8 @@ def network(folder, name):
             kept[f"{key}_val"] = np.concatenate([m[:4] for m in modules])
     kept["grad_val"] = np.concatenate(parts)
     facts = {key: meta[key] for key in ("options", "input", "labels_1based", "loss_train", "n_classes")}
+    if folder.parent.name == "basic":  # fb.resnet.torch, which has other options
+        facts["options"] |= {"bottleneckType": "basic", "preactivation": "preresnet" in meta["source"]}
     return facts | {"parameter_shapes": [p["shape"] for p in meta["params"]]}, kept
 
 
@@ -140,8 +143,8 @@ def main(source, output):
         (output / name).write_text(json.dumps(value, separators=(",", ":")) + "\n")
 
     facts = {"models": {}}
-    for folder in sorted(p for p in (source / "models").iterdir() if p.is_dir()):
-        facts["models"][folder.name], kept = network(source / "models", folder.name)
+    for folder in sorted(p.parent for p in source.glob("*/*/model.t7.xz")):
+        facts["models"][folder.name], kept = network(folder)
         np.savez_compressed(output / f"{folder.name}.npz", **kept)
     facts["trajectory"], kept = trajectory(source / "trajectory")
     np.savez_compressed(output / "trajectory.npz", **kept)
@@ -155,7 +158,8 @@ def main(source, output):
     for name in ("learning_rate.json", "compute_score.json"):
         write_json(name, read_json(source / name))
     for name in T7_MODELS:
-        (output / name.replace("/", "-")).write_bytes((source / "models" / name).read_bytes())
+        target = output / "-".join(name.split("/")[1:])
+        target.write_bytes((source / name).read_bytes())
 
 
 if __name__ == "__main__":

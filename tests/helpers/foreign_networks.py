@@ -39,7 +39,11 @@ def without_fc(model, name="fc"):
     return randomize_norms(model)
 
 
-def small_torchvision(classes=10):
+def small_torchvision(classes=10, basic=False):
+    if basic:
+        return torchvision.models.ResNet(
+            torchvision.models.resnet.BasicBlock, [1, 2, 1, 1], num_classes=classes
+        )
     block = torchvision.models.resnet.Bottleneck
     return torchvision.models.ResNet(block, [1, 2, 1, 1], num_classes=classes, groups=4, width_per_group=6)
 
@@ -102,12 +106,29 @@ class PyclsBranch(nn.Module):
         return self.c_bn(self.c(F.relu(self.b_bn(self.b(x)))))
 
 
+class PyclsBasicBranch(nn.Module):
+    """pycls/models/resnet.py: BasicTransform."""
+
+    def __init__(self, inputs, outputs, stride):
+        super().__init__()
+        self.a, self.a_bn = conv(inputs, outputs, 3, stride), BatchNorm2d(outputs)
+        self.b, self.b_bn = conv(outputs, outputs, 3), BatchNorm2d(outputs)
+
+    def forward(self, x):
+        return self.b_bn(self.b(F.relu(self.a_bn(self.a(x)))))
+
+
 class PyclsBlock(nn.Module):
     def __init__(self, inputs, outputs, stride, width, groups):
         super().__init__()
         if inputs != outputs or stride != 1:
             self.proj, self.bn = conv(inputs, outputs, 1, stride), BatchNorm2d(outputs)
-        self.f = PyclsBranch(inputs, outputs, stride, width, groups)
+        basic = width == outputs
+        self.f = (
+            PyclsBasicBranch(inputs, outputs, stride)
+            if basic
+            else PyclsBranch(inputs, outputs, stride, width, groups)
+        )
 
     def forward(self, x):
         shortcut = self.bn(self.proj(x)) if hasattr(self, "proj") else x
@@ -137,12 +158,31 @@ class Pycls(nn.Module):
         return self.head.fc(x.mean((2, 3)))
 
 
-class Mmpretrain(nn.Module):
-    """ImageClassifier: backbone, neck without weights, head; blocks have torchvision's names."""
+class PyclsCifar(nn.Module):
+    """ResNet-8 of basic blocks, with 3x3 stem and three stages."""
 
     def __init__(self):
         super().__init__()
-        self.backbone = small_torchvision()
+        self.stem = nn.Sequential(OrderedDict(conv=conv(3, 16, 3), bn=BatchNorm2d(16)))
+        inputs = 16
+        for stage in (1, 2, 3):
+            outputs = 8 * 2**stage
+            block = PyclsBlock(inputs, outputs, 2 if stage > 1 else 1, outputs, 1)
+            setattr(self, f"s{stage}", nn.Sequential(OrderedDict(b1=block)))
+            inputs = outputs
+        self.head = nn.Module()
+        self.head.fc = nn.Linear(inputs, 10)
+
+    def forward(self, x):
+        return self.head.fc(self.s3(self.s2(self.s1(F.relu(self.stem(x))))).mean((2, 3)))
+
+
+class Mmpretrain(nn.Module):
+    """ImageClassifier: backbone, neck without weights, head; blocks have torchvision's names."""
+
+    def __init__(self, basic=False):
+        super().__init__()
+        self.backbone = small_torchvision(basic=basic)
         self.head = nn.Module()
         self.head.fc, self.backbone.fc = self.backbone.fc, nn.Identity()
 
@@ -155,7 +195,9 @@ def check(path, theirs, size=64):
     """Compare the outputs of the loaded network with theirs, and return what is known about the weights."""
     found, info = load_weights(path)
     x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
-    assert relative_error(found(x), theirs(x.flip(1) if isinstance(theirs, Pycls) else x)) <= 1e-5
+    assert (
+        relative_error(found(x), theirs(x.flip(1) if isinstance(theirs, Pycls | PyclsCifar) else x)) <= 1e-5
+    )
     return info
 
 

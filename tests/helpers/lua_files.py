@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from resnext.models.resnext import Basic
+
 KINDS = {torch.float64: "Double", torch.float32: "Float", torch.float16: "Half", torch.int64: "Long"}
 
 
@@ -147,7 +149,8 @@ def pool(name, size, stride, padding=0):
 
 
 def path(m):
-    return [convolution(m.conv1), norm(m.bn1), relu(), convolution(m.conv2), norm(m.bn2), relu()]
+    first = [convolution(m.conv1), norm(m.bn1), relu(), convolution(m.conv2)]
+    return first if isinstance(m, Basic) else [*first, norm(m.bn2), relu()]
 
 
 def shortcut(block):
@@ -169,14 +172,15 @@ def block_tree(block, nested, preactivation):
         branch = [concat] if nested else [table(*paths), join]
     else:
         branch = [sequential(*path(block))] if nested else path(block)
-    branch.append(convolution(block.conv3))
+    if not isinstance(block, Basic):
+        branch.append(convolution(block.conv3))
     head, activate = [], [norm(block.bn0), relu()] if block.activate_input else []
     if block.activate_input == "shared":
         head = activate
     elif activate:
         branch = activate + branch
     if not preactivation:
-        branch.append(norm(block.bn3))
+        branch.append(norm(block.last_bn))
     sides, add = table(sequential(*branch), shortcut(block)), Module("nn.CAddTable", {"inplace": True})
     return sequential(*head, sides, add, *([] if preactivation else [relu()]))
 

@@ -8,8 +8,10 @@ also compared with each other, and every shipped configuration is built and coun
 import importlib
 import itertools
 import math
+from functools import partial
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -18,7 +20,9 @@ from networks import stir
 from torch import nn
 
 import resnext
-from resnext.config import CONFIG_FOLDER, ModelConfig, read_config
+from resnext.config import CONFIG_FOLDER, ModelConfig, parse_config, read_config
+from resnext.engine.train_state import build_train_state, init_momentum
+from resnext.engine.trainer import train_step
 from resnext.errors import UserError
 from resnext.models.block_forms import convert_form
 from resnext.models.complexity import complexity
@@ -60,7 +64,7 @@ def gradients(model, x):
 
 # ---------------------------------------------------------------------------- torchvision
 
-TORCHVISION = ["resnet50", "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"]
+TORCHVISION = ["resnet18", "resnet34", "resnet50", "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"]
 
 
 @pytest.mark.parametrize("name", [*TORCHVISION, "resnet101", "resnet152"])
@@ -88,6 +92,19 @@ def test_logits_are_torchvisions(name):
             assert error(ours.eval()(x), theirs.eval()(x)) < 1e-12
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet34"])
+def test_basic_blocks_are_torchvisions_and_timms_to_the_bit(name):
+    ours = stir(getattr(resnext, name)(classes=12)).eval()
+    for make in (getattr(torchvision.models, name), partial(timm.create_model, name)):
+        theirs = make(num_classes=12).eval()
+        theirs.load_state_dict(ours.state_dict())
+        back = getattr(resnext, name)(classes=12).eval()
+        back.load_state_dict(theirs.state_dict())
+        x = images(2, 3, 64, 64).float()
+        with torch.no_grad():
+            assert torch.equal(ours(x), theirs(x)) and torch.equal(ours(x), back(x))
+
+
 # ---------------------------------------------------------------------------- counts
 
 
@@ -113,7 +130,20 @@ def test_shipped_configurations(name):
     with META:
         model = build_model(config.model, config.model.classes or classes)
     assert complexity(model, config.data.image_size) == CONFIG_COUNTS[name]
-    assert (model.final_bn is not None) == ("preresnext" in name)
+    assert (model.final_bn is not None) == ("preresnext" in name or name == "resnet200")
+
+
+def test_counts_of_basic_blocks_by_formula():
+    """ResNet-20 to 1202: 19 to 1,201 convolutions of 16, 32 and 64 channels, and a linear layer."""
+    for depth in (20, 32, 44, 56, 110, 1202):
+        n = (depth - 2) // 6
+        weights = 27 * 16 + 9 * (
+            2 * n * 16**2 + 16 * 32 + (2 * n - 1) * 32**2 + 32 * 64 + (2 * n - 1) * 64**2
+        )
+        norms = 2 * (16 + 2 * n * (16 + 32 + 64))
+        macs = 1024 * (27 * 16 + 9 * 2 * n * 16**2) + 256 * 9 * (16 * 32 + (2 * n - 1) * 32**2)
+        macs += 64 * 9 * (32 * 64 + (2 * n - 1) * 64**2) + 640
+        assert CONFIG_COUNTS[f"cifar10_resnet{depth}"] == (weights + norms + 650, macs)
 
 
 # ---------------------------------------------------------------------------- functional reference
@@ -122,10 +152,11 @@ def test_shipped_configurations(name):
 class Reference:
     """The network by its definition. `used` collects the names of its parameters."""
 
-    def __init__(self, model, stages, cardinality, stem, form, shortcut, preactivation):
+    def __init__(self, model, stages, cardinality, stem, form, shortcut, preactivation, basic=0):
         self.state = dict(model.named_parameters())
         self.stages, self.cardinality, self.stem, self.form = stages, cardinality, stem, form
         self.shortcut, self.preactivation = shortcut, preactivation
+        self.basic = basic  # channels of the first stage of basic blocks
         self.used = set()
 
     def get(self, key):
@@ -146,6 +177,9 @@ class Reference:
         return self.bn(x, key).clamp_min(0)
 
     def branch(self, x, block, stride):
+        if self.basic:
+            x = self.bn_relu(self.conv(x, f"{block}.conv1", stride), f"{block}.bn1")
+            return self.conv(x, f"{block}.conv2")
         grouped = self.form == "C"
         paths = [block] if grouped else [f"{block}.paths.{i}" for i in range(self.cardinality)]
         outputs = []
@@ -166,7 +200,7 @@ class Reference:
 
     def block(self, x, block, outputs, stride, activation):
         if not self.preactivation:
-            y = self.bn(self.branch(x, block, stride), f"{block}.bn3")
+            y = self.bn(self.branch(x, block, stride), f"{block}.bn{2 if self.basic else 3}")
             return (y + self.skip(x, block, outputs, stride)).clamp_min(0)
         y = x if activation == "none" else self.bn_relu(x, f"{block}.bn0")
         skipped = y if activation == "shared" else x
@@ -185,10 +219,15 @@ class Reference:
                 if imagenet and stage == index == 0:
                     activation = "none"
                 stride = 2 if stage > 0 and index == 0 else 1
-                x = self.block(x, f"layer{stage + 1}.{index}", 256 * 2**stage, stride, activation)
+                x = self.block(
+                    x, f"layer{stage + 1}.{index}", (self.basic or 256) * 2**stage, stride, activation
+                )
         if self.preactivation:
             x = self.bn_relu(x, "final_bn")
         return F.linear(x.flatten(2).mean(2), self.get("fc.weight"), self.get("fc.bias"))
+
+
+STAGES = {"cifar": (2, 1, 1), "imagenet": (2, 1, 1, 1)}
 
 
 @pytest.mark.parametrize(
@@ -196,11 +235,51 @@ class Reference:
     list(itertools.product(["cifar", "imagenet"], [False, True], "ABC", "ABC")),
 )
 def test_network_is_its_definition(stem, preactivation, form, shortcut):
-    stages = (2, 1, 1) if stem == "cifar" else (2, 1, 1, 1)
     options = {"stem": stem, "form": form, "shortcut": shortcut, "preactivation": preactivation}
-    model = random_model(stages, 3, 5, 7, **options)
-    reference = Reference(model, stages, 3, **options)
-    x = images(2, 3, 13, 10) if stem == "cifar" else images(2, 3, 45, 38)
+    model = random_model(STAGES[stem], 3, 5, 7, **options)
+    check_definition(model, Reference(model, STAGES[stem], 3, **options))
+
+
+@pytest.mark.parametrize(
+    "stem, preactivation, shortcut", list(itertools.product(["cifar", "imagenet"], [False, True], "ABC"))
+)
+def test_network_of_basic_blocks_is_its_definition(stem, preactivation, shortcut):
+    options = {"stem": stem, "form": "C", "shortcut": shortcut, "preactivation": preactivation}
+    model = random_model(STAGES[stem], 1, 6, 7, block_type="basic", **options)
+    check_definition(model, Reference(model, STAGES[stem], 1, basic=6, **options))
+
+
+@pytest.mark.parametrize("preactivation", [False, True])
+def test_training_of_basic_blocks_is_its_definition(preactivation):
+    """Six steps of the program in float64 against the reference and optim.sgd's formula."""
+    text = "model: {architecture: resnet, stem: cifar, depth: 14}\ndata: {dataset: cifar10, dir: unused}\n"
+    config = parse_config(text, "test", [f"model.preactivation={str(preactivation).lower()}"])
+    training = build_train_state(config, tuple("0123456789"), torch.device("cpu"), {})
+    training.model.double().train()
+    init_momentum(training.optimizer)
+    parameters = {name: p.detach().clone() for name, p in training.model.named_parameters()}
+    options = {"stem": "cifar", "form": "C", "shortcut": "A", "preactivation": preactivation}
+    reference = Reference(training.model, (2, 2, 2), 1, basic=16, **options)
+    velocities = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    labels = torch.arange(8)
+    for step in range(6):
+        x = torch.randn(8, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        ours = train_step(training, x, labels, 0.1)[0]
+        reference.state = {name: p.requires_grad_() for name, p in parameters.items()}
+        theirs = F.cross_entropy(reference(x), labels)
+        gradients = torch.autograd.grad(theirs, list(parameters.values()))
+        assert abs(ours / theirs.detach() - 1) < 1e-10
+        with torch.no_grad():
+            for (name, p), gradient in zip(parameters.items(), gradients, strict=True):
+                gradient = gradient + 1e-4 * p
+                velocities[name] = 0.9 * velocities[name] + gradient
+                parameters[name] = p - 0.1 * (gradient + 0.9 * velocities[name])
+    for name, p in training.model.named_parameters():
+        assert error(p.detach(), parameters[name]) < 1e-10, name
+
+
+def check_definition(model, reference):
+    x = images(2, 3, 13, 10) if reference.stem == "cifar" else images(2, 3, 45, 38)
     logits, ours = gradients(model, x)
     model.zero_grad(set_to_none=True)
     expected = reference(x)
@@ -426,11 +505,13 @@ def test_channels_last_agrees(network, form):
 # ---------------------------------------------------------------------------- names and arguments
 
 IMAGENET_NAMES = ("resnet50", "resnet101", "resnext50_32x4d", "resnext101_32x4d", "resnext101_32x8d")
-IMAGENET_NAMES += ("resnext101_64x4d", "resnext152_32x4d")
+IMAGENET_NAMES += ("resnext101_64x4d", "resnext152_32x4d", "resnet18", "resnet34", "resnet152")
+CIFAR_NAMES = ("resnext29_8x64d", "resnext29_16x64d", "resnet20", "resnet32", "resnet44", "resnet56")
+CIFAR_NAMES += ("resnet110", "resnet1202")
 NAMED = {  # parameters with 1000 or 10 classes
     **{name: CONFIG_COUNTS[name][0] for name in IMAGENET_NAMES},
-    **{name: CONFIG_COUNTS[f"cifar10_{name}"][0] for name in ("resnext29_8x64d", "resnext29_16x64d")},
-    "resnet152": 60_192_808,
+    **{name: CONFIG_COUNTS[f"cifar10_{name}"][0] for name in CIFAR_NAMES},
+    "resnet200": 64_673_832,  # timm's
 }
 
 
@@ -450,7 +531,7 @@ def test_every_exported_name_can_be_imported():
 def test_named_networks():
     with META:
         for name, parameters in NAMED.items():
-            model = getattr(resnext, name)(classes=10 if "29" in name else 1000)
+            model = getattr(resnext, name)(classes=10 if name in CIFAR_NAMES else 1000)
             assert sum(p.numel() for p in model.parameters()) == parameters, name
         model = resnext.resnext50_32x4d(classes=7, form="B", shortcut="C", preactivation=True)
     assert model.fc.out_features == 7 and len(model.layer1[0].paths) == 32
@@ -458,13 +539,13 @@ def test_named_networks():
 
 
 def test_build_model_follows_the_configuration():
-    config = ModelConfig(
-        stem="cifar", stages=(1, 2, 1), cardinality=3, base_width=5, block="A", shortcut="C", zero_gamma=True
-    )
+    bottleneck = partial(ModelConfig, block_type="bottleneck")
+    options = {"cardinality": 3, "base_width": 5, "block": "A", "shortcut": "C", "zero_gamma": True}
+    config = bottleneck(stem="cifar", stages=(1, 2, 1), **options)
     model = build_model(config, 6)
     same = ResNeXt((1, 2, 1), 3, 5, 6, stem="cifar", form="A", shortcut="C", zero_gamma=True)
     assert str(model) == str(same) and (model.layer2[1].bn3.weight == 0).all()
-    config = ModelConfig(stages=(1, 1, 1, 2), cardinality=1, base_width=64, preactivation=True)
+    config = bottleneck(stages=(1, 1, 1, 2), cardinality=1, base_width=64, shortcut="B", preactivation=True)
     same = ResNeXt((1, 1, 1, 2), 1, 64, 5, preactivation=True)
     assert str(build_model(config, 5)) == str(same)
 
@@ -474,6 +555,9 @@ def test_build_model_follows_the_configuration():
     [
         ("stem", {"stem": "mnist"}),
         ("form", {"form": "D"}),
+        ("block_type", {"block_type": "wide"}),
+        ("basic", {"block_type": "basic"}),
+        ("basic", {"block_type": "basic", "cardinality": 1, "form": "B"}),
         ("shortcut", {"shortcut": "identity"}),
         *(("number of stages", {"stages": stages}) for stages in ((1, 1, 1), ())),
         ("number of stages", {"stem": "cifar"}),

@@ -11,7 +11,7 @@ import torch
 from commands import ROOT, call, message
 from networks import SMALL, stir, write_weights
 from torch import nn
-from torchvision.models.resnet import Bottleneck, ResNet
+from torchvision.models.resnet import Bottleneck, ResNet, resnet18
 
 from resnext import load_weights
 from resnext.config import parse_config
@@ -68,6 +68,15 @@ def test_timm_reads_a_pth(tmp_path):
     run(source, tmp_path / "x50.pth")
     network = timm.create_model("resnext50_32x4d", pretrained=False, num_classes=3)
     network.load_state_dict(torch.load(tmp_path / "x50.pth", weights_only=True), strict=True)
+    assert_same_logits(network.eval(), source, random_images(2, 64))
+
+
+def test_torchvision_reads_basic_blocks(tmp_path):
+    text = "model: {architecture: resnet, depth: 18}\ndata: {image_size: 64}"
+    source = write_weights(tmp_path / "run", text, 3)
+    assert "torchvision's ResNet, every key" in run(source, tmp_path / "r18.pth")
+    network = resnet18(num_classes=3)
+    network.load_state_dict(torch.load(tmp_path / "r18.pth", weights_only=True), strict=True)
     assert_same_logits(network.eval(), source, random_images(2, 64))
 
 

@@ -16,6 +16,7 @@ IMAGENET = "th main.lua -dataset imagenet -bottleneckType resnext_C -depth 50 -b
 IMAGENET += "-batchSize 256 -nGPU 8 -nThreads 8 -shareGradInput true -data [imagenet-folder]"
 CIFAR = "th main.lua -dataset cifar10 -bottleneckType resnext_C -depth 29 -baseWidth 64 -cardinality 16 "
 CIFAR += "-weightDecay 5e-4 -batchSize 128 -nGPU 8 -nThreads 8 -shareGradInput true"
+FACEBOOK = "th main.lua {} -batchSize 256 -nThreads 8 -shareGradInput true -data [imagenet-folder]"
 RECOMPUTE = {"train.activation_checkpointing": True}
 
 
@@ -41,6 +42,8 @@ def changes(before: Config, command: str) -> dict[str, object]:
             "resnet50",
             {"data.workers": 1},
         ),
+        (FACEBOOK.format("-depth 34 -nGPU 4"), "resnet34", {"data.workers": 2}),
+        (FACEBOOK.format("-netType preresnet -depth 200 -nGPU 8"), "resnet200", {"data.workers": 1}),
         (CIFAR, "cifar10_resnext29_16x64d", {}),
         (CIFAR.replace("-cardinality 16", "-cardinality 8"), "cifar10_resnext29_8x64d", {}),
         (CIFAR.replace("cifar10", "cifar100"), "cifar100_resnext29_16x64d", {}),
@@ -60,6 +63,12 @@ def test_published_commands(command, config, expected):
     assert changes(read_config(find_config(config)), command) == RECOMPUTE | expected
 
 
+@pytest.mark.parametrize("depth", [20, 110, 1202])
+def test_published_cifar_commands_of_facebook(depth):
+    command = f"th main.lua -dataset cifar10 -nGPU 2 -batchSize 128 -depth {depth}"
+    assert changes(read_config(find_config(f"cifar10_resnet{depth}")), command) == {}
+
+
 def test_command_lines_in_any_wrapping():
     text = translated(CIFAR)[0]
     assert translated(CIFAR.removeprefix("th main.lua "))[0] == text
@@ -67,11 +76,28 @@ def test_command_lines_in_any_wrapping():
 
 
 def test_defaults_of_the_lua_code_are_stated():
-    text, config = translated("-depth 50")
+    text, config = translated("-depth 50 -netType resnext")
     assert "workers: 2" in text and "batch_size: 32" in text and "epochs" not in text
     assert (config.model.cardinality, config.model.base_width) == (1, 64)
     assert (config.train.batch_size, config.train.bn_group, config.train.epochs) == (32, 32, 100)
     assert translated("-depth 29 -dataset cifar10")[1].train.epochs == 300
+    text, config = translated("")
+    assert "because no flag is one of ResNeXt's" in text
+    assert (config.model.depth, config.model.block_type, config.train.epochs) == (34, "basic", 90)
+
+
+def test_twenty_layers_of_either_program():
+    """Depth 20 is 6n+2 of fb.resnet.torch's basic blocks and 9n+2 of ResNeXt's bottlenecks."""
+    models = [
+        translated(f"-dataset cifar10 -depth 20 {flags}")[1].model
+        for flags in ("", "-bottleneckType resnet", "-baseWidth 64 -cardinality 1")
+    ]
+    assert [m.block_type for m in models] == ["basic", "bottleneck", "bottleneck"]
+    assert [m.stages for m in models] == [(3, 3, 3), (2, 2, 2), (2, 2, 2)]
+    assert [m.shortcut for m in models] == ["A", "B", "B"]
+
+
+FACEBOOK_KEYS = {"model.architecture": "resnet", "train.epochs": 90}
 
 
 @pytest.mark.parametrize(
@@ -84,8 +110,8 @@ def test_defaults_of_the_lua_code_are_stated():
         ("-nThreads 7", {"data.workers": 7}),
         ("-nThreads 7 -nGPU 2", {"data.workers": 4, "train.bn_group": 16}),
         ("-batchSize 64", {"train.batch_size": 64, "train.bn_group": 64, "train.eval_batch_size": 64}),
-        ("-netType resnet", {"model.architecture": "resnet"}),
-        ("-netType preresnet", {"model.architecture": "resnet", "model.preactivation": True}),
+        ("-netType resnet", FACEBOOK_KEYS),
+        ("-netType preresnet", FACEBOOK_KEYS | {"model.preactivation": True}),
         ("-netType preresnet -cardinality 8", {"model.preactivation": True, "model.cardinality": 8}),
         ("-bottleneckType resnet", {"model.architecture": "resnet"}),
         ("-bottleneckType resnext_B", {"model.block": "B"}),
@@ -106,7 +132,13 @@ def test_defaults_of_the_lua_code_are_stated():
     ],
 )
 def test_keys_of_each_flag(flags, expected):
-    assert changes(translated("-depth 50")[1], f"-depth 50 {flags}") == expected
+    assert (
+        changes(
+            translated("-depth 50 -netType resnext")[1],
+            f"-depth 50 {flags}{'' if '-netType' in flags else ' -netType resnext'}",
+        )
+        == expected
+    )
 
 
 @pytest.mark.parametrize(
@@ -176,12 +208,14 @@ def test_notes_stand_at_their_keys():
         ("-precision double -depth 50", ["-precision", "not offered"]),
         ("-shareGradInput true -optnet true", ["-optnet", "-shareGradInput"]),
         ("-resetClassifier true -depth 50", ["-resetClassifier", "-nClasses"]),
-        ("-dataset imagenet", ["-depth", "34", "50, 101 or 152"]),
-        ("-retrain m.t7", ["-depth", "describe.py m.t7"]),
-        ("-depth 34", ["-depth 34", "50, 101 or 152"]),
-        ("-depth 30 -dataset cifar10", ["-depth 30", "9n+2"]),
-        ("-depth 2 -dataset cifar10", ["-depth", "at least 5"]),
-        ("-depth 110 -dataset cifar10 -netType resnet", ["-netType resnet", "CIFAR"]),
+        ("-netType resnext", ["-depth", "34", "50, 101, 152, 200"]),
+        ("-retrain m.t7 -netType resnext", ["-depth", "describe.py m.t7"]),
+        ("-depth 34 -cardinality 32", ["-depth 34", "50, 101, 152, 200"]),
+        ("-depth 33", ["-depth 33", "18, 34, 50, 101, 152, 200"]),
+        ("-depth 30 -dataset cifar10", ["-depth 30", "6n+2"]),
+        ("-depth 30 -dataset cifar10 -cardinality 8", ["-depth 30", "9n+2"]),
+        ("-depth 2 -dataset cifar10", ["-depth", "at least 4"]),
+        ("-depth 29 -dataset cifar10 -netType resnet", ["-depth 29: resnet", "6n+2"]),
         ("-depth 29 -dataset cifar10 -tenCrop true", ["-tenCrop"]),
         ("-testOnly true", ["-testOnly", "-retrain"]),
         ("-depth 50 -epochNumber 31", ["-epochNumber", "-resume"]),

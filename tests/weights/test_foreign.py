@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from foreign_networks import (
     Bearpaw,
     Mmpretrain,
     Pycls,
+    PyclsCifar,
     assert_equal,
     check,
     randomize_norms,
@@ -27,7 +29,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import evaluate
-from resnext import ResNeXt, UserError, load_weights
+from resnext import ResNeXt, UserError, load_weights, resnet20
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import describe
@@ -91,6 +93,25 @@ def test_averaged_weights_come_first(tmp_path):
     for name, content in files.items():
         torch.save(content, tmp_path / name)
         assert check(tmp_path / name, average).weights == "averaged weights"
+
+
+@pytest.mark.parametrize(
+    ("make", "origin"),
+    [
+        (partial(timm.create_model, "resnet18", num_classes=12), "torchvision or timm"),
+        (partial(timm.create_model, "resnet34", num_classes=12), "torchvision or timm"),
+        (partial(small_torchvision, basic=True), "torchvision or timm"),
+        (partial(Mmpretrain, basic=True), "mmpretrain"),
+        (PyclsCifar, "pycls"),
+        (partial(resnet20, shortcut="B"), "torchvision or timm"),
+        (partial(resnet20, preactivation=True, classes=12), "torchvision or timm"),
+    ],
+)
+def test_basic_blocks(make, origin, tmp_path):
+    theirs = randomize_norms(make())
+    torch.save(theirs.state_dict(), tmp_path / "w.pth")
+    info = check(tmp_path / "w.pth", theirs, 32)
+    assert info.origin == origin and info.config.model.block_type == "basic"
 
 
 def test_timm(tmp_path):

@@ -144,7 +144,10 @@ WRONG = {
     "a key is missing": (changed("layer2.1.bn2.bias"), r"has no layer2\.1\.bn2\.bias"),
     "one too many": (changed(**{"layer1.0.se.fc.weight": torch.ones(1)}), r"has layer1\.0\.se\.fc\.weight"),
     "another shape": (changed(**{"layer2.0.bn1.weight": torch.ones(3)}), r"layer2\.0\.bn1\.weight is"),
-    "basic blocks": (torchvision.models.resnet18(num_classes=3).state_dict(), "two convolutions"),
+    "a narrow stem": (
+        changed(**{"conv1.weight": torch.ones(16, 3, 3, 3), "layer1.0.conv2.weight": torch.ones(8, 3, 3, 3)}),
+        "first convolutions",
+    ),
     "not a ResNet": (nn.Linear(2, 2).state_dict(), "first key is 'weight'"),
     "numbers only": ({"epoch": 3}, "no state_dict"),
     "a list": ([1, 2], "no state_dict"),

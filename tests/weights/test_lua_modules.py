@@ -15,7 +15,7 @@ from resnext import ResNeXt, UserError, load_weights
 from resnext.models.resnext import build_model
 
 FACTS = golden("oracle.json")["models"]
-MODELS = [*sorted(GOLDEN.glob("*.t7.xz")), *sorted((SHARED / "models").glob("*/model*.t7.xz"))]
+MODELS = [*sorted(GOLDEN.glob("*.t7.xz")), *sorted(SHARED.glob("[bm]*/*/model*.t7.xz"))]
 
 
 def write_t7(tmp_path, value, **options):
@@ -54,7 +54,10 @@ def test_models_of_the_original(source, tmp_path):
         arrays = np.load(io.BytesIO(lzma.decompress((source.parent / "data.npz.xz").read_bytes())))
         assert relative_error(model(images.float()), arrays["file_logits_eval_float"]) <= 2e-6
     options = facts["options"]
-    if options["bottleneckType"] != "resnet":
+    assert found.preactivation == options.get("preactivation", False)
+    if options["bottleneckType"] == "basic":
+        assert found.block_type == "basic"
+    elif options["bottleneckType"] != "resnet":
         assert (found.cardinality, found.base_width) == (options["cardinality"], options["baseWidth"])
         assert found.block == options["bottleneckType"][-1]
     assert (found.depth, found.stem[:5]) == (options["depth"], options["dataset"][:5])
@@ -69,6 +72,7 @@ def test_models_of_the_original(source, tmp_path):
 # ---------------------------------------------------------------------------- variants
 
 CIFAR = {"stem": "cifar", "cardinality": 3, "base_width": 5, "classes": 7}
+BASIC = {"block_type": "basic", "cardinality": 1, "base_width": 16}
 NETWORKS = {
     "cifar 20": {"stages": (2, 2, 2)},
     "cifar C shortcuts": {"stages": (2, 1, 3), "shortcut": "C"},
@@ -79,6 +83,11 @@ NETWORKS = {
     "imagenet": {"stem": "imagenet", "stages": (2, 1, 3, 1)},
     "imagenet pre": {"stem": "imagenet", "stages": (1, 2, 1, 2), "preactivation": True},
     "resnet": {"stages": (1, 2, 1), "cardinality": 1, "base_width": 64},
+    "basic": BASIC | {"stages": (2, 3, 1), "shortcut": "A"},
+    "basic B": BASIC | {"stages": (1, 2, 2)},
+    "basic pre": BASIC | {"stages": (2, 2, 2), "preactivation": True, "shortcut": "A"},
+    "basic pre C": BASIC | {"stages": (1, 1, 2), "preactivation": True, "shortcut": "C"},
+    "basic imagenet": BASIC | {"stem": "imagenet", "stages": (2, 1, 1, 2), "base_width": 64},
     # Not run: the original's own first block with shortcut A, 64 to 256 channels, does not work.
     "cifar A shortcuts": {"stages": (1, 1, 1), "shortcut": "A"},
 }
@@ -93,7 +102,7 @@ def test_every_network(options, nested, tmp_path):
     named = info.config.model
     assert {key: getattr(named, "block" if key == "form" else key) for key in expected} == expected
     assert not found.training
-    if named.shortcut != "A":
+    if named.shortcut != "A" or named.block_type == "basic":
         assert_same(model, found)
 
 
@@ -250,6 +259,16 @@ def basic_blocks(tree, model):
     branch[:4] = [convolution(torch.nn.Conv2d(64, 15, 3, padding=1, bias=False))]
 
 
+def norms_after_additions(tree, model):
+    """Move the last BN of each block behind the addition, as in the published resnet-50.t7."""
+    tree = network_tree(random_model(**CIFAR, stages=(2, 1, 1)))
+    for stage in tree.fields["modules"][3:6]:
+        for block in stage.fields["modules"]:
+            branch = block.fields["modules"][0].fields["modules"][0]
+            block.fields["modules"].insert(2, branch.fields["modules"].pop())
+    return tree
+
+
 EXPANDED = {"weight": torch.ones(1, 1).expand(10**9, 1024), "bias": torch.ones(1).expand(10**9)}
 REFUSED = {
     "early stride": (set_fields(CONVOLUTION, 5, dW=2, dH=2), r"layer2\.0\.conv1: kernel 1x1, stride 2x2"),
@@ -272,7 +291,8 @@ REFUSED = {
         set_modules(lambda all: [*all[:3], pool("nn.SpatialMaxPooling", 2, 2), *all[4:]]),
         "got maxpool, expected avgpool",
     ),
-    "basic blocks": (basic_blocks, "blocks have two convolutions"),
+    "mixed blocks": (basic_blocks, r"layer1\.0\.conv2: kernel 1x1"),
+    "norms after additions": (norms_after_additions, "BN after the addition, as in the published resnet-50"),
 }
 
 
