@@ -120,6 +120,7 @@ def main() -> None:
         if rank() == 0:
             classes = val_set.classes
             result = result_row(info, network, crops, classes, arguments.classes, score, predictions)
+            result["real_labels"] = arguments.real_labels
             result |= split_rows(arguments.splits, splits, members, predictions)
             key = "path" if data.dataset == "folder" else "index"
             rows = to_csv(key, names, predictions, classes) if arguments.csv else ""

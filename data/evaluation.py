@@ -29,16 +29,17 @@ def evaluation_data(config: Config, classes_known: bool, options: argparse.Names
         raise UserError(f"--resize: {resize} is less than the crop of {size}; raise it")
     folder = options.data or data.dir
     # A folder with val/ is an image folder, not the CIFAR that a network with such a stem suggests.
-    val_list = options.val_list or (None if options.data else data.val_list)  # it lists the run's own data
     has_val = (Path(folder or "").expanduser() / "val").is_dir()
     is_folder = not classes_known and (has_val or bool(options.val_list))
+    if options.val_list and data.dataset != "folder" and not is_folder:
+        raise UserError(f"--val-list: names image files, and this run reads {data.dataset}; omit the option")
     if options.data and data.dataset == "glyphs" and not is_folder:
         raise UserError(f"--data {options.data}: this run draws its images (glyphs); omit --data")
     return replace(
         data,
         dataset="folder" if is_folder else data.dataset,
         dir=folder,
-        val_list=val_list,
+        val_list=options.val_list or (None if options.data else data.val_list),  # it names the run's files
         image_size=size,
         resize=resize,
         interpolation=options.interpolation or data.interpolation,

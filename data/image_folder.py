@@ -99,13 +99,11 @@ def split_folder(root: str, split: str) -> Path:
 def evaluated_folder(root: str) -> Path:
     """Return root/val, or `root` itself if it holds class folders alone, as published test sets do."""
     base = Path(os.fsdecode(to_bytes(root))).expanduser()
-    if base.is_dir() and not (base / "val").is_dir():
-        names = class_folders(base)
-        splits = {*OTHER_NAMES, *(name for others in OTHER_NAMES.values() for name in others)}
-        inside = (base / os.fsdecode(to_bytes(name)) / "val" for name in names)
-        if names and not splits & {*map(str.lower, names)} and not any(path.is_dir() for path in inside):
-            return base
-    return split_folder(root, "val")
+    names = class_folders(base) if base.is_dir() else []
+    splits = {*OTHER_NAMES, *OTHER_NAMES["train"], *OTHER_NAMES["val"]}
+    nested = any((base / os.fsdecode(to_bytes(name)) / "val").is_dir() for name in names)
+    alone = names and not nested and splits.isdisjoint(map(str.lower, names))
+    return base if alone else split_folder(root, "val")
 
 
 def known_list(folder: Path) -> str:

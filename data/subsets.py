@@ -124,7 +124,8 @@ def load_labeled(
     classes, option = imagenet_classes(), f"--real-labels {sets.source}"
     if info.outputs != len(classes) or info.classes not in (None, classes):
         raise UserError(
-            f"{option}: numbers ImageNet's classes in the order of their WNIDs; the network has others"
+            f"{option}: numbers ImageNet's classes in the order of their WNIDs, and the network has others; "
+            "give other weights, or name its outputs with --class-names data/imagenet_wnids.txt"
         )
     if sets.by_folder and data.dir:
         folder = evaluated_folder(data.dir)

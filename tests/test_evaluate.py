@@ -428,6 +428,7 @@ BAD_ARGUMENTS = {
     "RUN --classes RUN": "'checkpoints' is unknown",
     "RUN --splits nowhere": "--splits nowhere: cannot be read",
     "RUN --data other": "--data other: its classes (2)",
+    "MEMORY --val-list s": "--val-list: names image files, and this run reads glyphs",
     "RUN --data empty": "data.dir empty: has no val/",
     "RUN --data nowhere": "nowhere: no such folder",
     "RUN --data flat": "outside class folders",
