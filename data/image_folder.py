@@ -200,12 +200,10 @@ def _errors(folder: Path, found: Found, loose: list[str], strangers: set[str]) -
     """Return errors for everything but images in known class folders, the most serious first."""
     errors = []
     if loose and folder.name == "val":
-        prepare = (
-            "for ImageNet's validation set, run python "
-            f"scripts/prepare_imagenet.py TARS {shlex.quote(str(folder.parent))} --flat-val "
-            f"{shlex.quote(str(folder))} (TARS has the devkit)"
+        hint = ("" if any(found.images) else known_list(folder)) or (
+            "for ImageNet's validation set, run python scripts/prepare_imagenet.py TARS "
+            f"{shlex.quote(str(folder.parent))} --flat-val {shlex.quote(str(folder))} (TARS has the devkit)"
         )
-        hint = known_list(folder) or prepare
         errors.append(f"{folder}: contains images outside class folders; {hint}")
     if strangers:
         hint = one_folder_too_many(folder, strangers) or "use the same classes in train/ and val/"

@@ -56,7 +56,7 @@ def read_label_sets(source: str) -> LabelSets:
         valid = range(len(imagenet_classes()))
         if not all(type(output) is int and output in valid for group in outputs.values() for output in group):
             raise ValueError("an output is not a number from 0 to 999")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         text = f"is neither ReaL's real.json nor ObjectNet's mappings/ ({error!r:.100})"
         raise UserError(f"{OPTION} {source}: {text}; download it again") from None
     return LabelSets(source, outputs, by_folder)

@@ -214,6 +214,19 @@ def test_a_flat_val_equals_its_class_folders(kaggle, tmp_path):
         assert contents[0] == contents[1] and len(contents[0]) == 7
 
 
+def test_a_list_of_class_folders_is_the_same_dataset(kaggle, tmp_path):
+    """Same order and fingerprint, so the same batches, whatever the order of the lines."""
+    paths = [path.relative_to(kaggle / "train") for path in kaggle.rglob("n*.JPEG")][::-1]
+    for form in ("{0}/{1} {2}", "{0}/{1} {0}", "train/{0}/{1}\t{0}"):
+        lines = [form.format(path.parent, path.name, WNIDS.index(path.parent.name)) for path in paths]
+        (tmp_path / "list").write_text("\n".join(lines))
+        data = parse_config(f"data: {{dir: {kaggle}, train_list: {tmp_path}/list}}", "x").data
+        found, expected = load_set(data, "train", WNIDS), load(kaggle, "train")
+        if not form.startswith("train"):
+            assert found.fingerprint() == expected.fingerprint()
+        assert [found.path(i) for i in range(9)] == [expected.path(i) for i in range(9)]
+
+
 def test_tiny_imagenet(tmp_path):
     root = tmp_path / "tiny-imagenet-200"
     for wnid in ("n02124075", "n01443537"):
