@@ -5,6 +5,7 @@
     python evaluate.py runs/cifar10_resnext29_8x64d --data datasets --json result.json
     python evaluate.py resnext_50_32x4d.t7 --data imagenet          other programs (docs/weights.md)
     python evaluate.py torchvision:resnext50_32x4d --data imagenet  weights that torchvision publishes
+    python evaluate.py timm:resnext50_32x4d.a1_in1k --data imagenet the same of timm, or hf:OWNER/REPO
     python evaluate.py RUN --ten-crop                               center, corners, and all five mirrored
     python evaluate.py RUN --image-size 320 --resize 320            the paper's Table 5
     python evaluate.py RUN --data DIR --classes wnids.txt           among some of the classes only
@@ -14,7 +15,7 @@
     torchrun --nproc-per-node=8 evaluate.py RUN                     on 8 GPUs: the same counts
 
 A checkpoint states its network, dataset, preprocessing, and precision; --data says where the data is now.
-For other programs' weights, the network is inferred, and the preprocessing is that of their origin.
+For other programs' weights, the network is inferred, and the preprocessing is what they state, or usual.
 Averaged weights (train.ema_decay) are used if there are any. Result files appear complete or not at all.
 """
 

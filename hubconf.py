@@ -5,8 +5,9 @@
     model = torch.hub.load(FOLDER, "resnext50_32x4d", source="local", weights="resnext50.pth")
     model = torch.hub.load(FOLDER, "load_weights", source="local", path="runs/demo")
 
-FOLDER is the folder of this file. Only weights="torchvision:NAME" downloads anything. torch.hub treats every
-public callable of this module as an entry point, so only modules are imported here.
+FOLDER is the folder of this file. Only weights by name, such as "torchvision:NAME" or "timm:NAME", are
+downloaded. torch.hub treats every public callable of this module as an entry point, so only modules are
+imported here.
 """
 
 import torch

@@ -33,7 +33,8 @@ def image_parser(document: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "weights",
         metavar="WEIGHTS",
-        help="a run directory (its best checkpoint), a file of weights, or torchvision:NAME",
+        help="a run directory (its best checkpoint), a file or folder of weights, torchvision:NAME, "
+        "timm:NAME, or hf:OWNER/REPO",
     )
     parser.add_argument(
         "images",

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterable, Iterator
@@ -10,11 +11,17 @@ from pathlib import Path
 from .errors import UserError
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "log.txt")
+PUBLISHED = ("torchvision:", "timm:", "hf:")  # prefixes of names of weights that are downloaded
+
+
+def is_published(source: str) -> bool:
+    """Return whether weights are given by a name, not by a path."""
+    return source.startswith(PUBLISHED)
 
 
 def check_source(source: str) -> None:
     """Raise UserError if there is nothing that load_weights could read; does not import torch."""
-    if not source.startswith("torchvision:") and not Path(source).expanduser().exists():
+    if not is_published(source) and not Path(source).expanduser().exists():
         raise UserError(f"{source}: no such run directory or file of weights; check the path")
 
 
@@ -38,7 +45,8 @@ def check_target(option: str, path: Path, inputs: Iterable[str | Path] = ()) -> 
 def whole_file(name: str, option: str = "") -> Iterator[Path]:
     """Yield another name to write to; the file gets its own once it is complete, and never before.
 
-    A pipe or device is written to directly. SIGTERM removes what was written so far.
+    A folder may be created under that name instead. A pipe or device is written to directly. SIGTERM removes
+    what was written so far.
     """
     direct = Path(name).exists() and not Path(name).is_file()
     target = Path(name) if direct else Path(name).resolve()
@@ -47,15 +55,18 @@ def whole_file(name: str, option: str = "") -> Iterator[Path]:
     try:
         yield path
         if not direct:
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+            for written in path.iterdir() if path.is_dir() else (path,):
+                with open(written, "rb") as file:
+                    os.fsync(file.fileno())
             os.replace(path, target)
     except OSError as error:
         raise UserError(
             f"{option} {name}: cannot be written ({error.strerror or error}); name another file".lstrip()
         ) from None
     finally:
-        if not direct:
+        if not direct and path.is_dir():
+            shutil.rmtree(path)
+        elif not direct:
             path.unlink(missing_ok=True)
         signal.signal(signal.SIGTERM, handler)
 

@@ -89,6 +89,7 @@ FLAGS = {
                             lambda o: o.resetClassifier and not o.resume),
     "nClasses": Flag(int, 0, "model.classes", lambda o: o.nClasses or None, at_least=0),
 }
+OWN_FLAGS = {"cardinality", "baseWidth", "bottleneckType"}  # that only ResNeXt's opts.lua has
 PLAIN = "has no effect on a plain ResNet, as in the original"
 RECOMPUTED = "saves memory by computing blocks twice: a third slower, same result; omit it if memory suffices"
 # (flag, when its meaning differs, how); {flag} stands for a flag's value, {share} for the images per GPU.
@@ -113,6 +114,8 @@ NOTES: list[tuple[str, Callable[[SimpleNamespace], object], str]] = [
     ("netType", lambda o: o.facebook and "netType" not in o.given,
      "fb.resnet.torch's networks and defaults, because no flag is one of ResNeXt's own (-baseWidth, "
      "-cardinality, -bottleneckType)"),
+    ("netType", lambda o: not o.facebook and not o.given & {"netType", *OWN_FLAGS},
+     "ResNeXt's network and defaults, because fb.resnet.torch has none of {depth} layers"),
     ("dataset", lambda o: not o.imagenet, "downloaded to --data if missing, not to -gen"),
     ("nThreads", lambda o: not o.imagenet and "nThreads" in o.given,
      "not used, because the dataset is held in memory"),
@@ -196,7 +199,7 @@ def read_flags(words: list[str]) -> SimpleNamespace:
 
 def complete_network(o: SimpleNamespace) -> None:
     """Add which of the two programs the flags are for, what its network is, and its defaults."""
-    paths = {"cardinality", "baseWidth", "bottleneckType"} & o.given  # only ResNeXt's opts.lua has them
+    paths = o.given & OWN_FLAGS
     kinds = ("basic", "bottleneck") if o.imagenet else ("basic",)
     if "netType" not in o.given and not paths:
         fits = any(stages_by_depth(kind, o.depth, o.stem) for kind in kinds)
@@ -238,7 +241,8 @@ def read_value(name: str, text: str) -> Value:
 
 def check_options(o: SimpleNamespace) -> None:
     """Raise UserError for what the original refused, and for what has no counterpart here."""
-    depths = ", ".join(str(depth) for kind in o.kinds for depth in STAGES[kind])
+    depths = [depth for kind in o.kinds for depth in STAGES[kind] if depth != 200 or o.netType == "preresnet"]
+    depths = ", ".join(map(str, depths))
     if not o.imagenet:
         depths = "6n+2 (20, 32, 44, ...)" if o.facebook else "9n+2 (20, 29, 38, ...)"
     fits = any(stages_by_depth(kind, o.depth, o.stem) for kind in o.kinds)
@@ -263,8 +267,10 @@ def check_options(o: SimpleNamespace) -> None:
             (o.momentum == 0, "-momentum 0: Nesterov momentum must be above 0, as in the original; raise it"),
             (o.nGPU > o.batchSize,
              f"-nGPU {o.nGPU}: more GPUs than images (-batchSize {o.batchSize}); lower it"),
-            ("depth" not in o.given and not fits,
-             f"-depth: missing, and the original's default of 34 layers does not fit; give {depths}{look}"),
+            ("depth" not in o.given and (source or not fits),
+             f"-depth: missing, and the original's default is 34 layers; give {depths}{look}"),
+            (o.depth == 200 and o.netType != "preresnet",
+             "-depth 200: only preresnet.lua has 200 layers; give -netType preresnet"),
             (not fits, f"-depth {o.depth}: {o.netType} on {o.dataset} has {depths} layers; change it"),
         ]
     # fmt: on

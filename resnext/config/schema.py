@@ -45,13 +45,13 @@ class ModelConfig:
     """The network."""
 
     architecture: Literal["resnext", "resnet"] = key("resnext",
-        "resnext, or resnet: plain blocks (one group)", "netType")
+        "resnext, or resnet: blocks without groups", "netType")
     stem: Literal["imagenet", "cifar"] = key("imagenet",
         "imagenet: 7x7/2 and max-pool, 4 stages; cifar: 3x3, 3 stages")
     depth: int = key(None, "layers; stem imagenet: 50, 101, 152, 200, and resnet 18, 34; "
         "stem cifar: 9n+2, and resnet 6n+2", at_least=4)
     block_type: Literal["basic", "bottleneck"] = key(None,
-        "resnet: basic (two 3x3) or bottleneck; null: basic if the depth allows it")
+        "resnet: basic (two 3x3) or bottleneck; null: basic if the depth is one of theirs")
     stages: tuple[int, ...] = key(None,
         "blocks per stage, instead of depth: [3, 4, 6, 3]", at_least=1, at_most=1000)
     cardinality: int = key(None, "groups (paths) per block", "groups", at_least=1, at_most=10_000)
@@ -66,7 +66,8 @@ class ModelConfig:
     classes: int | None = key(None,
         "number of classes; null: as in the data", "nClasses num_classes", at_least=1, at_most=10**7)
     pretrained: str | None = key(None,
-        "initial weights: a run, a file, or torchvision:NAME; other classes get a new last layer",
+        "initial weights: a run, file, torchvision:NAME, timm:NAME, or hf:OWNER/REPO; "
+        "other classes get a new last layer",
         "retrain weights load_from")
     reset_classifier: bool = key(False,
         "with pretrained: reinitialize the last layer even if the number of classes matches")

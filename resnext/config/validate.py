@@ -45,7 +45,8 @@ def _complete_model(model: ModelConfig) -> ModelConfig:
     block_type = next((kind for kind in types if depth and _fits(model, kind, depth)), types[-1])
     stages = model.stages or stages_by_depth(block_type, depth or 0, model.stem)
     if not stages:
-        other = "architecture=resnet" if stages_by_depth("basic", depth or 0, model.stem) else "stages"
+        basic = not plain and stages_by_depth("basic", depth or 0, model.stem)
+        other = "architecture=resnet" if basic else "stages"
         raise UserError(
             f"model.depth: must be {_depths(types, imagenet)} (got {depth}); change it, or set model.{other}"
         )
@@ -55,14 +56,18 @@ def _complete_model(model: ModelConfig) -> ModelConfig:
             f"model.stages: stem {model.stem} has {count} stages (got {len(stages)}); give {count}"
         )
     if depth not in (None, layers):
-        raise UserError(f"model.stages: gives {layers} layers, but model.depth is {depth}; remove one")
+        raise UserError(
+            f"model.stages: {sum(stages)} {block_type} blocks give {layers} layers, but model.depth is "
+            f"{depth}; remove one"
+        )
     cardinality = model.cardinality or (1 if plain else 32)
     width = 16 if small else 64 if plain else 4
     base_width = model.base_width or width
     if plain and (cardinality, base_width, model.block) != (1, width, "C"):
+        wide = "model.block_type=bottleneck or " if small else ""
         raise UserError(
             f"model.architecture: resnet has cardinality 1, base_width {width}, and block C; "
-            "remove these keys, or set model.architecture=resnext"
+            f"remove these keys, or set {wide}model.architecture=resnext"
         )
     if model.zero_gamma and model.preactivation:
         raise UserError("model.zero_gamma: pre-activation blocks do not end with BN; set it to false")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..config import Config, find_config, parse_config, read_config, to_yaml
 from ..errors import UserError
-from ..files import atomic_write
+from ..files import atomic_write, is_published
 
 
 def configuration(config: str | None, resume: str | None, data: str | None, overrides: list[str]) -> Config:
@@ -45,7 +45,7 @@ def absolute_paths(config: Config, data: str | None) -> Config:
         raise UserError(f"--data {data}: glyphs are drawn, not read; set data.dataset=folder, or omit --data")
     if data is not None:
         folder = os.fsencode(data).decode("utf-8", "surrogateescape")  # in every locale
-    if pretrained is not None and not pretrained.startswith("torchvision:"):
+    if pretrained is not None and not is_published(pretrained):
         pretrained = absolute(pretrained)
     return replace(
         config,

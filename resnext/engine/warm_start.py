@@ -90,7 +90,10 @@ def convert_state_form(
 
 def check_architecture(found: ModelConfig, configured: ModelConfig, where: str) -> None:
     """Raise UserError with the keys in which weights and configuration are different networks."""
-    keys = ("stem", "block_type", "stages", "cardinality", "base_width", "preactivation")
+    keys = ["stem", "depth", "block_type", "stages", "cardinality", "base_width", "preactivation"]
+    alike = found.block_type == "bottleneck" and max(found.stages) == 1  # shortcuts B and C are the same
+    if not alike or "A" in (found.shortcut, configured.shortcut):
+        keys.append("shortcut")
     pairs = [(key, getattr(found, key), getattr(configured, key)) for key in keys]
     differing = [f"model.{key}={to_text(theirs)}" for key, theirs, ours in pairs if theirs != ours]
     if differing:

@@ -26,16 +26,16 @@ from ..errors import UserError
 from .ghost_batchnorm import GhostBatchNorm2d, frozen_running_statistics, norm_relu, on_gpu
 
 
-class Bottleneck(nn.Module):
-    """A block in form C: 1x1, grouped 3x3 (with the stride), 1x1, added to a shortcut.
+class Block(nn.Module):
+    """A residual block: a branch of convolutions, added to a shortcut.
 
-    `features` is n of the stage, `width` is D, the width of one path. With `preactivation`,
-    `activate_input` is None in the first block of the ImageNet network (its input is already
-    activated), "shared" in the first block of other stages (the shortcut also gets the activated
-    input), and "branch" in all other blocks.
+    `features` is n of the stage. With `preactivation`, `activate_input` is None in the first block
+    of the ImageNet network (its input is already activated), "shared" in the first block of other
+    stages (the shortcut also gets the activated input), and "branch" in all other blocks.
     """
 
-    expansion, last = 4, "bn3"  # output channels per feature; the name of the last BN
+    expansion: int  # output channels per feature
+    last: str  # name of the last BN
 
     def __init__(
         self,
@@ -61,20 +61,13 @@ class Bottleneck(nn.Module):
     @property
     def last_bn(self) -> nn.Module:
         """The BN before the addition; an Identity in pre-activation blocks."""
-        return self.get_submodule(self.last)
+        return getattr(self, self.last)
 
     def _build_branch(self, inputs, outputs, width, cardinality, stride) -> None:
-        total = width * cardinality
-        self.conv1 = _convolution(inputs, total, 1)
-        self.bn1 = nn.BatchNorm2d(total)
-        self.conv2 = _convolution(total, total, 3, stride, groups=cardinality)
-        self.bn2 = nn.BatchNorm2d(total)
-        self.conv3 = _convolution(total, outputs, 1)
+        raise NotImplementedError
 
     def _branch(self, x: Tensor) -> Tensor:
-        x, _ = norm_relu(self.bn1, self.conv1(x))
-        x, _ = norm_relu(self.bn2, self.conv2(x))
-        return self.conv3(x)
+        raise NotImplementedError
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Return the output; if `skip` (x again) is given, return the output twice (see norm_relu)."""
@@ -93,19 +86,38 @@ class Bottleneck(nn.Module):
         return y if skip is None else (y, y2)
 
 
-class Basic(Bottleneck):
-    """A block of two 3x3, the first with the stride, added to a shortcut."""
+class Basic(Block):
+    """A block of two 3x3, the first with the stride."""
 
     expansion, last = 1, "bn2"
 
     def _build_branch(self, inputs, outputs, width, cardinality, stride) -> None:
-        self.conv1 = _convolution(inputs, outputs, 3, stride)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = _convolution(outputs, outputs, 3)
+        self.conv1 = _convolution(inputs, width, 3, stride)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = _convolution(width, outputs, 3)
 
     def _branch(self, x: Tensor) -> Tensor:
         x, _ = norm_relu(self.bn1, self.conv1(x))
         return self.conv2(x)
+
+
+class Bottleneck(Block):
+    """A block in form C: 1x1, grouped 3x3 (with the stride), 1x1; `width` is D, that of one path."""
+
+    expansion, last = 4, "bn3"
+
+    def _build_branch(self, inputs, outputs, width, cardinality, stride) -> None:
+        total = width * cardinality
+        self.conv1 = _convolution(inputs, total, 1)
+        self.bn1 = nn.BatchNorm2d(total)
+        self.conv2 = _convolution(total, total, 3, stride, groups=cardinality)
+        self.bn2 = nn.BatchNorm2d(total)
+        self.conv3 = _convolution(total, outputs, 1)
+
+    def _branch(self, x: Tensor) -> Tensor:
+        x, _ = norm_relu(self.bn1, self.conv1(x))
+        x, _ = norm_relu(self.bn2, self.conv2(x))
+        return self.conv3(x)
 
 
 class BottleneckPath(nn.Module):
@@ -226,7 +238,7 @@ class ResNeXt(nn.Module):
                     block(
                         channels,
                         features,
-                        width=features * base_width // 64,
+                        width=features if basic else features * base_width // 64,
                         cardinality=cardinality,
                         stride=stride,
                         shortcut=_shortcut(shortcut, channels, outputs, stride, not preactivation),
@@ -309,7 +321,7 @@ def _initialize(model: ResNeXt, zero_gamma: bool) -> None:
             bound = 1.0 / math.sqrt(module.in_features)
             nn.init.uniform_(module.weight, -bound, bound)
             nn.init.zeros_(module.bias)
-        elif isinstance(module, Bottleneck) and zero_gamma:
+        elif isinstance(module, Block) and zero_gamma:
             nn.init.zeros_(module.last_bn.get_parameter("weight"))
 
 
@@ -357,13 +369,14 @@ def _named(depth: int, cardinality: int, base_width: int, stem: str = "imagenet"
     return partial(ResNeXt, stages_by_depth("bottleneck", depth, stem), cardinality, base_width, stem=stem)
 
 
-def _basic(depth: int, base_width: int, stem: str, shortcut: str) -> Callable[..., ResNeXt]:
-    build = partial(ResNeXt, stages_by_depth("basic", depth, stem), 1, base_width)
+def _basic(depth: int, stem: str) -> Callable[..., ResNeXt]:
+    width, shortcut = (64, "B") if stem == "imagenet" else (16, "A")
+    build = partial(ResNeXt, stages_by_depth("basic", depth, stem), 1, width)
     return partial(build, stem=stem, block_type="basic", shortcut=shortcut)
 
 
-resnet18 = _basic(18, 64, "imagenet", "B")
-resnet34 = _basic(34, 64, "imagenet", "B")
+resnet18 = _basic(18, "imagenet")
+resnet34 = _basic(34, "imagenet")
 resnet50 = _named(50, 1, 64)
 resnet101 = _named(101, 1, 64)
 resnet152 = _named(152, 1, 64)
@@ -375,9 +388,9 @@ resnext101_64x4d = _named(101, 64, 4)
 resnext152_32x4d = _named(152, 32, 4)
 resnext29_8x64d = _named(29, 8, 64, "cifar")
 resnext29_16x64d = _named(29, 16, 64, "cifar")
-resnet20 = _basic(20, 16, "cifar", "A")
-resnet32 = _basic(32, 16, "cifar", "A")
-resnet44 = _basic(44, 16, "cifar", "A")
-resnet56 = _basic(56, 16, "cifar", "A")
-resnet110 = _basic(110, 16, "cifar", "A")
-resnet1202 = _basic(1202, 16, "cifar", "A")
+resnet20 = _basic(20, "cifar")
+resnet32 = _basic(32, "cifar")
+resnet44 = _basic(44, "cifar")
+resnet56 = _basic(56, "cifar")
+resnet110 = _basic(110, "cifar")
+resnet1202 = _basic(1202, "cifar")

@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..models.block_forms import convert_form
 from ..models.resnext import ResNeXt, build_model
 from .load import EXPORTED, WeightsInfo
+from .model_folder import CONFIG, PREFERRED
 
 TOLERANCE = 1e-4  # of the largest logit
 FOLLOWS = {"bn1": "conv1", "bn2": "conv2", "bn3": "conv3", "1": "0"}  # "0" and "1" are a shortcut's
@@ -144,6 +145,13 @@ WRITERS: dict[str, Writer] = {
 }
 
 
+def write_folder(path: Path, model: nn.Module, config: dict[str, object]) -> None:
+    """Write a new folder that timm reads, with this config.json."""
+    path.mkdir()
+    (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    (path / PREFERRED[0]).write_bytes(to_safetensors(model, {"format": "pt"}, torch.empty(0)))
+
+
 # ---------------------------------------------------------------------------- reading back
 
 
@@ -166,6 +174,12 @@ def check_parity(path: Path, config: Config, images: Tensor, original: nn.Module
 
 def read_back(path: Path, config: Config, images: Tensor) -> tuple[str, Tensor | None]:
     """Return the program that reads the file, and its logits of the images; None if it is not installed."""
+    if path.is_dir():
+        if not importlib.util.find_spec("timm"):
+            return read_back(path / PREFERRED[0], config, images)
+        import timm
+
+        return "timm", timm.create_model(f"local-dir:{path}", pretrained=True).eval()(images)
     if path.suffix == ".onnx":
         if not importlib.util.find_spec("onnxruntime"):
             return "onnxruntime is not installed (pip install onnxruntime)", None

@@ -6,6 +6,7 @@
     bearpaw, prlz77      conv_1_3x3, stage_1.stage_1_bottleneck_0.conv_reduce ... classifier (CIFAR)
     MoCo                 our own below encoder_q., whose fc is not a classifier
     SwAV                 our own without fc
+    transformers         resnet.embedder.embedder, resnet.encoder.stages.0.layers.0 ... classifier.1
 
 Any file may lack the last layer; the network then has an Identity there.
 
@@ -52,6 +53,20 @@ BEARPAW = (
 )
 MMPRETRAIN = ((r"backbone\.", ""), (r"head\.fc\.", "fc."))
 MOCO = ((r"encoder_q\.fc\.", "projection_head."), (r"encoder_q\.", ""))
+KINDS = {"convolution": "conv", "normalization": "bn"}
+KIND, LAYER = r"(convolution|normalization)\.", r"resnet\.encoder\.stages\.(\d)\.layers\.(\d+)\."
+TRANSFORMERS = (
+    (rf"resnet\.embedder\.embedder\.{KIND}", lambda m: f"{KINDS[m[1]]}1."),
+    (
+        rf"{LAYER}layer\.(\d)\.{KIND}",
+        lambda m: f"layer{int(m[1]) + 1}.{m[2]}.{KINDS[m[4]]}{int(m[3]) + 1}.",
+    ),
+    (
+        rf"{LAYER}shortcut\.{KIND}",
+        lambda m: f"layer{int(m[1]) + 1}.{m[2]}.downsample.{int(m[3] == 'normalization')}.",
+    ),
+    (r"classifier\.1\.", "fc."),
+)
 # What self-supervised training (MoCo, SwAV, mmpretrain) saves in addition to the backbone.
 PRETEXT = re.compile(r"(projection_head|prototypes|encoder_k|neck)\..*|queue(_ptr)?")
 
@@ -63,6 +78,7 @@ STYLES: dict[str, tuple[str, tuple[Renaming, ...]]] = {
     "bearpaw": ("conv_1_3x3.weight", BEARPAW),
     "MoCo": ("encoder_q.conv1.weight", MOCO),
     "SwAV": ("prototypes.weight", ()),
+    "transformers": ("resnet.embedder.embedder.convolution.weight", TRANSFORMERS),
     "torchvision or timm": ("conv1.weight", ()),
 }
 CIFAR: dict[int | None, Literal["cifar10", "cifar100", "folder"]] = {
@@ -194,12 +210,11 @@ def architecture(state: Mapping[str, Tensor]) -> ModelConfig:
     stages = [_count(state, rf"layer{number}\.(\d+)\.") for number in range(1, 6)]
     branch = re.compile(rf"layer\d\.\d+\.{'paths.0.' if paths else ''}conv1\.weight")
     present = sum(branch.fullmatch(key) is not None for key in state)
-    if present != sum(stages) or present * max(1, paths) * LAYERS["basic" if basic else "bottleneck"] > len(
-        state
-    ):
+    block_type: Literal["basic", "bottleneck"] = "basic" if basic else "bottleneck"
+    if present != sum(stages) or present * max(1, paths) * LAYERS[block_type] > len(state):
         raise InvalidFileError("some of its blocks are missing")
     shortcuts = {m[1] for key in state if (m := re.match(r"(layer\d\.\d+)\.downsample\.", key))}
-    first_blocks = {f"layer{number}.0" for number in range(1, 5)}
+    first_blocks = {f"layer{number}.0" for number in range(2 if basic else 1, 5)}  # where channels change
     cardinality = paths or total // width
     block: Literal["A", "B", "C"] = "C"
     if paths:
@@ -208,7 +223,7 @@ def architecture(state: Mapping[str, Tensor]) -> ModelConfig:
     return ModelConfig(
         architecture="resnet" if plain else "resnext",
         stem="imagenet" if stem[2] == 7 else "cifar",
-        block_type="basic" if basic else "bottleneck",
+        block_type=block_type,
         stages=tuple(stages[: stages.index(0)] if 0 in stages else stages),
         cardinality=cardinality,
         base_width=width,

@@ -1,8 +1,9 @@
 """Load trained weights of any supported program: `load_weights` recognizes a file by its content.
 
 It reads checkpoints of this program, state_dicts of torchvision, timm, mmpretrain, pycls, MoCo, SwAV and
-the CIFAR models of bearpaw and prlz77 (.pt, .pth, .safetensors), and Torch7's .t7. Nothing in a file is
-executed, and a small file needs little memory. The network is inferred from the tensors.
+the CIFAR models of bearpaw and prlz77 (.pt, .pth, .safetensors), Torch7's .t7, and folders of timm and
+transformers, local or on the hub. Nothing in a file is executed, and a small file needs little memory. The
+network is inferred from the tensors.
 """
 
 import contextlib
@@ -20,8 +21,9 @@ from .. import safe_pickle
 from ..config import Config, DataConfig, complete, network_name, parse_config
 from ..engine.checkpoint import FORMAT, check_state, find_checkpoint, read_checkpoint
 from ..errors import InvalidFileError, UserError
+from ..files import is_published
 from ..models.resnext import ResNeXt, build_model
-from . import foreign, lua_modules, t7
+from . import foreign, hub, lua_modules, model_folder, t7
 
 TORCHVISION = "torchvision:"
 EXPORTED = "resnext weights"  # metadata "format" of scripts/export.py's .safetensors
@@ -34,7 +36,8 @@ class WeightsInfo:
     file: where they were. origin: the program that wrote them. weights: which of the file's weights these
     are, for log lines. config: the run's configuration for our own checkpoints; for other programs only the
     network (config.model) and the preprocessing (config.data) mean something. classes: names in the order of
-    the outputs, None if the file has none. steps: of the optimizer, None if the file does not say.
+    the outputs, None if the file has none. steps: of the optimizer, None if the file does not say. stated:
+    what says the preprocessing, None if it is the usual one of the origin.
     """
 
     file: str
@@ -43,6 +46,7 @@ class WeightsInfo:
     config: Config
     classes: tuple[str, ...] | None
     steps: int | None = None
+    stated: str | None = None
 
     @property
     def outputs(self) -> int | None:
@@ -82,15 +86,23 @@ Weights: TypeAlias = tuple[dict[str, Tensor], WeightsInfo]
 def load_weights(source: Path | str, dtype: torch.dtype = torch.float32) -> tuple[ResNeXt, WeightsInfo]:
     """Return the network in a file, run directory (its best.pt) or Lua checkpoint directory, and its facts.
 
-    "torchvision:NAME", such as torchvision:resnext50_32x4d or torchvision:resnext50_32x4d:IMAGENET1K_V1, is
-    downloaded once. The network is in evaluation mode, on the CPU, in `dtype`, whatever floating-point types
-    the file has. If the file has no last layer, that is an Identity, and the output is the pooled features.
-    Raise UserError for a file that cannot be read.
+    Also in a folder with config.json and weights, as timm and transformers save them. Names of published
+    weights are downloaded once: torchvision:resnext50_32x4d, torchvision:resnext50_32x4d:IMAGENET1K_V1,
+    timm:resnext50_32x4d.a1_in1k, hf:OWNER/REPO. The network is in evaluation mode, on the CPU, in `dtype`,
+    whatever floating-point types the file has. If the file has no last layer, that is an Identity, and the
+    output is the pooled features. Raise UserError for a file that cannot be read.
     """
-    by_name = str(source).startswith(TORCHVISION)
-    path = Path(source) if by_name else _find_file(Path(source).expanduser())
-    with _naming(path):
-        state, info = _torchvision(str(source)) if by_name else _read(path)
+    name = str(source)
+    if not is_published(name):
+        path = _find_file(Path(source).expanduser())
+        name = str(path)
+    elif not name.startswith(TORCHVISION):
+        name, path = hub.download(name)
+    with _naming(name):
+        if name.startswith(TORCHVISION):
+            state, info = _torchvision(name)
+        else:
+            state, info = _folder(path, name) if path.is_dir() else _read(path)
         return _build(state, info, dtype), info
 
 
@@ -116,14 +128,15 @@ def load_lua_run(folder: Path) -> LuaCheckpoint:
 
 
 def preprocessing(info: WeightsInfo) -> str:
-    """Describe weights of another program, and the preprocessing assumed for them."""
+    """Describe weights of another program, and the preprocessing stated or assumed for them."""
     data, model = info.config.data, info.config.model
     resized = {"memory": "", "torch7": ", resized as in Torch7"}
     how = resized.get(data.pipeline, f", resized {data.interpolation}")
     mean, std = (", ".join(f"{value:g}" for value in values) for values in (data.mean, data.std))
     last = "no last layer" if info.outputs is None else f"{info.outputs:,} classes"
     return (
-        f"weights of {info.origin}: {network_name(model)}, {last}; preprocessing, as is usual there: "
+        f"weights of {info.origin}: {network_name(model)}, {last}; preprocessing, "
+        f"{f'as {info.stated} says' if info.stated else 'as is usual there'}: "
         f"{data.image_size} pixels{how}, mean {mean}, std {std} (of 0...255)"
     )
 
@@ -138,7 +151,7 @@ def check_classifier(info: WeightsInfo) -> None:
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def _naming(path: Path | str) -> Iterator[None]:
     """Turn whatever a damaged or foreign file raises into one UserError that names the file."""
     try:
         yield
@@ -154,7 +167,12 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _find_file(path: Path) -> Path:
-    """Return the file that a run directory (best.pt) or a Lua run's directory (its latest) stands for."""
+    """Return the file that a run directory (best.pt) or a Lua run's directory (its latest) stands for.
+
+    A folder with config.json, of timm or transformers, stands for itself.
+    """
+    if (path / model_folder.CONFIG).is_file():
+        return path
     if not (path / "latest.t7").is_file():
         return find_checkpoint(path, "best.pt")
     with _naming(path):
@@ -239,6 +257,15 @@ def _exported(state: dict[str, Tensor], path: Path, metadata: dict[str, str]) ->
     return state, WeightsInfo(str(path), "this program", "exported weights", config, names)
 
 
+def _folder(folder: Path, name: str) -> Weights:
+    """Return the weights in a folder of timm or transformers, as `name`, with what its config.json says."""
+    facts = model_folder.read_facts(folder)
+    state, info = _read(model_folder.find_weights(folder))
+    state, info = _infer(state, name, facts.origin, info.weights, facts.classes, facts.data, facts.stated)
+    facts.check(info.config.model)
+    return state, info
+
+
 def _torchvision(source: str) -> Weights:
     """Download weights that torchvision publishes, and use the preprocessing that it states for them."""
     try:
@@ -266,8 +293,8 @@ def _torchvision(source: str) -> Weights:
         image_size=view.crop_size[0],
         resize=view.resize_size[0],
         interpolation=view.interpolation.value,
-        mean=tuple(255 * value for value in view.mean),
-        std=tuple(255 * value for value in view.std),
+        mean=tuple(round(255 * value, 9) for value in view.mean),
+        std=tuple(round(255 * value, 9) for value in view.std),
     )
     return _infer(state, source, "torchvision", f"{weights}", data=data)
 
@@ -282,6 +309,7 @@ def _infer(
     which: str,
     classes: tuple[str, ...] | None = None,
     data: DataConfig | None = None,
+    stated: str | None = None,
 ) -> Weights:
     """Infer the network and, unless `data` says it, the preprocessing of tensors under our names."""
     network = foreign.architecture(state)
@@ -290,7 +318,7 @@ def _infer(
     for key in [key for key in state if key.endswith("running_mean")]:
         state.setdefault(key.replace("running_mean", "num_batches_tracked"), torch.tensor(0))  # old files
     classes = classes if classes and len(classes) == network.classes else None
-    return state, WeightsInfo(str(path), origin, which, config, classes)
+    return state, WeightsInfo(str(path), origin, which, config, classes, stated=stated)
 
 
 def _configure(path: Path | str, make: Callable[[], Config]) -> Config:
@@ -312,4 +340,5 @@ def _build(state: dict[str, Tensor], info: WeightsInfo, dtype: torch.dtype = tor
             state[key] = value.to(own.dtype)
     check_state(model, state, info.file)
     model.load_state_dict({key: value.contiguous() for key, value in state.items()}, assign=True)
-    return model.eval()
+    # contiguous() keeps channels_last strides of 1x1 convolutions, which would choose other kernels.
+    return model.eval().to(memory_format=torch.contiguous_format)

@@ -21,7 +21,7 @@ CONTRADICTIONS = [  # configuration, fragment of the message
     ),
     ("model: {stages: [1, 1, 1]}", "model.stages: stem imagenet has 4 stages (got 3)"),
     ("model: {stem: cifar, stages: [1, 1, 1, 1]}", "model.stages: stem cifar has 3 stages (got 4)"),
-    ("model: {stages: [3, 4, 6, 3], depth: 101}", "model.stages: gives 50 layers, but model.depth is 101"),
+    ("model: {stages: [3, 4, 6, 3], depth: 101}", "model.stages: 16 bottleneck blocks give 50 layers, but"),
     ("model: {architecture: resnet, cardinality: 2}", "model.architecture: resnet has cardinality 1"),
     ("model: {architecture: resnet, base_width: 4}", "model.architecture: resnet has cardinality 1"),
     ("model: {architecture: resnet, block: B}", "model.architecture: resnet has cardinality 1"),

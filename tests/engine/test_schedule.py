@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from resnext.config import ScheduleConfig
+from resnext.config import ScheduleConfig, find_config, read_config
 from resnext.schedule import learning_rate
 
 IMAGENET = ScheduleConfig(name="imagenet_step")
@@ -31,6 +31,7 @@ def rates(schedule, base, epochs, steps=1):
     ("schedule", "epochs", "expected"),
     [
         (IMAGENET, 30, []),
+        (read_config(find_config("cifar10_resnet20")).schedule, 164, [81, 122]),  # fb.resnet.torch
         (IMAGENET, 100, [31, 61, 91]),
         (IMAGENET, 125, [31, 61, 91, 121]),
         (CIFAR, 300, [148, 223]),

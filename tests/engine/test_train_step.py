@@ -17,12 +17,29 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.profiler import ProfilerActivity, profile
 
-from resnext.config import parse_config
+from resnext.config import TrainConfig, parse_config
+from resnext.engine import train_state
 from resnext.engine.logger import NullLogger
 from resnext.engine.resume import restore
 from resnext.engine.train_state import TrainState, build_train_state, checkpoint_content
 from resnext.engine.trainer import train_step, validate, zero_loss
 from resnext.preflight import measure
+
+
+@pytest.mark.parametrize(
+    ("device", "ranks", "accumulation", "mode"),
+    [
+        ("cuda", 1, 1, "reduce-overhead"),
+        ("cuda", 2, 1, "default"),
+        ("cuda", 1, 2, "default"),
+        ("cpu", 1, 1, "default"),
+    ],
+)
+def test_cuda_graphs_where_gradients_live_for_one_pass(device, ranks, accumulation, mode, monkeypatch):
+    monkeypatch.setattr(train_state, "world_size", lambda: ranks)
+    train = TrainConfig(accumulation_steps=accumulation)
+    assert train_state.compile_mode(train, torch.device(device)) == mode
+
 
 SMALL = [
     "model.stem=cifar",

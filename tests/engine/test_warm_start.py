@@ -84,7 +84,11 @@ def test_a_new_last_layer_for_classes_that_match(tmp_path, start):
 
 @pytest.mark.parametrize(
     ("override", "words"),
-    [("model.pretrained=nowhere", "nowhere: no such"), ("model.base_width=2", "another architecture")],
+    [
+        ("model.pretrained=nowhere", "nowhere: no such"),
+        ("model.base_width=2", "another architecture; set model.base_width="),
+        ("model.shortcut=B", "another architecture; set model.shortcut=A"),
+    ],
 )
 def test_weights_that_cannot_be_used(tmp_path, start, override, words):
     assert words in message(start(override)[0])
