@@ -9,6 +9,8 @@
     python evaluate.py RUN --ten-crop                               center, corners, and all five mirrored
     python evaluate.py RUN --image-size 320 --resize 320            the paper's Table 5
     python evaluate.py RUN --data DIR --classes wnids.txt           among some of the classes only
+    python evaluate.py RUN --data imagenet-a --classes imagenet-a   ImageNet's test sets (docs/test_sets.md)
+    python evaluate.py RUN --data ILSVRC/Data/CLS-LOC --val-list LOC_val_solution.csv       no class folders
     python evaluate.py RUN --per-class --csv predictions.csv        where the errors are
     torchrun --nproc-per-node=8 evaluate.py RUN                     on 8 GPUs: the same counts
 
@@ -25,6 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for python -P
 from data.evaluation import evaluation_data
+from data.label_sets import read_label_sets
 from data.subsets import find_members, load_scored, read_classes, read_splits
 from resnext.arguments import CLASS_NAMES_HELP, add_inference_options, check_limits
 from resnext.config import IMAGE_FILES
@@ -42,7 +45,15 @@ def parse_arguments() -> argparse.Namespace:
     add("--resize", type=int, metavar="N", help="shorter side before the crop; default: in the run's ratio")
     interpolation_help = "filter of resizing (image files, not torch7); default: the weights'"
     add("--interpolation", choices=["bilinear", "bicubic"], help=interpolation_help)
-    add("--classes", metavar="FILE", help="score only these classes, one per line; only they compete")
+    classes_help = "score only these classes, one per line or the folders of DIR; only they compete"
+    add("--classes", metavar="FILE|DIR", help=classes_help)
+    add(
+        "--val-list",
+        metavar="FILE",
+        help="file of image paths and classes instead of class folders (data.val_list)",
+    )
+    real_help = "several outputs are right per image: ReaL's real.json, or ObjectNet's folder mappings/"
+    add("--real-labels", metavar="FILE|DIR", help=real_help)
     add("--splits", metavar="FILE", help="CSV with header path,split: also score each split")
     order_help = (
         "order of class folders, for weights without class names: string (torchvision, mmpretrain: 10 before "
@@ -64,7 +75,10 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     check_limits(arguments)
     source, results = Path(arguments.source).expanduser(), (arguments.json, arguments.csv)
     inputs = [source / "checkpoints/best.pt" if source.is_dir() else source]
-    inputs += [Path(name) for name in (arguments.classes, arguments.splits, arguments.class_names) if name]
+    given = (arguments.classes, arguments.splits, arguments.class_names, arguments.val_list)
+    inputs += [Path(name) for name in (*given, arguments.real_labels) if name]
+    if arguments.real_labels and arguments.classes:
+        raise UserError("--real-labels: numbers all outputs of the network; omit --classes")
     for option, name in zip(("--json", "--csv"), results, strict=True):
         if name:
             check_target(option, Path(name), inputs)
@@ -78,6 +92,7 @@ def main() -> None:
     wanted = read_classes("--classes", arguments.classes) if arguments.classes else None
     outputs = read_classes("--class-names", arguments.class_names) if arguments.class_names else None
     splits = read_splits(arguments.splits) if arguments.splits else []
+    sets = read_label_sets(arguments.real_labels) if arguments.real_labels else None
 
     from data.loaders import make_eval_loader
     from resnext.distributed import local_rank0_first, process_group, rank, world_size
@@ -94,16 +109,20 @@ def main() -> None:
     with process_group(settings.timeout):
         network = to_inference(model, settings, arguments.device, arguments.precision)
         with local_rank0_first():  # it downloads what is missing
-            val_set, names, columns, notes = load_scored(data, info, wanted, arguments.classes)
+            val_set, names, columns, notes = load_scored(data, info, wanted, arguments.classes, sets)
         for note in notes if rank() == 0 else ():
             print(note, file=sys.stderr)
         members = find_members(splits, names, arguments.splits) if splits else {}
         shares = (arguments.ten_crop, rank(), world_size())
         batches = make_eval_loader(val_set, data, batch_size, network.device, *shares)
         score, predictions = evaluate_batches(network, batches, batches.steps, batch_size, crops, columns)
+        if sets:
+            predictions = predictions.with_label_sets([sets.of(name) for name in names])
+            score = predictions.score(list(range(len(names))))
         if rank() == 0:
             classes = val_set.classes
             result = result_row(info, network, crops, classes, arguments.classes, score, predictions)
+            result["real_labels"] = arguments.real_labels
             result |= split_rows(arguments.splits, splits, members, predictions)
             key = "path" if data.dataset in IMAGE_FILES else "index"
             rows = to_csv(key, names, predictions, classes) if arguments.csv else ""

@@ -29,12 +29,18 @@ def load_set(config: DataConfig, split: str, classes: tuple[str, ...] | None = N
     if config.dataset in IMAGE_FILES:
         from .image_folder import read_set
 
-        if config.dataset == "shards":
-            from .shards import list_set
-        else:
-            from .image_folder import list_set
+        classes = classes or training_classes(config, None)
+        if classes and (config.train_list if split == "train" else config.val_list):
+            from .lists import load_list
 
-        files = list_set(config.dir, split, limit, classes, config.class_order)
+            files = load_list(config, split, classes)
+        else:
+            if config.dataset == "shards":
+                from .shards import list_set
+            else:
+                from .image_folder import list_set
+
+            files = list_set(config.dir, split, limit, classes, config.class_order)
         return read_set(files, config.image_size, config.max_pixels) if config.pipeline == "memory" else files
     from . import cifar
 
@@ -50,7 +56,12 @@ def training_classes(config: DataConfig, before: Sequence[str] | None) -> tuple[
     else:
         from .image_folder import class_names
 
-    names = class_names(config.dir, config.class_order)
+    if config.train_list:
+        from .lists import list_classes, read_list
+
+        names = list_classes(read_list(config.train_list, "train"), config.class_order)
+    else:
+        names = class_names(config.dir, config.class_order)
     return tuple(before) if before and set(before) == set(names) else names
 
 

@@ -30,17 +30,21 @@ def evaluation_data(config: Config, classes_known: bool, options: argparse.Names
     if resize < size:
         raise UserError(f"--resize: {resize} is less than the crop of {size}; raise it")
     folder = options.data or data.dir
+    val_list = options.val_list or (None if options.data else data.val_list)  # it names the run's files
     # Files of images, not the CIFAR that a network with such a stem suggests.
-    if folder and (not classes_known or data.dataset in IMAGE_FILES):
-        if is_sharded(folder):
+    if not classes_known or data.dataset in IMAGE_FILES:
+        if folder and not val_list and is_sharded(folder):
             data = replace(data, dataset="shards")
-        elif data.dataset == "shards" or (Path(folder).expanduser() / "val").is_dir():
+        elif val_list or data.dataset == "shards" or (Path(folder or "").expanduser() / "val").is_dir():
             data = replace(data, dataset="folder")
+    if val_list and data.dataset != "folder":
+        raise UserError(f"--val-list: names image files, and this run reads {data.dataset}; omit the option")
     if options.data and data.dataset == "glyphs":
         raise UserError(f"--data {options.data}: this run draws its images (glyphs); omit --data")
     return replace(
         data,
         dir=folder,
+        val_list=val_list,
         image_size=size,
         resize=resize,
         interpolation=options.interpolation or data.interpolation,

@@ -32,6 +32,10 @@ OTHER_NAMES = {  # that people give to a split
 }
 
 
+# Files near a flat val/ that name the classes of its images, in val/ or a folder above (data/lists.py).
+KNOWN_LISTS = ("LOC_val_solution.csv", "val_annotations.txt", "val.txt", "ILSVRC2012_devkit_t12.tar.gz")
+
+
 @dataclass(frozen=True)
 class ImageFolderDataset:
     """Image files below `folder`: paths as one array of bytes, labels int64 (N,), class names, warnings."""
@@ -100,6 +104,26 @@ def split_folder(root: str, split: str) -> Path:
     elif classes:
         hint += f"; if {abbreviate(classes)} are classes, split their images between the two"
     raise UserError(f"{where}: has no {split}/; {hint}")
+
+
+def evaluated_folder(root: str) -> Path:
+    """Return root/val, or `root` itself if it holds class folders alone, as published test sets do."""
+    base = Path(os.fsdecode(to_bytes(root))).expanduser()
+    names = class_folders(base) if base.is_dir() else []
+    splits = {*OTHER_NAMES, *OTHER_NAMES["train"], *OTHER_NAMES["val"]}
+    nested = any((base / os.fsdecode(to_bytes(name)) / "val").is_dir() for name in names)
+    alone = names and not nested and splits.isdisjoint(map(str.lower, names))
+    return base if alone else split_folder(root, "val")
+
+
+def known_list(folder: Path) -> str:
+    """Return a hint if a known list of the images of val/ is near, else ""."""
+    for near in (folder, *folder.absolute().parents[:4]):
+        for name in KNOWN_LISTS:
+            if (near / name).is_file():
+                file = shlex.quote(str(near / name))
+                return f"use its list: data.val_list={file} (evaluate.py: --val-list {file})"
+    return ""
 
 
 def class_folders(folder: Path) -> list[str]:
@@ -187,13 +211,15 @@ def _errors(folder: Path, found: Found, loose: list[str], strangers: set[str]) -
     """Return errors for everything but images in known class folders, the most serious first."""
     errors = []
     if loose and folder.name == "val":
-        errors.append(
-            f"{folder}: contains images outside class folders; for ImageNet's validation set, run python "
-            f"scripts/prepare_imagenet.py TARS {shlex.quote(str(folder.parent))} --flat-val "
-            f"{shlex.quote(str(folder))} (TARS has the devkit)"
+        hint = ("" if any(found.images) else known_list(folder)) or (
+            "for ImageNet's validation set, run python scripts/prepare_imagenet.py TARS "
+            f"{shlex.quote(str(folder.parent))} --flat-val {shlex.quote(str(folder))} (TARS has the devkit)"
         )
+        errors.append(f"{folder}: contains images outside class folders; {hint}")
     if strangers:
         hint = one_folder_too_many(folder, strangers) or "use the same classes in train/ and val/"
+        if folder.name == "val":
+            hint = known_list(folder) or hint
         errors.append(f"{folder}: class folder {min(strangers)!r} is not in train/; {hint}")
     for path, error in found.unreadable.items():
         errors.append(f"{os.fsdecode(path)}: cannot be read ({error.strerror})")
@@ -240,14 +266,15 @@ def list_set(
     classes: tuple[str, ...] | None = None,
     order: str | None = None,
     wanted: Collection[int] | None = None,
+    folder: Path | None = None,
 ) -> ImageFolderDataset:
-    """List the images below root/split, at most `limit`.
+    """List the images below root/split, or `folder`, at most `limit`.
 
     Without `classes`, the folders of train/ name them, in the given `order`. A warning names classes, or
     the `wanted` labels, that val/ lacks.
     """
     classes = classes or class_names(root, order)
-    folder = split_folder(root, split)
+    folder = folder or split_folder(root, split)
     paths, labels, notes = list_files(folder, classes)
     train = folder.with_name("train")
     if split == "val":

@@ -16,10 +16,10 @@ TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 OFFICIAL = {"train": (1000, 1_281_167), "val": (1000, 50_000)}  # classes, images
 WNID = "n[0-9]{8}"
-IMAGENET_WNIDS = Path(__file__).with_name("imagenet_wnids.txt")  # in the order of the outputs
 VAL_NAME = r"ILSVRC2012_val_[0-9]{8}\.JPEG"
 META = "ILSVRC2012_devkit_t12/data/meta.mat"
 TRUTH = "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"
+IMAGENET_WNIDS = Path(__file__).with_name("imagenet_wnids.txt")  # in the order of the outputs
 AGAIN = "download the archive again"
 
 Targets = list[tuple[TarInfo, Path]]  # members of an archive, and their paths in train/ or val/
@@ -89,10 +89,6 @@ def val_targets(archive: Path, devkit: Path) -> Targets:
 
 def read_devkit(archive: Path) -> list[str]:
     """Return the WNID of each validation image, in the order of their numbers."""
-    try:
-        from scipy.io import loadmat
-    except ImportError:
-        raise UserError("the devkit is a MATLAB file, and scipy reads it: pip install scipy") from None
     with reading(archive):
         content = io.BytesIO(gzip.decompress(archive.read_bytes()))
         with tarfile.open(fileobj=content, mode="r:") as tar:
@@ -102,20 +98,29 @@ def read_devkit(archive: Path) -> list[str]:
     for name in (META, TRUTH):
         if name not in files:
             raise UserError(f"{archive}: has no {name}; {AGAIN}")
+    return decode_truth(files[META], files[TRUTH].decode("latin-1"), str(archive))
+
+
+def decode_truth(meta: bytes, truth: str, where: str) -> list[str]:
+    """Return the WNID of each line of the devkit's ground truth, whose class numbers meta.mat explains."""
     try:
-        synsets = loadmat(io.BytesIO(files[META]), squeeze_me=True, variable_names=["synsets"])["synsets"]
+        from scipy.io import loadmat
+    except ImportError:
+        raise UserError("the devkit is a MATLAB file, and scipy reads it: pip install scipy") from None
+    try:
+        synsets = loadmat(io.BytesIO(meta), squeeze_me=True, variable_names=["synsets"])["synsets"]
         leaves = [s for s in synsets.reshape(-1) if s["num_children"] == 0]
         wnids = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in leaves}
         if len(set(wnids.values())) < len(leaves) or not all(re.fullmatch(WNID, w) for w in wnids.values()):
             raise ValueError("its WNIDs are not unique or not of the form n01234567")
     except Exception as error:  # loadmat raises many types on damaged files
         reason = str(error)[:100] or type(error).__name__
-        raise UserError(f"{archive}: meta.mat cannot be read ({reason!a}); {AGAIN}") from None
-    numbers = files[TRUTH].decode("latin-1").split()
+        raise UserError(f"{where}: meta.mat cannot be read ({reason!a}); {AGAIN}") from None
+    numbers = truth.split()
     for line, number in enumerate(numbers, 1):
         if not re.fullmatch("[1-9][0-9]{0,8}", number, re.ASCII) or int(number) not in wnids:
             text = f"line {line}: {number[:40]!a} is not the number of a class"
-            raise UserError(f"{archive}: {Path(TRUTH).name}: {text}; {AGAIN}")
+            raise UserError(f"{where}: {Path(TRUTH).name}: {text}; {AGAIN}")
     return [wnids[int(number)] for number in numbers]
 
 

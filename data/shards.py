@@ -139,7 +139,8 @@ def is_sharded(root: str) -> bool:
     if not base.is_dir():
         return "{" in root or root.endswith(".tar")
     val = base / "val"
-    return any(split_files(root).values()) and not (val.is_dir() and class_folders(val))
+    images = val.is_dir() and (class_folders(val) or not any(val.glob("*.tar")))
+    return not images and any(split_files(root).values())
 
 
 def find_shards(root: str, split: str) -> list[Path]:

@@ -16,26 +16,30 @@ from resnext.classes import abbreviate, name_outputs, output_numbers
 from resnext.config import IMAGE_FILES, DataConfig
 from resnext.errors import UserError
 
-from . import image_folder, shards
+from . import shards
 from .datasets import ImageDataset, load_set
-from .image_folder import class_folders, one_folder_too_many, read_set, split_folder
+from .image_folder import (
+    ImageFolderDataset,
+    class_folders,
+    evaluated_folder,
+    known_list,
+    list_set,
+    one_folder_too_many,
+    read_set,
+)
 from .imagenet_archives import imagenet_classes
-from .walk import to_text
+from .label_sets import LabelSets, ObjectNetFiles
+from .lists import load_list, read_list, read_text
+from .walk import to_bytes, to_text
 
 MAX_SPLITS = 50
 NO_DATA = "--data: is missing; give --data DIR with val/CLASS/*.jpg"
 
 
-def read_text(option: str, name: str) -> str:
-    """Return a text file; bytes that are not UTF-8 are decoded as in file names."""
-    try:
-        return Path(name).read_text(encoding="utf-8-sig", errors="surrogateescape")
-    except OSError as error:
-        raise UserError(f"{option} {name}: cannot be read ({error.strerror}); check the path") from None
-
-
 def read_classes(option: str, name: str) -> dict[str, int]:
-    """Read a file with one class per line; # starts a comment. Return class name → line."""
+    """Return class name → line of a file with one per line (# starts a comment), or class folders."""
+    if os.path.isdir(name):
+        return {folder: number for number, folder in enumerate(class_folders(Path(name)), 1)}
     wanted: dict[str, int] = {}
     for number, line in enumerate(read_text(option, name).split("\n"), 1):
         word = re.sub(r"(^|\s)#.*", "", line).strip()
@@ -87,22 +91,54 @@ class Outputs(Protocol):
 
 
 def load_scored(
-    data: DataConfig, info: Outputs, wanted: dict[str, int] | None, classes_file: str | None
+    data: DataConfig,
+    info: Outputs,
+    wanted: dict[str, int] | None,
+    classes_file: str | None,
+    sets: LabelSets | None = None,
 ) -> tuple[ImageDataset, Sequence[str], list[int] | None, list[str]]:
-    """Load what evaluation scores.
+    """Load what evaluation scores; with `sets`, only images that have right outputs.
 
     Return (images, their names, the outputs that compete or None for all, warnings).
     """
     classes, notes, columns = info.classes, list[str](), None
+    if sets:
+        return load_labeled(data, info, sets)
     if classes is None:
         classes, notes = known_classes(data, info.outputs or 0, info.origin)
     if wanted:
         columns = find_columns(wanted, classes, f"--classes {classes_file}")
     val_set, names = load_val(data, classes, columns)
     notes = [*notes, *val_set.notes]
+    if classes == imagenet_classes() and not columns and len(np.unique(val_set.labels)) < len(classes):
+        notes.append("for ImageNet-A and -R, add --classes DIR: only the classes of its folders compete")
     if columns:
         val_set, names = restrict(val_set, names, columns, f"--classes {classes_file}")
     return val_set, names, columns, notes
+
+
+def load_labeled(
+    data: DataConfig, info: Outputs, sets: LabelSets
+) -> tuple[ImageDataset, Sequence[str], None, list[str]]:
+    """Load the images with right outputs of an ImageNet test set, labeled with the first of these."""
+    classes, option = imagenet_classes(), f"--real-labels {sets.source}"
+    if info.outputs != len(classes) or info.classes not in (None, classes):
+        raise UserError(
+            f"{option}: numbers ImageNet's classes in the order of their WNIDs, and the network has others; "
+            "give other weights, or name its outputs with --class-names data/imagenet_wnids.txt"
+        )
+    if sets.by_folder and data.dir:
+        folder = evaluated_folder(data.dir)
+        files = list_set(data.dir, "val", data.val_images, tuple(class_folders(folder)), folder=folder)
+        val_set: ImageDataset = ObjectNetFiles(**vars(files))
+        names: Sequence[str] = [to_text(path) for path in files.paths]
+    else:
+        val_set, names = load_val(data, classes)
+    right = [sets.of(name) for name in names]
+    labels = np.array([outputs[0] if outputs else -1 for outputs in right])
+    part, kept = select(replace(val_set, classes=classes), names, labels, classes, option)
+    note = f"{option}: {len(kept):,} of {len(names):,} images have right outputs and are scored"
+    return part, kept, None, [*val_set.notes, note]
 
 
 def known_classes(data: DataConfig, outputs: int, origin: str) -> tuple[tuple[str, ...], list[str]]:
@@ -111,14 +147,19 @@ def known_classes(data: DataConfig, outputs: int, origin: str) -> tuple[tuple[st
         raise UserError(NO_DATA)
     if data.dataset not in IMAGE_FILES:
         return load_set(data, "val").classes, []
-    if data.dataset == "shards":
+    wnids = imagenet_classes()
+    if data.val_list:
+        listed = read_list(data.val_list, "val")
+        if listed.numbered:
+            return wnids if outputs == len(wnids) else tuple(map(str, range(outputs))), []
+        found = sorted(set(listed.names))
+    elif data.dataset == "shards":
         found = list(shards.stored_classes(data.dir))
     else:
-        val = split_folder(data.dir, "val")
+        val = evaluated_folder(data.dir)
         found, train = class_folders(val), val.with_name("train")
         if len(found) < outputs and train.is_dir() and set(found) < set(class_folders(train)):
             found = class_folders(train)  # val/ may lack classes
-    wnids = imagenet_classes()
     numbered = output_numbers(found, outputs) is not None and data.class_order is None
     if outputs == len(wnids) and (numbered or set(found) <= set(wnids)):
         return wnids, []
@@ -156,28 +197,38 @@ def load_val(
         return val_set, list(map(str, range(len(val_set))))
     if data.dir is None:
         raise UserError(NO_DATA)
-    if data.dataset == "shards":
-        found, hint = list(shards.stored_classes(data.dir)), ""
-    else:
-        val = split_folder(data.dir, "val")
-        found = class_folders(val)
-        hint = one_folder_too_many(val, found)
+    files = load_list(data, "val", classes, wanted) if data.val_list else list_val(data, classes, wanted)
+    val_set = read_set(files, data.image_size, data.max_pixels) if data.pipeline == "memory" else files
+    return val_set, [to_text(path) for path in files.paths]
+
+
+def list_val(
+    data: DataConfig, classes: tuple[str, ...], wanted: Collection[int] | None
+) -> ImageFolderDataset:
+    """Return the images in class folders, of the network's classes or named by the numbers of its outputs."""
+    root, sharded = str(data.dir), data.dataset == "shards"
+    val = Path(root) if sharded else evaluated_folder(root)
+    found = list(shards.stored_classes(root)) if sharded else class_folders(val)
     names, notes = classes, []
     if not set(found) <= set(classes):
         numbers = output_numbers(found, len(classes))
-        if numbers is None or any(name.isdecimal() for name in classes):
-            raise other_classes(data.dir, found, classes, hint)
+        inner = [] if sharded else class_folders(val / os.fsdecode(to_bytes(found[0])))
+        if numbers is None or any(name.isdecimal() for name in classes) or set(inner) & set(classes):
+            hint = f"did you mean --data {val / found[0]}?" if set(inner) & set(classes) else known_list(val)
+            raise other_classes(
+                root, found, classes, "" if sharded else one_folder_too_many(val, found) or hint
+            )
         if classes != imagenet_classes():
             notes.append(
                 f"warning: class folders 0…{len(classes) - 1} are interpreted as numbers of the network's "
                 f"outputs, {abbreviate(classes)}"
             )
         names = tuple(numbers.get(output, str(output)) for output in range(len(classes)))
-    list_set = shards.list_set if data.dataset == "shards" else image_folder.list_set
-    files = list_set(data.dir, "val", data.val_images, names, wanted=wanted)
-    val_set = read_set(files, data.image_size, data.max_pixels) if data.pipeline == "memory" else files
-    val_set = replace(val_set, classes=classes, notes=(*notes, *val_set.notes))
-    return val_set, [to_text(path) for path in files.paths]
+    if sharded:
+        files = shards.list_set(root, "val", data.val_images, names, wanted=wanted)
+    else:
+        files = list_set(root, "val", data.val_images, names, wanted=wanted, folder=val)
+    return replace(files, classes=classes, notes=(*notes, *files.notes))
 
 
 def other_classes(
@@ -197,11 +248,17 @@ def restrict(
     """Return the images of some classes, labeled among these, and their names."""
     position = np.full(len(val_set.classes), -1)
     position[columns] = np.arange(len(columns))
-    labels = position[val_set.labels]
+    classes = tuple(val_set.classes[column] for column in columns)
+    return select(val_set, names, position[val_set.labels], classes, option)
+
+
+def select(
+    val_set: ImageDataset, names: Sequence[str], labels: np.ndarray, classes: tuple[str, ...], option: str
+) -> tuple[ImageDataset, Sequence[str]]:
+    """Return the images whose new label is not negative, and their names."""
     keep = np.flatnonzero(labels >= 0)
     if not len(keep):
         raise UserError(f"{option}: the data has no image of these classes; check --data")
-    classes = tuple(val_set.classes[column] for column in columns)
     part = replace(val_set.select(keep), labels=labels[keep], classes=classes)
     return part, [names[i] for i in keep.tolist()]
 

@@ -9,11 +9,10 @@ import torchvision
 from benchmark_data import Table, Variant
 from torch import Tensor, nn
 
-from resnext.config import Config, parse_config, to_yaml
+from resnext.config import Config, network_name, parse_config, to_yaml
 from resnext.device import choose_precision, configure_backends, select_device
 from resnext.engine.train_state import autocast, build_train_state
 from resnext.engine.trainer import train_step
-from resnext.errors import UserError
 from resnext.models.ghost_batchnorm import GhostBatchNorm2d, kernels_work, norm_relu
 from resnext.models.resnext import build_model
 
@@ -60,11 +59,9 @@ def networks(overrides: list[str], training: bool) -> Iterator[Table]:
             steps[name] = partial(train_step, state, laid_out, labels, 1e-4)
         else:
             steps[name] = evaluation_step(state.model, config, device, laid_out, labels)
-    model = config.model
-    network_name = f"{model.architecture}-{model.depth} {model.cardinality}x{model.base_width}d"
     what = "training" if training else "evaluation"
     yield (
-        f"{what} step, {network_name}, {config.train.precision}, batch {size}",
+        f"{what} step, {network_name(config.model)}, {config.train.precision}, batch {size}",
         [Variant(name, size, step, partial(peak_memory, step, device)) for name, step in steps.items()],
     )
 
@@ -72,25 +69,29 @@ def networks(overrides: list[str], training: bool) -> Iterator[Table]:
 def references(
     config: Config, device: torch.device
 ) -> Iterator[tuple[str, Callable[[], nn.Module], torch.memory_format, bool]]:
-    """Yield (name, constructor, layout, compiled) of the networks to compare with; timm's if installed."""
+    """Yield (name, constructor, layout, compiled) of the networks to compare with; timm's if installed.
+
+    Neither has the networks for CIFAR.
+    """
     model = config.model
-    if model.stem != "imagenet" or model.depth not in (50, 101, 152):
-        raise UserError("model.depth: torchvision has no such network; use 50, 101 or 152 and stem imagenet")
+    if model.stem != "imagenet":
+        return
+    basic, widths = model.block_type == "basic", (model.cardinality, model.base_width)
+    kind = torchvision.models.resnet.BasicBlock if basic else torchvision.models.resnet.Bottleneck
     make = partial(
-        getattr(torchvision.models, f"resnet{model.depth}"),
-        groups=model.cardinality,
-        width_per_group=model.base_width,
+        torchvision.models.ResNet, kind, list(model.stages), groups=widths[0], width_per_group=widths[1]
     )
     yield "torchvision, NCHW", make, torch.contiguous_format, False
     yield "torchvision, channels_last", make, torch.channels_last, False
     try:
-        from timm.models.resnet import Bottleneck, ResNet
+        from timm.models import resnet
     except ImportError:
         return
-    widths = {"cardinality": model.cardinality, "base_width": model.base_width}
+    block = resnet.BasicBlock if basic else resnet.Bottleneck
+    make = partial(resnet.ResNet, block, list(model.stages), cardinality=widths[0], base_width=widths[1])
     compiled = device.type == "cuda"
     name = f"timm, channels_last{', compiled' if compiled else ''}"
-    yield name, partial(ResNet, Bottleneck, list(model.stages), **widths), torch.channels_last, compiled
+    yield name, make, torch.channels_last, compiled
 
 
 def reference_step(
@@ -212,7 +213,7 @@ def norms(overrides: list[str]) -> Iterator[Table]:
     counts: dict[tuple, int] = {}
     for name, (_, shape) in inputs_of(config, nn.BatchNorm2d).items():
         if "downsample" not in name:
-            key = (*shape, name.endswith("bn3"))
+            key = (*shape, name.endswith("bn2" if config.model.block_type == "basic" else "bn3"))
             counts[key] = counts.get(key, 0) + 1
     for (*shape, with_shortcut), count in counts.items():
         images, channels, height, width = shape

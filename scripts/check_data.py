@@ -2,6 +2,7 @@
 
     python scripts/check_data.py DIR                       DIR has train/CLASS/ and val/CLASS/, or shards
     python scripts/check_data.py DIR --json report.json    the complete lists too
+    python scripts/check_data.py ILSVRC/Data/CLS-LOC --val-list LOC_val_solution.csv
 
 Exit status 0: fit for training, in spite of warnings and odd files (gray, CMYK, rotated, …); 1: training
 would refuse the folders, files are broken, or the same file is in train/ and val/; 2: wrong usage, or
@@ -24,10 +25,13 @@ import numpy as np
 from PIL import Image
 
 from data import image_folder, shards
+from data.datasets import training_classes
 from data.decode import MAX_PIXELS, decode
 from data.image_folder import ImageFolderDataset, Listing
+from data.lists import label_images
 from data.process_pool import process_pool, progress
 from data.walk import FORMATS, Found, to_text
+from resnext.config import DataConfig
 from resnext.errors import UserError, command_parser, run_main
 from resnext.files import check_target, write_file
 
@@ -62,44 +66,62 @@ def main() -> int:
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--workers", type=int, default=cores, metavar="N", help="default: one per CPU core")
     parser.add_argument("--json", metavar="FILE", help="write the complete report to FILE")
+    list_help = "file of image paths and classes instead of class folders (data.train_list)"
+    parser.add_argument("--train-list", metavar="FILE", help=list_help)
+    parser.add_argument("--val-list", metavar="FILE", help="the same for val/ (data.val_list)")
     parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help="data.max_pixels")
     arguments = parser.parse_args()
     if arguments.workers < 1:
         raise UserError(f"--workers: must be at least 1 (got {arguments.workers})")
-    root, sharded = Path(arguments.folder).expanduser(), shards.is_sharded(arguments.folder)
-    for split in SPLITS if not sharded else ():
-        image_folder.split_folder(arguments.folder, split)
+    lists = {"train": arguments.train_list, "val": arguments.val_list}
+    sharded = not any(lists.values()) and shards.is_sharded(arguments.folder)
+    for split in SPLITS:
+        if not lists[split] and not sharded:
+            image_folder.split_folder(arguments.folder, split)
+    root = Path(arguments.folder).expanduser()
     if arguments.json:
         check_target("--json", Path(arguments.json))
+    dataset = "shards" if sharded else "folder"
+    data = DataConfig(dataset=dataset, dir=str(root), train_list=lists["train"])
     try:
-        classes, refused = (shards if sharded else image_folder).class_names(str(root)), []
+        classes, refused = training_classes(data, None) or (), []
     except UserError as error:
-        if sharded:
+        if data.train_list or sharded:
             raise
         classes, refused = tuple(image_folder.class_folders(root / "train")), [str(error)]
     if sharded:
         sets = [shards.list_set(str(root), split, classes=classes) for split in SPLITS]
         parts = [Listing(part.paths, part.labels, [], [], Found([])) for part in sets]
-        listings = dict(zip(SPLITS, parts, strict=True))
+        listed = {split: (part, f"{split}/".encode()) for split, part in zip(SPLITS, parts, strict=True)}
     else:
-        listings = {split: image_folder.list_split(root / split, classes) for split in SPLITS}
-    paths = np.concatenate([np.char.add(f"{split}/".encode(), listings[split].paths) for split in SPLITS])
-    labels = np.concatenate([listings[split].labels for split in SPLITS])
+        listed = {split: list_images(root, split, lists[split], classes) for split in SPLITS}
+    listings = {split: listing for split, (listing, _) in listed.items()}
+    paths = np.concatenate([np.char.add(prefix, listing.paths) for listing, prefix in listed.values()])
+    labels = np.concatenate([listing.labels for listing in listings.values()])
     files = ImageFolderDataset(root, paths, labels, classes)
     if sharded:
         places = np.concatenate([part.places for part in sets])
         places["shard"][len(sets[0]) :] += len(sets[0].shards)
-        files = replace(
-            sets[0], paths=paths, labels=labels, places=places, shards=sets[0].shards + sets[1].shards
-        )
+        names = sets[0].shards + sets[1].shards
+        files = replace(sets[0], paths=paths, labels=labels, places=places, shards=names)
     found = inspect_all(files, arguments.workers, arguments.max_pixels)
-    report = summarize(root, classes, listings, files.paths, found)
+    report = summarize(root, classes, listings, paths, found)
     report["problems"]["refused"][:0] = refused
     print_report(report, arguments.json)
     if arguments.json:
         write_file("--json", arguments.json, json.dumps(report, indent=1) + "\n")
         print(f"wrote {arguments.json}")
     return int(any(report["problems"].values()))
+
+
+def list_images(root: Path, split: str, file: str | None, classes: tuple[str, ...]) -> tuple[Listing, bytes]:
+    """Return the images of class folders or of a list, and what precedes their paths below `root`."""
+    if not file:
+        return image_folder.list_split(root / split, classes), f"{split}/".encode()
+    images = label_images(str(root), split, file, classes)
+    prefix = os.path.relpath(images.folder, root)
+    listing = Listing(images.paths, images.labels, list(images.notes), [], Found([]))
+    return listing, b"" if prefix == "." else os.fsencode(f"{prefix}/")
 
 
 def inspect(files: ImageFolderDataset, max_pixels: int) -> Inspected:
@@ -188,10 +210,10 @@ def summarize(
     for number in np.flatnonzero(records["decoded"] & (copies[content] > 1)):
         groups.setdefault(content[number], []).append(number)
     same: dict[str, list] = {"train_and_val": [], "train": [], "val": []}
-    for group in map(names, groups.values()):
-        splits = {name.partition("/")[0] for name in group}
-        same["train_and_val" if len(splits) == 2 else splits.pop()].append(group)
     train, val = listings["train"], listings["val"]
+    for group in groups.values():
+        splits = {"train" if number < len(train.paths) else "val" for number in group}
+        same["train_and_val" if len(splits) == 2 else splits.pop()].append(names(group))
     parts = zip(SPLITS, np.split(records, [len(train.paths)]), strict=True)
     decoded = {split: part[part["decoded"]] for split, part in parts}
     notes = [*train.notes, *val.notes, *image_folder.absent_classes(root / "val", val.labels, classes)]

@@ -29,6 +29,10 @@ BENCHMARKS = {  # the most important first
     "train": ["train", "train.batch_size=256"],
     "convolutions": ["convolutions", "train.batch_size=256"],
     "norms": ["norms", "train.batch_size=256"],
+    "train-cifar": [
+        *("train", "model.stem=cifar", "model.depth=20", "model.cardinality=1", "model.base_width=16"),
+        "train.batch_size=128",
+    ],
     "train-101-32x8d": ["train", "model.depth=101", "model.base_width=8", "train.batch_size=128"],
     "train-resnet50": ["train", "model.cardinality=1", "model.base_width=64", "train.batch_size=256"],
     "eval-256": ["eval", "train.batch_size=256"],

@@ -103,6 +103,10 @@ class DataConfig:
     class_order: Literal["string", "natural"] | None = key(None,
         "class folders: string (10 before 2), natural (2 before 10; timm); null: string, or 0…N-1 by number")
     max_pixels: int = key(178_956_970, "refuse larger images, which could exhaust the memory", at_least=1)
+    train_list: str | None = key(None,
+        "folder: file of image paths and classes, instead of class folders; FILE:COLUMN of a CSV file")
+    val_list: str | None = key(None, "the same for validation: LOC_val_solution.csv, val_annotations.txt, …",
+        "ann_file")
     skip_broken: bool = key(False,
         "fast, torch7: replace an undecodable training file with the next one, and log it")
     train_images: int | None = key(None,

@@ -105,6 +105,11 @@ def _complete_data(data: DataConfig, stem: str) -> DataConfig:
     pipeline = data.pipeline or ("memory" if data.dataset not in IMAGE_FILES or stem == "cifar" else "fast")
     if pipeline != "memory" and data.dataset not in IMAGE_FILES:
         raise UserError(f"data.pipeline: {data.dataset} is held in memory (got {pipeline}); remove the key")
+    if data.dataset != "folder" and (data.train_list or data.val_list):
+        raise UserError(
+            f"data.{'train' if data.train_list else 'val'}_list: names image files, and "
+            f"{data.dataset} has none; remove the key"
+        )
     resize = data.resize or (size if pipeline == "memory" else size * 256 // 224)
     for name, value in (("train_size", data.train_size), ("resize", data.resize)):
         if pipeline == "memory" and value not in (None, size):

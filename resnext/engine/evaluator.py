@@ -1,9 +1,9 @@
 """Exact error counts: every image once, integers (train.lua, computeScore)."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -51,6 +51,16 @@ class Predictions:
     def correct(self) -> np.ndarray:
         """Whether the first predicted class is the label, bool (N,)."""
         return self.top[:, 0] == self.labels
+
+    def with_label_sets(self, sets: Sequence[Sequence[int]]) -> "Predictions":
+        """Return them for several right classes per image: its label is the one predicted best, or the first.
+
+        Losses are NaN.
+        """
+        labels = self.labels.copy()
+        for i, right in enumerate(sets):
+            labels[i] = next((c for c in self.top[i].tolist() if c in right), right[0])
+        return replace(self, labels=labels, losses=np.full(len(labels), np.nan))
 
     def score(self, chosen: np.ndarray | list[int]) -> EvalResult:
         """Count over the images with these indices."""

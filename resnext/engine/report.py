@@ -16,7 +16,7 @@ from .metrics import most_confused, per_class, precision_recall_f1, wilson_inter
 
 FEW_CLASSES = 20  # up to this many class folders get a table without --per-class
 SHOWN_CLASSES, SHOWN_PAIRS = 20, 10
-DATA_KEYS = ("dataset", "pipeline", "interpolation", "mean", "std", "image_size", "resize")
+DATA_KEYS = ("dataset", "pipeline", "interpolation", "mean", "std", "image_size", "resize", "val_list")
 SHARES = ("precision", "recall", "f1")
 
 Row = dict[str, Any]  # a JSON object

@@ -36,16 +36,25 @@ def configuration(config: str | None, resume: str | None, data: str | None, over
 
 def absolute_paths(config: Config, data: str | None) -> Config:
     """Return the configuration with --data, and with paths that hold in every working directory."""
+
+    def absolute(path: str | None) -> str | None:
+        return path and os.path.abspath(os.path.expanduser(path))
+
     folder, pretrained = config.data.dir, config.model.pretrained
     if data is not None and config.data.dataset == "glyphs":
         raise UserError(f"--data {data}: glyphs are drawn, not read; set data.dataset=folder, or omit --data")
     if data is not None:
         folder = os.fsencode(data).decode("utf-8", "surrogateescape")  # in every locale
     if pretrained is not None and not is_published(pretrained):
-        pretrained = os.path.abspath(os.path.expanduser(pretrained))
+        pretrained = absolute(pretrained)
     return replace(
         config,
-        data=replace(config.data, dir=folder and os.path.abspath(os.path.expanduser(folder))),
+        data=replace(
+            config.data,
+            dir=absolute(folder),
+            train_list=absolute(config.data.train_list),
+            val_list=absolute(config.data.val_list),
+        ),
         model=replace(config.model, pretrained=pretrained),
     )
 

@@ -27,7 +27,8 @@ model: {architecture: resnext, stem: imagenet, depth: 50, block_type: bottleneck
   classes: null, pretrained: null, reset_classifier: false}
 data: {dataset: folder, characters: null, dir: null, download: true, pipeline: fast, decoder: simplejpeg,
   interpolation: bicubic, image_size: 224, train_size: 224, resize: 256, workers: null, class_order: null,
-  max_pixels: 178956970, skip_broken: false, train_images: null, val_images: null,
+  max_pixels: 178956970, train_list: null, val_list: null, skip_broken: false,
+  train_images: null, val_images: null,
   # mean {0.485, 0.456, 0.406} and std {0.229, 0.224, 0.225} of pixels in 0...1
   mean: [123.675, 116.28, 103.53], std: [58.395, 57.12, 57.375]}
 augment: {mirror: 0.5, padding: 0, min_area: 0.08, jitter: 0.4, lighting: 0.1, policy: null, erasing: 0.0,
@@ -132,6 +133,7 @@ CHOICES = {  # valid values of every key
     "data.interpolation": ["bilinear", "bicubic"], "data.image_size": [8, 224], "data.train_size": [8, 176],
     "data.resize": [320, 8192], "data.workers": [None, 0, 256], "data.class_order": [None, "string",
     "natural"],
+    "data.train_list": [None, *TEXTS], "data.val_list": [None, *TEXTS],
     "data.max_pixels": [1, 178_956_970, 10**12], "data.skip_broken": [True, False],
     "data.train_images": [None, 1, 50000], "data.val_images": [None, 1, 10000],
     "data.mean": [[1, 2, 3], [-299.9, 1e-20, 3]], "data.std": [[1e-5, 1e-10, 1e5], [0.1, 99.7, 3]],

@@ -136,12 +136,10 @@ def numbered(tmp_path_factory) -> Path:
                 images.append(pixels)
                 labels.append(k)
     torch.manual_seed(1)
-    network = build_model(
-        ModelConfig(
-            stem="cifar", block_type="bottleneck", stages=(1, 1, 1), cardinality=4, base_width=8, shortcut="B"
-        ),
-        12,
-    ).eval()
+    config = ModelConfig(
+        stem="cifar", block_type="bottleneck", stages=(1, 1, 1), cardinality=4, base_width=8, shortcut="B"
+    )
+    network = build_model(config, 12).eval()
     mean, std = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
     pixels = torch.tensor((np.stack(images) - mean) / std, dtype=torch.float32).permute(0, 3, 1, 2)
     with torch.no_grad():

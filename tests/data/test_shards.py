@@ -105,6 +105,7 @@ def test_parts_of_a_validation_set(made, shared_root):
 def test_evaluation_recognizes_shards(made, shared_root, tmp_path):
     class Options:
         ten_crop = image_size = resize = interpolation = workers = class_order = max_pixels = None
+        val_list = None
 
     def found(root: Path, dataset: str, known: bool) -> str:
         Options.data = str(root)
@@ -116,6 +117,8 @@ def test_evaluation_recognizes_shards(made, shared_root, tmp_path):
     for known in (True, False):
         for dataset in ("folder", "shards"):
             assert found(made, dataset, known) == "shards" and found(shared_root, dataset, known) == "folder"
+    Options.val_list = "val.txt"  # names files
+    assert found(made, "folder", True) == "folder"
 
 
 # ---------------------------------------------------------------------------- other programs' shards
