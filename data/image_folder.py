@@ -96,6 +96,8 @@ def split_folder(root: str, split: str) -> Path:
     hint = "put images into train/CLASS/ and val/CLASS/"
     if any(base.glob("*.tar")):
         hint += f"; {SHARDS}"
+    elif any(base.glob("*.parquet")) or any(base.glob("data/*.parquet")):
+        hint = "convert Parquet files with scripts/make_shards.py"
     elif renamed:
         link = shlex.join(["ln", "-s", renamed[0], str(folder)])
         hint = f"did you mean {renamed[0]}/? Rename it, or create a link: {link}"

@@ -4,6 +4,7 @@ The headers of all shards are read once, and the places of the images cached. Im
 one, in any order. Their order, names, and fingerprint are those of class folders, and so is every batch.
 """
 
+import codecs
 import json
 import os
 import re
@@ -49,7 +50,8 @@ class ShardDataset(ImageFolderDataset):
         """Return the content of image i. Raise UserError if it cannot be read."""
         shard, offset, size = self.places[i].item()
         try:
-            content = os.pread(_opened(self.shards[shard]).descriptor, size, offset)
+            opened = _opened(self.shards[shard])  # a name keeps it open until pread returns
+            content = os.pread(opened.descriptor, size, offset)
         except OSError as error:
             raise UserError(f"{self.path(i)}: cannot be read ({error.strerror})") from None
         if len(content) < size:
@@ -246,31 +248,58 @@ def stored_classes(root: str) -> tuple[str, ...]:
     splits = [split for split, shards in split_files(root).items() if shards] or ["train"]
     file = _home(find_shards(root, splits[0])) / "classes.txt"
     if file.exists():
-        names = tuple(to_text(file.read_bytes()).removesuffix("\n").replace("\r", "").split("\n"))
-        if len(set(names)) < len(names):
+        text = to_text(file.read_bytes().removeprefix(codecs.BOM_UTF8)).replace("\r", "")
+        names = tuple(text.rstrip("\n").split("\n"))
+        if len(set(names)) < len(names) or not all(names):
             raise UserError(
-                f"{file}: names a class twice; write one name per line, in the order of the labels"
+                f"{file}: has a class twice, or an empty line; write one name per line, in the order of the "
+                "labels"
             )
+        _, arrays = read_index(root, splits[-1])
+        check_wnids(names, arrays["names"], arrays["labels"], str(file))
         return names
     _, arrays = read_index(root, splits[0])
     return class_labels(int(arrays["labels"][-1]) + 1, arrays["names"], arrays["labels"], root)
 
 
-def class_labels(count: int, names: np.ndarray, labels: np.ndarray, where: str) -> tuple[str, ...]:
-    """Return ImageNet's wnids if the names of images have them, else the numbers of `count` classes.
+def _wnids(names: np.ndarray, labels: np.ndarray) -> list[tuple[list[str], int]]:
+    """Return the wnids in the names of up to 10,000 images, and the labels of these."""
+    some = even_indices(len(names), 10_000).tolist()
+    pattern = re.compile(rf"(?<![a-z0-9]){WNID}(?![0-9])")
+    found = ((pattern.findall(to_text(names[i])), int(labels[i])) for i in some)
+    return [(words, label) for words, label in found if words]
 
-    Raise UserError if the labels are other numbers than those of the sorted wnids.
+
+def check_wnids(classes: Sequence[str], names: np.ndarray, labels: np.ndarray, where: str) -> None:
+    """Raise UserError if the names of most images have other wnids than the classes of their labels."""
+    found = [(words, classes[label]) for words, label in _wnids(names, labels) if label < len(classes)]
+    different = [(words[0], name) for words, name in found if name not in words]
+    if 2 * len(different) > len(found):
+        wnid, name = different[0]
+        raise UserError(
+            f"{where}: an image of {wnid} has the label of {name!r}; write the names in the labels' order"
+        )
+
+
+def class_labels(count: int, names: np.ndarray, labels: np.ndarray, where: str) -> tuple[str, ...]:
+    """Return the wnids in the names of images, one per label, else the numbers of `count` classes.
+
+    Raise UserError if the labels are other numbers than those of ImageNet's 1000 sorted wnids.
     """
-    wnids = imagenet_classes()
-    some = even_indices(len(names), 10_000).tolist() if count == len(wnids) else []
-    found = [(re.findall(rf"(?<![a-z0-9]){WNID}(?![0-9])", to_text(names[i])), labels[i]) for i in some]
+    wnids, found = imagenet_classes(), _wnids(names, labels)
+    if count != len(wnids):
+        own = {label: words[0] for words, label in found}
+        same = all(words == [own[label]] for words, label in found)
+        if same and len(set(own.values())) == count:
+            return tuple(own[label] for label in range(count))
+        return tuple(map(str, range(count)))
     for words, label in found:
-        if words and wnids[label] not in words:
+        if wnids[label] not in words:
             raise UserError(
                 f"{where}: an image of {words[0]} has label {label}, not the number among the sorted wnids; "
                 "name the classes in the order of the labels in classes.txt, one per line"
             )
-    return wnids if any(words for words, _ in found) else tuple(map(str, range(count)))
+    return wnids if found else tuple(map(str, range(count)))
 
 
 # ---------------------------------------------------------------------------- as class folders

@@ -111,7 +111,8 @@ def load_scored(
     val_set, names = load_val(data, classes, columns)
     notes = [*notes, *val_set.notes]
     if classes == imagenet_classes() and not columns and len(np.unique(val_set.labels)) < len(classes):
-        notes.append("for ImageNet-A and -R, add --classes DIR: only the classes of its folders compete")
+        text = "if this is ImageNet-A or -R, add --classes DIR: only the classes of its folders compete"
+        notes.append(text)
     if columns:
         val_set, names = restrict(val_set, names, columns, f"--classes {classes_file}")
     return val_set, names, columns, notes

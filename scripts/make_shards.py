@@ -65,6 +65,8 @@ def main() -> None:
     parquet = split_files(str(source), ".parquet", depth=3) if source.is_dir() else {}
     if any(parquet.values()):
         classes, splits = read_parquet(parquet, arguments.label)
+    elif arguments.label:
+        raise UserError(f"--label: is for Parquet files, and {source} has none; omit it")
     else:
         classes, splits = read_folders(str(source))
     if len(set(classes)) < len(classes) or any("\n" in name for name in classes):
@@ -143,6 +145,7 @@ def write_split(output: Path, split: str, classes: tuple[str, ...], images: Spli
             numbers = range(start, start + length)
             start += length
             if (output / name).exists():
+                check_whole(output / name)
                 contents = None
             else:
                 contents = contents or images.contents(numbers.start)
@@ -150,6 +153,14 @@ def write_split(output: Path, split: str, classes: tuple[str, ...], images: Spli
                     write_shard(path, classes, images, numbers, islice(contents, length))
             bar.update(length)
     print(f"{split}: complete, {start:,} images in {len(info['filenames']):,} shards", flush=True)
+
+
+def check_whole(shard: Path) -> None:
+    """Raise UserError if a shard that exists lacks the end mark of a tar."""
+    with open(shard, "rb") as file:
+        file.seek(-min(1024, shard.stat().st_size), os.SEEK_END)
+        if file.read() != bytes(1024):
+            raise UserError(f"{shard}: is cut off; delete it, and run the same command again")
 
 
 def write_shard(
@@ -204,6 +215,7 @@ def read_parquet(parquet: dict[str, list[Path]], column: str | None) -> tuple[tu
     for split, files in parquet.items():
         check_complete(split, files)
     classes: tuple[str, ...] = ()
+    named: tuple[str, ...] = ()
     splits: Splits = {}
     for split, files in parquet.items():
         try:
@@ -214,6 +226,9 @@ def read_parquet(parquet: dict[str, list[Path]], column: str | None) -> tuple[tu
         except (pyarrow.ArrowException, LookupError, TypeError, ValueError) as error:
             reason = str(error)[:100]
             raise UserError(f"{files[0].parent}: {split} cannot be read ({reason!a}); get it again") from None
+        if named and names and names != named:
+            raise UserError(f"{files[0]}: names other classes than train's files; convert them separately")
+        named = named or names
         if not all(isinstance(value, int) and value >= 0 for value in labels):
             raise UserError(f"{files[0]}: rows of {label} have no class number; use a split with labels")
         bases = [os.path.basename(path or "") for path in paths]

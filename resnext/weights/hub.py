@@ -61,7 +61,7 @@ def download(source: str) -> tuple[str, Path]:
 def _fetch(repo: str, revision: str, names: list[str], limit: int, license: object = None) -> Path:
     """Return the path in the cache of the first of these files that the repository has."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     problem: Exception = InvalidFileError(f"{repo} has no {' or '.join(names)}")
     for name in names:
@@ -74,6 +74,8 @@ def _fetch(repo: str, revision: str, names: list[str], limit: int, license: obje
                 if limit == MAX_WEIGHTS and not isinstance(current, str):
                     _announce(repo, revision, name, facts.size or 0, license)
                 cached = hf_hub_download(repo, name, revision=revision)
+            except LocalEntryNotFoundError as error:  # a subclass: the connection broke
+                problem = error
             except EntryNotFoundError:
                 continue
             except InvalidFileError:

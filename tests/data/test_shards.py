@@ -168,6 +168,24 @@ def test_names_that_repeat_in_other_shards(tmp_path):
         paths(tmp_path)
 
 
+def test_wnids_in_names(tmp_path):
+    """They name the classes of a subset, and classes.txt must not contradict them."""
+    wnids = ("n02107683", "n01440764")
+    members = [part for label, wnid in enumerate(wnids) for part in sample(f"{wnid}_1", label, IMAGE)]
+    pack(tmp_path / "train.tar", members)
+    expected = [f"{wnid}/{wnid}_1.jpg" for wnid in wnids]
+    assert paths(tmp_path) == expected
+    file = tmp_path / "classes.txt"
+    file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*wnids, "", ""]).encode())
+    assert paths(tmp_path) == expected
+    file.write_text("\n".join(wnids[::-1]))
+    with pytest.raises(UserError, match="an image of n02107683 has the label of 'n01440764'"):
+        paths(tmp_path)
+    pack(tmp_path / "train.tar", [*members, *sample("n01440764_2", 0, IMAGE)])
+    file.unlink()
+    assert shards.class_names(str(tmp_path)) == ("0", "1")  # a label with two of them
+
+
 @pytest.mark.parametrize("numbers", ["sorted", "other"])
 def test_imagenet(numbers, tmp_path):
     """1000 labels with wnids in the names are ImageNet's classes, if they are numbered in their order."""
@@ -326,7 +344,8 @@ def test_a_broken_image_is_named(tmp_path):
         (lambda root: pack(root / "x-train-0.tar.gz", []),
          "decompress x-train-0.tar.gz (gunzip)"),
         (lambda root: pack(root / "train.tar", [("a.txt", b"")]), "has no images with labels"),
-        (lambda root: (foreign(root), (root / "classes.txt").write_text("a\na\n")), "names a class twice"),
+        (lambda root: (foreign(root), (root / "classes.txt").write_text("a\na\n")), "has a class twice"),
+        (lambda root: (foreign(root), (root / "classes.txt").write_text("a\n\nb\n")), "an empty line"),
         (lambda root: (foreign(root), (root / "classes.txt").write_text("a\nb\nc\n")), "have no images of c"),
         (lambda root: (foreign(root), (root / "classes.txt").write_text("a\n")), "has one class, 'a'"),
         (lambda root: pack(root / "train.tar", sample("a", 0, IMAGE)), "has one class, '0'"),

@@ -117,9 +117,7 @@ def test_networks():
     assert groups["moved"] >= ours["moved"] and groups["kernels"] >= ours["kernels"]
 
 
-@pytest.mark.parametrize(
-    "key", ["train.precision=fp16", "train.ema_decay=0.9", "train.compile=true", "model.stages=[1,1,1,1]"]
-)
+@pytest.mark.parametrize("key", ["train.precision=fp16", "train.ema_decay=0.9", "train.compile=true"])
 def test_what_cannot_be_counted(key):
     config = parse_config("", "test", ["data.dir=unused", "train.precision=bf16", key])
     with pytest.raises(UserError, match=r"^(train|model)\.\w+: "):

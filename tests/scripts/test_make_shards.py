@@ -140,8 +140,12 @@ def test_refused(folders, tmp_path):
         ((folders, tmp_path / "new", "--images", 0), "--images: must be at least 1"),
         ((tmp_path / "none", tmp_path / "new"), "no such folder"),
         ((tmp_path / "lines", tmp_path / "new"), "has a line end"),
+        ((folders, tmp_path / "new", "--label", "x"), "--label: is for Parquet files"),
     ):
         expect(refused(tmp_path, make_shards.main, *arguments), [text])
+    with open(root / "train-0000.tar", "r+b") as file:
+        file.truncate(3000)
+    expect(refused(tmp_path, make_shards.main, folders, root), ["train-0000.tar: is cut off; delete it"])
 
 
 # ---------------------------------------------------------------------------- Parquet
