@@ -151,6 +151,9 @@ def find_shards(root: str, split: str) -> list[Path]:
     if not shards:
         compressed = [path for ending in (".tar.gz", ".tgz") for path in split_files(root, ending)[split]]
         remedy = f"decompress {compressed[0].name} (gunzip)" if compressed else f"name them {EXAMPLE}"
+        folder = Path(root).expanduser() / split
+        if folder.is_dir() and class_folders(folder):
+            remedy = "for class folders, set data.dataset=folder"
         raise UserError(f"data.dir {root}: has no shards of {split}; {remedy}")
     missing = [path for path in _listed(shards) if not path.is_file()]
     if missing and "{" not in root:
@@ -255,8 +258,6 @@ def stored_classes(root: str) -> tuple[str, ...]:
                 f"{file}: has a class twice, or an empty line; write one name per line, in the order of the "
                 "labels"
             )
-        _, arrays = read_index(root, splits[-1])
-        check_wnids(names, arrays["names"], arrays["labels"], str(file))
         return names
     _, arrays = read_index(root, splits[0])
     return class_labels(int(arrays["labels"][-1]) + 1, arrays["names"], arrays["labels"], root)
@@ -271,13 +272,15 @@ def _wnids(names: np.ndarray, labels: np.ndarray) -> list[tuple[list[str], int]]
 
 
 def check_wnids(classes: Sequence[str], names: np.ndarray, labels: np.ndarray, where: str) -> None:
-    """Raise UserError if the names of most images have other wnids than the classes of their labels."""
-    found = [(words, classes[label]) for words, label in _wnids(names, labels) if label < len(classes)]
+    """Raise UserError if most images with the wnid of a class in their names have another label."""
+    known = set(classes)
+    found = [(words, classes[label]) for words, label in _wnids(names, labels) if known & set(words)]
     different = [(words[0], name) for words, name in found if name not in words]
     if 2 * len(different) > len(found):
         wnid, name = different[0]
         raise UserError(
-            f"{where}: an image of {wnid} has the label of {name!r}; write the names in the labels' order"
+            f"{where}: an image of {wnid} has the label of {name!r}; write classes.txt in the order of the "
+            "labels"
         )
 
 
@@ -331,6 +334,7 @@ def list_set(
         raise UserError(
             f"{where}: have label {labels[-1]}, and there are {len(stored)} classes; check the labels"
         )
+    check_wnids(stored, names, labels, where)
     position = {name: number for number, name in enumerate(classes)}
     unknown = [stored[label] for label in np.unique(labels) if stored[label] not in position]
     if unknown:

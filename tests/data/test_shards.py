@@ -341,6 +341,7 @@ def test_a_broken_image_is_named(tmp_path):
     ("change", "text"),
     [
         (lambda root: (root / "train").mkdir(), "has no shards of train; name them train-0000.tar"),
+        (lambda root: (root / "train" / "cat").mkdir(parents=True), "set data.dataset=folder"),
         (lambda root: pack(root / "x-train-0.tar.gz", []),
          "decompress x-train-0.tar.gz (gunzip)"),
         (lambda root: pack(root / "train.tar", [("a.txt", b"")]), "has no images with labels"),
