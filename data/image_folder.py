@@ -32,8 +32,13 @@ OTHER_NAMES = {  # that people give to a split
 }
 
 
-# Files near a flat val/ that name the classes of its images, in val/ or a folder above (data/lists.py).
-KNOWN_LISTS = ("LOC_val_solution.csv", "val_annotations.txt", "val.txt", "ILSVRC2012_devkit_t12.tar.gz")
+# Files with the classes of the images in a flat val/ (data/lists.py), and how far above val/ they may be.
+KNOWN_LISTS = {
+    "LOC_val_solution.csv": 4,
+    "val_annotations.txt": 0,
+    "val.txt": 1,
+    "ILSVRC2012_devkit_t12.tar.gz": 2,
+}
 
 
 @dataclass(frozen=True)
@@ -94,8 +99,8 @@ def split_folder(root: str, split: str) -> Path:
     nested = [name for name in names if (base / os.fsdecode(to_bytes(name)) / split).is_dir()]
     classes = [name for name in names if name not in OTHER_NAMES]
     hint = "put images into train/CLASS/ and val/CLASS/"
-    if any(base.glob("*.tar")):
-        hint += f"; {SHARDS}"
+    if _tars_hint(base):
+        hint += f"; {_tars_hint(base)}"
     elif any(base.glob("*.parquet")) or any(base.glob("data/*.parquet")):
         hint = "convert Parquet files with scripts/make_shards.py"
     elif renamed:
@@ -106,6 +111,15 @@ def split_folder(root: str, split: str) -> Path:
     elif classes:
         hint += f"; if {abbreviate(classes)} are classes, split their images between the two"
     raise UserError(f"{where}: has no {split}/; {hint}")
+
+
+def _tars_hint(folder: Path) -> str:
+    """Return what to do with the tar files in `folder`, or "" if there are none."""
+    if any(folder.glob("ILSVRC2012_img_*.tar")):
+        return "unpack ImageNet's archives with scripts/prepare_imagenet.py"
+    if any(folder.glob("*.tar")):
+        return SHARDS
+    return "decompress tar shards (gunzip)" if any(folder.glob("*.t*gz")) else ""
 
 
 def evaluated_folder(root: str) -> Path:
@@ -120,12 +134,10 @@ def evaluated_folder(root: str) -> Path:
 
 def known_list(folder: Path) -> str:
     """Return a hint if a known list of the images of val/ is near, else ""."""
-    for near in (folder, *folder.absolute().parents[:4]):
-        for name in KNOWN_LISTS:
-            if (near / name).is_file():
-                file = shlex.quote(str(near / name))
-                return f"use its list: data.val_list={file} (evaluate.py: --val-list {file})"
-    return ""
+    folders = (folder, *folder.absolute().parents)
+    near = [place / name for name, height in KNOWN_LISTS.items() for place in folders[: height + 1]]
+    file = next((shlex.quote(str(path)) for path in near if path.is_file()), "")
+    return file and f"use its list: data.val_list={file} (evaluate.py: --val-list {file})"
 
 
 def class_folders(folder: Path) -> list[str]:
@@ -150,7 +162,7 @@ def class_names(root: str, order: str | None = None) -> tuple[str, ...]:
     train = split_folder(root, "train")
     names = class_folders(train)
     if not names:
-        hint = SHARDS if any(train.glob("*.tar")) else f"put images into {train}/CLASS/"
+        hint = _tars_hint(train) or f"put images into {train}/CLASS/"
         raise UserError(f"{train}: contains no class folders; {hint}")
     if len(names) == 1:
         hint = one_folder_too_many(train, names) or f"put the images of each class into {train}/CLASS/"

@@ -21,6 +21,7 @@ META = "ILSVRC2012_devkit_t12/data/meta.mat"
 TRUTH = "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"
 IMAGENET_WNIDS = Path(__file__).with_name("imagenet_wnids.txt")  # in the order of the outputs
 AGAIN = "download the archive again"
+COPY = "replace it with a complete copy"
 
 Targets = list[tuple[TarInfo, Path]]  # members of an archive, and their paths in train/ or val/
 
@@ -36,7 +37,7 @@ def reading(archive: Path | str) -> Iterator[None]:
     try:
         yield
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{archive}: cut off or damaged ({error}); {AGAIN}") from None
+        raise UserError(f"{archive}: cut off or damaged ({error}); {COPY}") from None
     except OSError as error:
         if error.filename is not None:
             raise
@@ -68,7 +69,7 @@ def check_end(tar: tarfile.TarFile, where: str, count: int) -> None:
     """Raise UserError if a tar, read to its end of `count` members, lacks its end mark."""
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes anything for the end
-        raise UserError(f"{where}: is cut off or damaged after {count:,} members; {AGAIN}")
+        raise UserError(f"{where}: is cut off or damaged after {count:,} members; {COPY}")
 
 
 def train_targets(archive: Path) -> Targets:

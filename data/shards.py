@@ -21,7 +21,7 @@ from resnext.errors import UserError
 
 from .file_list_cache import Arrays, cached, remember
 from .image_folder import OTHER_NAMES, ImageFolderDataset, absent_classes, class_folders
-from .imagenet_archives import WNID, imagenet_classes
+from .imagenet_archives import COPY, TRAIN, VAL, WNID, imagenet_classes
 from .in_memory import even_indices
 from .process_pool import process_pool, progress
 from .tar_samples import read_samples
@@ -55,7 +55,7 @@ class ShardDataset(ImageFolderDataset):
         except OSError as error:
             raise UserError(f"{self.path(i)}: cannot be read ({error.strerror})") from None
         if len(content) < size:
-            raise UserError(f"{self.path(i)}: the shard is cut off; get it again")
+            raise UserError(f"{self.path(i)}: the shard is cut off; {COPY}")
         return content
 
     def select(self, keep: np.ndarray) -> Self:
@@ -119,8 +119,11 @@ def split_files(root: str, suffix: str = ".tar", depth: int = 2) -> dict[str, li
         files = sorted(map(Path, expand_braces(str(base))))
         missing = [path for path in files if not path.is_file()]
         if missing:
-            text = f"{len(missing):,} of {len(files):,} files do not exist, such as {missing[0]}"
-            raise UserError(f"data.dir {root}: {text}; name a local folder, or a pattern of local files")
+            more = f" ({len(missing):,} of {len(files):,} files are missing)" if files[1:] else ""
+            raise UserError(
+                f"data.dir {root}: {missing[0]} does not exist{more}; name a local folder, or local files as "
+                "in 'x-{train,val}-{000..099}.tar'"
+            )
     words: dict[str, list[Path]] = {}
     for path in files:
         words.setdefault(_split_word(path), []).append(path)
@@ -155,10 +158,14 @@ def find_shards(root: str, split: str) -> list[Path]:
         if folder.is_dir() and class_folders(folder):
             remedy = "for class folders, set data.dataset=folder"
         raise UserError(f"data.dir {root}: has no shards of {split}; {remedy}")
+    if shards[0].name in (TRAIN, VAL):
+        raise UserError(f"{shards[0]}: is no shard; unpack it with scripts/prepare_imagenet.py")
     missing = [path for path in _listed(shards) if not path.is_file()]
     if missing and "{" not in root:
-        text = f"lists {len(missing):,} shards that do not exist, such as {missing[0].name}"
-        raise UserError(f"{_home(shards) / '_info.json'}: {text}; get them, or name the others in a pattern")
+        raise UserError(
+            f"{_home(shards) / '_info.json'}: lists {missing[0].name}, which does not exist (missing files: "
+            f"{len(missing):,}); add it, or name the files in a pattern"
+        )
     return shards
 
 
@@ -332,7 +339,8 @@ def list_set(
     where = f"{root}: shards of {split}"
     if labels[-1] >= len(stored):
         raise UserError(
-            f"{where}: have label {labels[-1]}, and there are {len(stored)} classes; check the labels"
+            f"{where}: have label {labels[-1]}, and there are {len(stored)} classes; number the labels from "
+            "0, in the order of the classes"
         )
     check_wnids(stored, names, labels, where)
     position = {name: number for number, name in enumerate(classes)}
@@ -348,6 +356,7 @@ def list_set(
     notes = absent_classes(Path(where), labels, classes, wanted) if split == "val" else []
     empty = [classes[n] for n in np.setdiff1d(np.arange(len(classes)), labels)]
     if split == "train" and empty:
-        raise UserError(f"{where}: have no images of {abbreviate(empty)}; add some")
+        remedy = "number the labels from 0" if empty == [stored[0]] else "add some"
+        raise UserError(f"{where}: have no images of {abbreviate(empty)}; {remedy}")
     files = ShardDataset(Path(root), paths, labels, classes, tuple(notes), shards=shards, places=places)
     return files.select(even_indices(len(files), limit))

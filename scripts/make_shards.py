@@ -62,6 +62,8 @@ Splits = dict[str, Split]
 def main() -> None:
     arguments = parse_arguments()
     source, output = Path(arguments.source), Path(arguments.output)
+    if source.suffix == ".parquet" and source.is_file():
+        raise UserError(f"{source}: is a file; name the folder with the Parquet files of all splits")
     parquet = split_files(str(source), ".parquet", depth=3) if source.is_dir() else {}
     if any(parquet.values()):
         classes, splits = read_parquet(parquet, arguments.label)
@@ -152,7 +154,8 @@ def write_split(output: Path, split: str, classes: tuple[str, ...], images: Spli
                 with whole_file(str(output / name)) as path:
                     write_shard(path, classes, images, numbers, islice(contents, length))
             bar.update(length)
-    print(f"{split}: complete, {start:,} images in {len(info['filenames']):,} shards", flush=True)
+    shards = len(info["filenames"])
+    print(f"{split}: complete, {start:,} images in {shards:,} shard{'s' * (shards > 1)}", flush=True)
 
 
 def check_whole(shard: Path) -> None:
@@ -208,30 +211,23 @@ def folder_split(files: image_folder.ImageFolderDataset) -> Split:
 def read_parquet(parquet: dict[str, list[Path]], column: str | None) -> tuple[tuple[str, ...], Splits]:
     """Return the classes and images of Parquet files. Only names and labels are read at first."""
     try:
-        import pyarrow
-        from pyarrow.parquet import ParquetFile, read_schema
+        import pyarrow.parquet  # noqa: F401
     except ImportError:
         raise UserError("Parquet files are read by pyarrow, which is missing: pip install pyarrow") from None
     for split, files in parquet.items():
         check_complete(split, files)
     classes: tuple[str, ...] = ()
-    named: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
     splits: Splits = {}
     for split, files in parquet.items():
-        try:
-            image, label, names = find_columns(read_schema(files[0]), column, files[0])
-            tables = [ParquetFile(file).read(columns=[f"{image}.path", label]) for file in files]
-            paths = [row["path"] for table in tables for row in table[image].to_pylist()]
-            labels = [row for table in tables for row in table[label].to_pylist()]
-        except (pyarrow.ArrowException, LookupError, TypeError, ValueError) as error:
-            reason = str(error)[:100]
-            raise UserError(f"{files[0].parent}: {split} cannot be read ({reason!a}); get it again") from None
-        if named and names and names != named:
-            raise UserError(f"{files[0]}: names other classes than train's files; convert them separately")
-        named = named or names
-        if not all(isinstance(value, int) and value >= 0 for value in labels):
-            raise UserError(f"{files[0]}: rows of {label} have no class number; use a split with labels")
-        bases = [os.path.basename(path or "") for path in paths]
+        labels, bases = list[int](), list[str]()
+        for file in files:
+            own, numbers, paths = read_table(file, column)
+            if names and own and own != names:
+                raise UserError(f"{file}: names other classes than the files before; convert it separately")
+            names = names or own
+            labels += numbers
+            bases += [os.path.basename(path or "") for path in paths]
         if not all(bases) or len(set(zip(labels, bases, strict=True))) < len(bases):
             bases = [f"{row:08}{base and '_'}{base}" for row, base in enumerate(bases)]
         if not classes:  # train comes first
@@ -241,7 +237,7 @@ def read_parquet(parquet: dict[str, list[Path]], column: str | None) -> tuple[tu
         if max(labels) >= len(classes):
             raise UserError(f"{files[0]}: has label {max(labels)}, and there are {len(classes)} classes")
         full = [to_bytes(f"{classes[label]}/{base}") for label, base in zip(labels, bases, strict=True)]
-        contents = partial(rows, files, image)
+        contents = partial(rows, files, column)
         splits[split] = Split(np.array(full, "S"), np.array(labels, np.int64), contents)
     return classes, splits
 
@@ -256,12 +252,35 @@ def check_complete(split: str, files: Sequence[Path]) -> None:
             raise UserError(f"{file}: is one of several files, of which {len(files)} exist; get the others")
 
 
+def read_table(file: Path, column: str | None) -> tuple[tuple[str, ...], list[int], list[str | None]]:
+    """Return the class names, or () if it has none, the labels, and the paths of a Parquet file."""
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(file) as parquet:
+            image, label, names = find_columns(parquet.schema_arrow, column, file)
+            table = parquet.read(columns=[f"{image}.path", label])
+            labels, paths = table[label].to_pylist(), [row["path"] for row in table[image].to_pylist()]
+    except (ArrowException, LookupError, TypeError, ValueError, AttributeError, OSError) as error:
+        reason = str(error).partition("\n")[0][:100]
+        raise UserError(f"{file}: cannot be read ({reason!a}); download it again") from None
+    if not all(isinstance(value, int) and value >= 0 for value in labels):
+        raise UserError(f"{file}: rows of {label} have no class number; use a split with labels")
+    return names, labels, paths
+
+
 def find_columns(schema: "Schema", column: str | None, where: Path) -> tuple[str, str, tuple[str, ...]]:
     """Return the columns of the images and labels, and the class names, or () if the metadata has none."""
+    from pyarrow.types import is_struct
+
     content = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     features = content.get("info", {}).get("features", {})
     types = {name: str(schema.field(name).type) for name in schema.names}
-    images = [name for name in types if types[name].startswith("struct<bytes:")]
+    if column and column not in types:
+        raise UserError(f"{where}: has no column {column!r} (got {', '.join(types)}); correct --label")
+    structs = {field.name: {part.name for part in field.type} for field in schema if is_struct(field.type)}
+    images = [name for name, parts in structs.items() if {"bytes", "path"} <= parts]
     named = {name: features[name]["names"] for name in types if "names" in features.get(name, ())}
     labels = list(named) or [name for name in types if "label" in name and types[name].startswith("int")]
     if column or "label" in labels:
@@ -272,12 +291,13 @@ def find_columns(schema: "Schema", column: str | None, where: Path) -> tuple[str
     return images[0], labels[0], tuple(named.get(labels[0], ()))
 
 
-def rows(files: Sequence[Path], image: str, start: int) -> Iterator[bytes]:
+def rows(files: Sequence[Path], column: str | None, start: int) -> Iterator[bytes]:
     """Yield the images of Parquet files from row `start` on."""
     from pyarrow.parquet import ParquetFile
 
     for file in files:
         with ParquetFile(file) as parquet:
+            image, *_ = find_columns(parquet.schema_arrow, column, file)
             for group in range(parquet.num_row_groups):
                 count = parquet.metadata.row_group(group).num_rows
                 if start >= count:

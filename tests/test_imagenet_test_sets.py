@@ -65,6 +65,7 @@ def score(folder, tmp_path, monkeypatch):
         files = ("--json", "out.json", "--csv", "out.csv", "--workers", "0", "--device", "cpu")
         result = call(evaluate.main, folder / "weights.pth", *options, *files)
         assert result.status == 0, result.error
+        assert (" loss " in result.output) == ("--real-labels" not in options)
         assert warning in result.error if warning else not result.error, result.error
         found = json.loads(Path("out.json").read_text())
         return found["images"], found["top1_errors"], found["top5_errors"]

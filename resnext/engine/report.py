@@ -132,7 +132,7 @@ def report(result: Row, per_class: bool) -> str:
     lines = [
         f"{result['checkpoint']}: {result['weights']}{steps}; {view}, {result['precision']}",
         *([result["preprocessing"]] if result["preprocessing"] else []),
-        *aligned([[name, *score_cells(row, result["classes"])] for name, row in scores.items()], gap=" "),
+        *aligned([[name, *score_cells(row, result)] for name, row in scores.items()], gap=" "),
         "errors in percent, [95% interval]",
         *footnotes(result),
     ]
@@ -155,13 +155,15 @@ def aligned(rows: list[list[str]], gap: str = "  ") -> list[str]:
     return lines
 
 
-def score_cells(row: Row, classes: int) -> list[str]:
+def score_cells(row: Row, result: Row) -> list[str]:
     """Return the cells of a score; one that begins a group has a leading space."""
     cells = [f"{row['images']:,} images"]
-    for name, title in (("top1", "top-1"), ("top5", f"top-{min(5, classes)}")):
+    for name, title in (("top1", "top-1"), ("top5", f"top-{min(5, result['classes'])}")):
         low, high = row[f"{name}_interval"]
         counts = f"({row[f'{name}_errors']}/{row['images']})"
         cells += [f" {title} error", f"{row[f'{name}_error']:.3f}", counts, f"[{low:.2f}, {high:.2f}]"]
+    if result["real_labels"]:  # there is none
+        return cells
     return [*cells, " loss", f"{math.nan if row['loss'] is None else row['loss']:.4f}"]
 
 

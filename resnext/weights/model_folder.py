@@ -59,11 +59,8 @@ class FolderFacts:
 
     def check(self, model: ModelConfig) -> None:
         """Raise InvalidFileError if the tensors are of another network than config.json's."""
-        found = {
-            "layers": list(model.stages),
-            "cardinality": model.cardinality,
-            "base_width": model.base_width,
-        }
+        found: dict[str, object] = {"layers": list(model.stages)}
+        found |= {"cardinality": model.cardinality, "base_width": model.base_width}
         for key, value in self.shown.items():
             if found[key] != value:
                 raise _refused(CONFIG, key, value, f"{found[key]}, as in the tensors")
@@ -89,9 +86,7 @@ def read_facts(folder: Path) -> FolderFacts:
         raise _refused(CONFIG, "model_type", config.get("model_type"), "resnet, or an architecture of timm")
     for key, expected in (("downsample_in_bottleneck", False), ("downsample_in_first_stage", False)):
         if config.get(key, expected) is not expected:
-            raise _refused(
-                CONFIG, key, config[key], expected
-            )  # another stride, which the tensors do not show
+            raise _refused(CONFIG, key, config[key], expected)  # a stride, which the tensors do not show
     if config.get("hidden_act", "relu") != "relu":
         raise _refused(CONFIG, "hidden_act", config["hidden_act"], "relu")
     path = folder / PREPROCESSOR
@@ -137,12 +132,8 @@ def _processor_data(processor: dict[str, object]) -> DataConfig:
             raise _refused(PREPROCESSOR, key, processor[key], True)
     code = processor.get("resample", 2)
     name = FILTERS.get(code, code) if isinstance(code, int) else code
-    crop, mean, std = (
-        processor.get("crop_pct", 224 / 256),
-        processor.get("image_mean"),
-        processor.get("image_std"),
-    )
-    return _data_config(PREPROCESSOR, size, crop, name, mean, std)
+    crop, mean, std = (processor.get(key) for key in ("crop_pct", "image_mean", "image_std"))
+    return _data_config(PREPROCESSOR, size, 224 / 256 if crop is None else crop, name, mean, std)
 
 
 def _data_config(

@@ -15,6 +15,7 @@ from PIL import Image
 import evaluate
 import train
 from data.datasets import load_set, training_classes
+from data.image_folder import known_list
 from data.imagenet_archives import imagenet_classes
 from data.lists import label_images, read_list
 from resnext.config import parse_config
@@ -289,6 +290,17 @@ def test_kaggle_layout(kaggle, tmp_path):
     given = call(evaluate.main, "run", "--data", kaggle, "--val-list", "LOC_val_solution.csv")
     assert own.output == given.output and json.loads(Path("own.json").read_text())["images"] == 7, given.error
     assert "LOC_val_solution.csv" in message(call(evaluate.main, "run", "--data", kaggle))
+
+
+def test_known_lists_are_near(tmp_path):
+    """A val.txt far above val/ is another dataset's."""
+    val = tmp_path / "a" / "b" / "val"
+    draw(val / "x.png", 0)
+    for name in ("val.txt", "a/val.txt", "a/b/val.txt", "val_annotations.txt", "LOC_val_solution.csv"):
+        (tmp_path / name).touch()
+        near = name in ("a/b/val.txt", "LOC_val_solution.csv")
+        assert (f"data.val_list={tmp_path / name} " in known_list(val)) == near
+        (tmp_path / name).unlink()
 
 
 def test_lists_for_both_splits(tmp_path, monkeypatch):

@@ -256,10 +256,11 @@ def test_a_pattern(tmp_path):
     pattern = f"{tmp_path}/x-{{train-{{00..01}},val-0}}.tar"
     assert paths(pattern) == ["0/0.jpg", "1/1.jpg"] and paths(pattern, "val") == ["0/0.jpg"]
     for wrong, text in (
-        ("x-train-{00..03}.tar", "1 of 4 files do not exist, such as .*x-train-03.tar"),
+        ("x-train-{00..03}.tar", r"/x-train-03.tar does not exist \(1 of 4 files are missing\)"),
         ("x-train-{00}.tar", "has braces without alternatives"),
         ("x-{train.tar", "has braces without alternatives"),
-        ("y.tar", "1 of 1 files do not exist"),
+        ("y.tar", "/y.tar does not exist; name a local folder"),
+        ("x-*.tar", r"does not exist; .*local files as in 'x-\{train,val\}"),
         ("x-train-{00..02}.tar", "has no shards of val"),
     ):
         with pytest.raises(UserError, match=text):
@@ -342,6 +343,9 @@ def test_a_broken_image_is_named(tmp_path):
     [
         (lambda root: (root / "train").mkdir(), "has no shards of train; name them train-0000.tar"),
         (lambda root: (root / "train" / "cat").mkdir(parents=True), "set data.dataset=folder"),
+        (lambda root: pack(root / "ILSVRC2012_img_train.tar", []), "is no shard; unpack it with"),
+        (lambda root: pack(root / "train.tar", sample("a", 1, IMAGE) + sample("b", 2, IMAGE)),
+         "have no images of 0; number the labels from 0"),
         (lambda root: pack(root / "x-train-0.tar.gz", []),
          "decompress x-train-0.tar.gz (gunzip)"),
         (lambda root: pack(root / "train.tar", [("a.txt", b"")]), "has no images with labels"),
@@ -351,7 +355,7 @@ def test_a_broken_image_is_named(tmp_path):
         (lambda root: (foreign(root), (root / "classes.txt").write_text("a\n")), "has one class, 'a'"),
         (lambda root: pack(root / "train.tar", sample("a", 0, IMAGE)), "has one class, '0'"),
         (lambda root: (foreign(root), info(root, "x-train-0000.tar", "x-train-0001.tar")),
-         "_info.json: lists 1 shards that do not exist, such as x-train-0001.tar"),
+         "_info.json: lists x-train-0001.tar, which does not exist (missing files: 1)"),
     ],
 )  # fmt: skip
 def test_refused_folders(change, text, tmp_path):
@@ -368,7 +372,7 @@ def info(root: Path, *names: str) -> None:
 def test_a_label_of_val_that_train_lacks(tmp_path):
     foreign(tmp_path)
     pack(tmp_path / "val.tar", sample("a", 2, IMAGE))
-    with pytest.raises(UserError, match="have label 2, and there are 2 classes"):
+    with pytest.raises(UserError, match="have label 2, and there are 2 classes; number the labels from 0"):
         shards.list_set(str(tmp_path), "val")
 
 
@@ -379,6 +383,15 @@ def test_the_missing_key_is_named(made, shared_root, tmp_path):
         options = ["--config", "resnext50_32x4d.yaml", "--output", tmp_path / "run"]
         text = message(call(train.main, *options, "--data", root))
         assert "for tar shards, set data.dataset=shards" in text
+    for name, hint in (
+        ("x-train-0.tar.gz", "decompress tar shards (gunzip)"),
+        ("train/0.tgz", "decompress tar shards (gunzip)"),
+        ("ILSVRC2012_img_val.tar", "unpack ImageNet's archives with scripts/prepare_imagenet.py"),
+    ):
+        root = pack(tmp_path / name[:3] / name, []).parents[name.count("/")]
+        with pytest.raises(UserError) as error:
+            image_folder.class_names(str(root))
+        assert hint in str(error.value)
     both = shutil.copytree(shared_root, tmp_path / "both")
     for name in ("ILSVRC2012_img_train.tar", "weights.pth.tar", "val/x.tar"):
         (both / name).write_bytes(b"no tar")

@@ -94,7 +94,9 @@ def test_killed_anywhere(folders, tmp_path):
         shutil.rmtree(output, ignore_errors=True)
         if not run_killed(work, os, "fsync", number):
             break
-        with pytest.raises(UserError, match=r"_info.json: lists . shards|has no shards of"):
+        with pytest.raises(
+            UserError, match=r"_info.json: lists .*tar, which does not exist|has no shards of"
+        ):
             [shards.find_shards(str(output), split) for split in ("train", "val")]
         work()
         assert contents(output) == contents(whole)
@@ -224,6 +226,13 @@ def two_labels(plain: Path, root: Path) -> None:
         pq.write_table(table.replace_schema_metadata({}), path)
 
 
+def other_names(plain: Path, root: Path) -> None:
+    to_parquet(plain, root)
+    (path,) = root.glob("train-00001*")
+    content = {"info": {"features": {"label": {"names": ["dog", "cat"]}}}}
+    pq.write_table(pq.read_table(path).replace_schema_metadata({"huggingface": json.dumps(content)}), path)
+
+
 def rename(root: Path, old: str, new: str) -> None:
     for path in list(root.iterdir()):
         path.rename(root / path.name.replace(old, new))
@@ -247,8 +256,9 @@ REFUSED = {
     ),
     "damaged": (
         lambda plain, root: os.truncate(next(to_parquet(plain, root).glob("train-00001*")), 200),
-        "train cannot be read (",
+        "cannot be read (",
     ),
+    "other names": (other_names, "names other classes than the files before"),
 }
 
 
@@ -256,11 +266,30 @@ REFUSED = {
 def test_refused_parquet(case, plain, tmp_path):
     prepare, text = REFUSED[case]
     prepare(plain, tmp_path / "hub")
-    expect(refused(tmp_path, make_shards.main, tmp_path / "hub", tmp_path / "out"), [text])
+    error = refused(tmp_path, make_shards.main, tmp_path / "hub", tmp_path / "out")
+    expect(error, [text])
+    assert case not in ("damaged", "other names") or "train-00001-of-00002-0123abcd.parquet: " in error
+
+
+def test_columns_of_any_order(plain, tmp_path):
+    """The image's parts in another order, and large binaries, in one of the files."""
+    (path,) = to_parquet(plain, tmp_path / "hub").glob("train-00001*")
+    table = pq.read_table(path)
+    parts = pa.struct({"path": pa.string(), "bytes": pa.large_binary()})
+    rows = [{"path": row["path"], "bytes": row["bytes"]} for row in table["img"].to_pylist()]
+    images = pa.array(rows, parts)
+    columns = {"label": table["label"], "image": images}
+    pq.write_table(pa.table(columns).replace_schema_metadata(table.schema.metadata), path)
+    assert_equal(make(tmp_path / "hub", tmp_path / "out"), plain)
 
 
 def test_a_chosen_label(plain, tmp_path):
     two_labels(plain, tmp_path / "hub")
+    for arguments, text in (
+        ((tmp_path / "hub", tmp_path / "no", "--label", "nope"), "no column 'nope' (got img, coarse_label, "),
+        ((next((tmp_path / "hub").iterdir()), tmp_path / "no"), "is a file; name the folder"),
+    ):
+        expect(refused(tmp_path, make_shards.main, *arguments), [text])
     root = make(tmp_path / "hub", tmp_path / "out", "--label", "fine_label")
     assert shards.class_names(str(root)) == ("0", "1")
 
