@@ -1,6 +1,6 @@
 """Measure speed: interleaved variants, medians, ratios to the first row of each table.
 
-    python scripts/benchmark.py data --data DIR        training input on one core, against torchvision's
+    python scripts/benchmark.py data --data DIR        reading and training input, against torchvision's
     python scripts/benchmark.py end-to-end --data DIR  JPEG files to optimizer steps, and the wait for data
     python scripts/benchmark.py train                  a training step, against torchvision's and timm's
     python scripts/benchmark.py eval                   an evaluation step, against torchvision's and timm's
@@ -74,6 +74,7 @@ def interleave(variants: list, rounds: int) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {variant.name: [] for variant in variants}
     for number in range(rounds + 1):
         for variant in variants:
+            variant.prepare()
             start = time.perf_counter()
             variant.run()
             if torch.cuda.is_available():

@@ -4,19 +4,22 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
 import make_shards
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from data import shards
 from data.augment import EIGENVALUES, EIGENVECTORS
 from data.datasets import load_set
-from data.image_folder import list_set
+from data.image_folder import ImageFolderDataset, list_set
 from data.loaders import make_train_loader
 from resnext.config import parse_config
 from resnext.device import choose_precision, configure_backends, select_device
@@ -30,23 +33,48 @@ PLAIN = ("augment.jitter=0", "augment.lighting=0")
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of a table: `run` processes `images` images; `note` gets the median seconds per image."""
+    """A row of a table: `run`, after `prepare`, processes `images` images; `note` gets seconds per image."""
 
     name: str
     images: int
     run: Callable[[], object]
     note: Callable[[float], str] = lambda seconds: ""
+    prepare: Callable[[], object] = lambda: None
 
 
 Table = tuple[str, list[Variant]]
 
 
 def pipelines(folder: str, overrides: list[str]) -> Iterator[Table]:
-    """Compare training input in one DataLoader worker on its own core, then in process on one core."""
+    """Compare reading, training input in one DataLoader worker on its own core, and in process."""
     with TemporaryDirectory() as packed:
         files = list_set(folder, "train")
         make_shards.write_shards(Path(packed), files.classes, {"train": make_shards.folder_split(files)}, 100)
+        yield from readings({"class folders": files, "tar shards": shards.list_set(packed, "train")})
         yield from pipelines_of(folder, packed, overrides)
+
+
+def readings(sets: dict[str, ImageFolderDataset]) -> Iterator[Table]:
+    """Compare reading images at random, from the page cache and after eviction from it."""
+    for place in ("page cache", "disk"):
+        variants = []
+        for name, files in sets.items():
+            numbers = np.random.default_rng(0).permutation(len(files)).tolist()
+            paths = files.shards if isinstance(files, shards.ShardDataset) else map(files.path, numbers)
+            prepare = partial(evict, list(paths) if place == "disk" else [])
+            variants.append(Variant(name, len(files), partial(read_all, files, numbers), prepare=prepare))
+        yield f"reading at random from the {place}", variants
+
+
+def read_all(files: ImageFolderDataset, numbers: list[int]) -> None:
+    for number in numbers:
+        files.read(number)
+
+
+def evict(paths: list[str]) -> None:
+    for path in paths:
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def pipelines_of(folder: str, packed: str, overrides: list[str]) -> Iterator[Table]:
