@@ -159,7 +159,7 @@ def find_shards(root: str, split: str) -> list[Path]:
             remedy = "for class folders, set data.dataset=folder"
         raise UserError(f"data.dir {root}: has no shards of {split}; {remedy}")
     if shards[0].name in (TRAIN, VAL):
-        raise UserError(f"{shards[0]}: is no shard; unpack it with scripts/prepare_imagenet.py")
+        raise UserError(f"{shards[0]}: is ImageNet's archive; unpack it with scripts/prepare_imagenet.py")
     missing = [path for path in _listed(shards) if not path.is_file()]
     if missing and "{" not in root:
         raise UserError(

@@ -343,7 +343,7 @@ def test_a_broken_image_is_named(tmp_path):
     [
         (lambda root: (root / "train").mkdir(), "has no shards of train; name them train-0000.tar"),
         (lambda root: (root / "train" / "cat").mkdir(parents=True), "set data.dataset=folder"),
-        (lambda root: pack(root / "ILSVRC2012_img_train.tar", []), "is no shard; unpack it with"),
+        (lambda root: pack(root / "ILSVRC2012_img_train.tar", []), "is ImageNet's archive; unpack it with"),
         (lambda root: pack(root / "train.tar", sample("a", 1, IMAGE) + sample("b", 2, IMAGE)),
          "have no images of 0; number the labels from 0"),
         (lambda root: pack(root / "x-train-0.tar.gz", []),
