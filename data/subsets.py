@@ -130,6 +130,8 @@ def load_labeled(
         )
     if sets.by_folder and data.dir:
         folder = evaluated_folder(data.dir)
+        if not sets.outputs.keys() & set(class_folders(folder)) and (folder / "images").is_dir():
+            raise UserError(f"{option}: --data has none of its folders; did you mean --data {folder}/images?")
         files = list_set(data.dir, "val", data.val_images, tuple(class_folders(folder)), folder=folder)
         val_set: ImageDataset = ObjectNetFiles(**vars(files))
         names: Sequence[str] = [to_text(path) for path in files.paths]
@@ -237,9 +239,10 @@ def other_classes(
 ) -> UserError:
     """Return the error for data whose classes are not the network's."""
     example = "".join(f", such as {name!r}" for name in sorted(set(found) - set(classes))[:1])
+    hint = hint or "give the data of the run, or name another program's outputs with --class-names FILE"
     return UserError(
         f"--data {root}: its classes ({len(found)}) are not those that the network was trained on "
-        f"({len(classes)}){example}; {hint or 'give the data of the run'}"
+        f"({len(classes)}){example}; {hint}"
     )
 
 

@@ -12,7 +12,7 @@ LIMITS = {
     "max_pixels": (1, 1 << 40),
     "top": (1, 10_000_000),
 }
-CLASS_NAMES_HELP = "names of the network's outputs, one per line in their order, if the weights have no names"
+CLASS_NAMES_HELP = "names of the network's outputs, one per line in their order, unless a run names them"
 
 
 def add_inference_options(

@@ -71,7 +71,7 @@ def name_outputs(
     if len(names) != outputs:
         raise UserError(
             f"there are {len(names)} class folders, and the network has {outputs} classes, which its file "
-            "does not name"
+            "does not name; give the folders of all its classes"
         )
     order = order or known
     if order is None and string != natural:

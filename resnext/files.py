@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import sys
@@ -22,7 +23,14 @@ def is_published(source: str) -> bool:
 def check_source(source: str) -> None:
     """Raise UserError if there is nothing that load_weights could read; does not import torch."""
     if not is_published(source) and not Path(source).expanduser().exists():
-        raise UserError(f"{source}: no such run directory or file of weights; check the path")
+        raise no_such_weights(source)
+
+
+def no_such_weights(source: str) -> UserError:
+    """Return the error for a path that does not exist; it may be a hub's name without hf:."""
+    name = re.fullmatch(r"(hf-hub:|https:/+huggingface\.co/|(?=timm/))(\w[\w.-]*/\w[\w.@-]*)", source)
+    fix = f"did you mean hf:{name[2]}?" if name else "check the path"
+    return UserError(f"{source}: no such run directory or file of weights; {fix}")
 
 
 def check_target(option: str, path: Path, inputs: Iterable[str | Path] = ()) -> None:

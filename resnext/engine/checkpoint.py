@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidFileError, UserError
+from ..files import no_such_weights
 from ..safe_pickle import read_archive
 
 FORMAT = "resnext checkpoint"
@@ -141,7 +142,7 @@ def find_checkpoint(path: Path, name: str) -> Path:
             )
         return found
     if not path.exists():
-        raise UserError(f"{path}: no such run directory or file of weights; check the path")
+        raise no_such_weights(str(path))
     return path
 
 

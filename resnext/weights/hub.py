@@ -48,30 +48,32 @@ def download(source: str) -> tuple[str, Path]:
     except ImportError:
         raise UserError(f"{source}: needs the package huggingface_hub; pip install huggingface_hub") from None
     try:
-        folder = _fetch(repo, revision or "main", [CONFIG], MAX_CONFIG).parent
+        folder = _fetch(repo, revision or "main", [CONFIG]).parent
         commit, facts = folder.name, read_facts(folder)
         if facts.origin == "transformers":
-            _fetch(repo, commit, [PREPROCESSOR], MAX_CONFIG)
-        _fetch(repo, commit, list(PREFERRED[:2]), MAX_WEIGHTS, facts.license)
+            _fetch(repo, commit, [PREPROCESSOR])
+        _fetch(repo, commit, list(PREFERRED[:2]), facts.license)
     except Exception as error:
         raise UserError(f"{name}: {_explain(repo, error)}") from None
     return name, folder
 
 
-def _fetch(repo: str, revision: str, names: list[str], limit: int, license: object = None) -> Path:
+def _fetch(repo: str, revision: str, names: list[str], license: object = None) -> Path:
     """Return the path in the cache of the first of these files that the repository has."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     problem: Exception = InvalidFileError(f"{repo} has no {' or '.join(names)}")
     for name in names:
+        weights = not name.endswith(".json")
         cached = try_to_load_from_cache(repo, name, revision=revision)
         if not (isinstance(cached, str) and COMMIT.fullmatch(revision)):  # a branch may have moved
             try:
                 facts = get_hf_file_metadata(hf_hub_url(repo, name, revision=revision))
+                limit = MAX_WEIGHTS if weights else MAX_CONFIG
                 _check(name, limit, facts.size, facts.commit_hash, facts.etag)
                 current = try_to_load_from_cache(repo, name, revision=facts.commit_hash)
-                if limit == MAX_WEIGHTS and not isinstance(current, str):
+                if weights and not isinstance(current, str):
                     _announce(repo, revision, name, facts.size or 0, license)
                 cached = hf_hub_download(repo, name, revision=revision)
             except LocalEntryNotFoundError as error:  # a subclass: the connection broke

@@ -26,6 +26,7 @@ from ..models.resnext import ResNeXt, build_model
 from . import foreign, hub, lua_modules, model_folder, t7
 
 TORCHVISION = "torchvision:"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 EXPORTED = "resnext weights"  # metadata "format" of scripts/export.py's .safetensors
 
 
@@ -55,7 +56,7 @@ class WeightsInfo:
 
     def with_classes(self, names: Sequence[str], file: str) -> "WeightsInfo":
         """Return the same with names of the outputs from a file; raise UserError if they do not fit."""
-        if self.classes is not None:
+        if self.classes is not None and self.origin == "this program":
             raise UserError(f"--class-names: {self.file} names its classes; remove the option")
         if len(names) != self.outputs:
             raise UserError(
@@ -196,6 +197,8 @@ def _read(path: Path) -> Weights:
         return _safetensors(path)
     if t7.is_t7(head):
         return _infer(lua_modules.read_network(path), path, "Torch7", "weights")
+    if head.startswith(LFS_POINTER):
+        raise UserError(f"{path}: is a Git LFS pointer, not the weights; download them with `git lfs pull`")
     raise UserError(
         f"{path}: is {'not a file of weights' if head else 'empty'}; give a .pt, .pth, .safetensors or .t7"
     )
@@ -260,10 +263,12 @@ def _exported(state: dict[str, Tensor], path: Path, metadata: dict[str, str]) ->
 def _folder(folder: Path, name: str) -> Weights:
     """Return the weights in a folder of timm or transformers, as `name`, with what its config.json says."""
     facts = model_folder.read_facts(folder)
-    state, info = _read(model_folder.find_weights(folder))
-    state, info = _infer(state, name, facts.origin, info.weights, facts.classes, facts.data, facts.stated)
+    file = model_folder.find_weights(folder)
+    with _naming(f"{name}: {file.name}"):
+        state, info = _read(file)
     facts.check(info.config.model)
-    return state, info
+    classes = facts.class_names(info.config.model.classes)
+    return _infer(state, name, facts.origin, info.weights, classes, facts.data, facts.stated)
 
 
 def _torchvision(source: str) -> Weights:

@@ -1,11 +1,12 @@
 """Folders of timm and transformers: config.json says how to prepare images and what the classes are called.
 
-Beside it are the weights, which show the network, and preprocessor_config.json of transformers. The files may
-come from a hub: nothing in them is executed, and nothing in them names another file.
+The folder also has the weights, which show the network, and transformers' preprocessor_config.json. The files
+may come from a hub: nothing in them is executed, and no file name in them is followed.
 """
 
 import json
 import math
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,34 +37,58 @@ TIMM_TAGS = {
     "wide_resnet50_2": "racm_in1k",
     "wide_resnet101_2": "tv_in1k",
 }
-# Arguments of timm's networks that change nothing in evaluation, and those that the tensors show.
-INERT = ("num_classes", "drop_rate", "drop_path_rate", "drop_block_rate", "zero_init_last")
-SHOWN = ("layers", "cardinality", "base_width")
+# Arguments of timm's networks that change nothing in evaluation, those that the tensors show, and the only
+# values of others that this program has.
+INERT = ("drop_rate", "drop_path_rate", "drop_block_rate", "zero_init_last")
+SHOWN = ("num_classes", "layers", "cardinality", "base_width")
+USUAL = {"global_pool": "avg", "in_chans": 3, "label_offset": 0, "crop_mode": "center"}
 FILTERS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, in files of transformers
 
 
 @dataclass(frozen=True)
 class FolderFacts:
-    """What the files of a folder say: the program, the preprocessing, and the classes, by output.
+    """What the files of a folder say: the program, the preprocessing, the classes, and the network.
 
     stated: the file with the preprocessing; None if there is none, and `data` is the usual one.
-    shown: what the tensors must show, by names in `SHOWN`.
+    labels: names of the outputs as config.json has them, not checked. shown: what the tensors must show.
     """
 
     origin: str
     data: DataConfig
     stated: str | None
-    classes: tuple[str, ...] | None
+    labels: object
     license: object
     shown: dict[str, object]
 
     def check(self, model: ModelConfig) -> None:
         """Raise InvalidFileError if the tensors are of another network than config.json's."""
-        found: dict[str, object] = {"layers": list(model.stages)}
-        found |= {"cardinality": model.cardinality, "base_width": model.base_width}
+        found = _shape(model) | {"num_classes": model.classes or 0}
+        found |= {"depths": found["layers"], "layer_type": model.block_type}  # names of transformers
         for key, value in self.shown.items():
             if found[key] != value:
-                raise _refused(CONFIG, key, value, f"{found[key]}, as in the tensors")
+                difference = f"{key} (got {str(value)[:60]}, expected {found[key]})"
+                raise InvalidFileError(f"{CONFIG}: describes another network than the tensors: {difference}")
+
+    def class_names(self, outputs: int | None) -> tuple[str, ...] | None:
+        """Return the names by output; raise InvalidFileError if they do not fit the outputs.
+
+        None if there are none. Two kinds are none, as no class folders have these names: transformers'
+        LABEL_0, LABEL_1, …, and ImageNet's phrases ("tench, Tinca tinca").
+        """
+        labels = self.labels
+        if not labels or outputs is None:
+            return None
+        if isinstance(labels, dict):  # timm's may have gaps
+            labels = list(({str(number): f"output {number}" for number in range(outputs)} | labels).values())
+        names = as_names(labels) or ()
+        phrases = len(names) == 1000 and names[0].startswith("tench") and names[-1].startswith("toilet ")
+        if phrases or names == tuple(f"LABEL_{number}" for number in range(outputs)):
+            return None
+        if len(names) != outputs or len(set(names)) != outputs:
+            key = "label_names" if self.origin == "timm" else "id2label"
+            got = f"(got {len(names)} names, {len(set(names))} different, expected {outputs})"
+            raise InvalidFileError(f"{CONFIG}: {key} does not name each output differently {got}")
+        return names
 
 
 def find_weights(folder: Path) -> Path:
@@ -91,8 +116,9 @@ def read_facts(folder: Path) -> FolderFacts:
         raise _refused(CONFIG, "hidden_act", config["hidden_act"], "relu")
     path = folder / PREPROCESSOR
     data = _processor_data(_read_json(path)) if path.is_file() else DataConfig()
-    stated, classes = PREPROCESSOR if path.is_file() else None, _class_names(config.get("id2label"))
-    return FolderFacts("transformers", data, stated, classes, config.get("license"), {})
+    stated = PREPROCESSOR if path.is_file() else None
+    shown = {key: value for key, value in config.items() if key in ("depths", "layer_type")}
+    return FolderFacts("transformers", data, stated, config.get("id2label"), config.get("license"), shown)
 
 
 def _timm_facts(config: dict[str, object]) -> FolderFacts:
@@ -101,11 +127,13 @@ def _timm_facts(config: dict[str, object]) -> FolderFacts:
     if config["architecture"] not in list(TIMM_TAGS):  # a list: it may be unhashable
         raise _refused(CONFIG, "architecture", config["architecture"], ", ".join(TIMM_TAGS))
     arguments = _mapping(config.get("model_args") or {}, "model_args")
-    offset, mode = cfg.get("label_offset") or 0, cfg.get("crop_mode") or "center"
-    same = {"global_pool": "avg", "in_chans": 3, "label_offset": 0, "crop_mode": "center"}
-    for key, value in (arguments | {"label_offset": offset, "crop_mode": mode}).items():
-        if key not in INERT + SHOWN and (key not in same or value != same[key]):
-            raise _refused(CONFIG, key, value, same.get(key, "none"))
+    for key, value in arguments.items():
+        if key not in (*INERT, *SHOWN, *USUAL):
+            raise InvalidFileError(f"{CONFIG}: model_args.{key} is not supported (got {str(value)[:60]})")
+    stated = {key: value for key, value in (cfg | config | arguments).items() if value is not None}
+    for key, usual in USUAL.items():
+        if stated.get(key, usual) != usual:
+            raise _refused(CONFIG, key, stated[key], usual)
     shape = cfg.get("test_input_size") or cfg.get("input_size") or [3, 224, 224]
     if not isinstance(shape, list) or len(shape) != 3 or shape[0] != 3 or shape[1] != shape[2]:
         raise _refused(CONFIG, "input_size", shape, "3 channels of a square")
@@ -113,9 +141,25 @@ def _timm_facts(config: dict[str, object]) -> FolderFacts:
     data = _data_config(
         CONFIG, shape[1], crop, cfg.get("interpolation") or "bicubic", cfg.get("mean"), cfg.get("std")
     )
-    classes = _class_names(config.get("label_names", cfg.get("label_names", cfg.get("labels"))))
-    shown = {key: value for key, value in arguments.items() if key in SHOWN}
-    return FolderFacts("timm", data, CONFIG, classes, cfg.get("license"), shown)
+    labels = config.get("label_names", cfg.get("label_names", cfg.get("labels")))
+    shown = _timm_shape(str(config["architecture"]))
+    shown |= {key: stated[key] for key in SHOWN if key in stated}
+    return FolderFacts("timm", data, CONFIG, labels, cfg.get("license"), shown)
+
+
+def _timm_shape(architecture: str) -> dict[str, object]:
+    """Return what tensors show of timm's resnet50, wide_resnet50_2, resnext50_32x4d, and the like."""
+    depth, *rest = map(int, re.findall(r"\d+", architecture))
+    block_type = "basic" if depth in STAGES["basic"] else "bottleneck"
+    layers = STAGES[block_type].get(depth, (2, 2, 2, 2))  # resnet26
+    cardinality, width = rest if len(rest) == 2 else (1, 64 * sum(rest or [1]))
+    return {"layers": list(layers), "cardinality": cardinality, "base_width": width, "block_type": block_type}
+
+
+def _shape(model: ModelConfig) -> dict[str, object]:
+    """Return the same of a network of this program."""
+    sizes = {"cardinality": model.cardinality, "base_width": model.base_width}
+    return {"layers": list(model.stages), **sizes, "block_type": model.block_type}
 
 
 def _processor_data(processor: dict[str, object]) -> DataConfig:
@@ -130,6 +174,9 @@ def _processor_data(processor: dict[str, object]) -> DataConfig:
     for key in ("do_resize", "do_rescale", "do_normalize"):
         if not processor.get(key, True):
             raise _refused(PREPROCESSOR, key, processor[key], True)
+    factor = processor.get("rescale_factor", 1 / 255)
+    if not isinstance(factor, int | float) or not math.isclose(255 * factor, 1, rel_tol=1e-6):
+        raise _refused(PREPROCESSOR, "rescale_factor", factor, "1/255")
     code = processor.get("resample", 2)
     name = FILTERS.get(code, code) if isinstance(code, int) else code
     crop, mean, std = (processor.get(key) for key in ("crop_pct", "image_mean", "image_std"))
@@ -144,12 +191,12 @@ def _data_config(
         raise _refused(file, "the image size", size, "8 to 4096 pixels")
     if not isinstance(crop, int | float) or not 0.5 <= crop <= 1:
         raise _refused(file, "crop_pct", crop, "0.5 to 1")
-    if interpolation != "bilinear" and interpolation != "bicubic":
+    if interpolation not in ("bilinear", "bicubic"):
         raise _refused(file, "the filter of resizing", interpolation, "bilinear or bicubic")
     data = DataConfig(image_size=size, resize=math.floor(size / crop), interpolation=interpolation)
     means, stds = STATISTICS["folder"]
     return replace(
-        data, mean=_pixels(file, "mean", mean, -10, means), std=_pixels(file, "std", std, 1e-3, stds)
+        data, mean=_pixels(file, "mean", mean, 0, means), std=_pixels(file, "std", std, 1e-3, stds)
     )
 
 
@@ -161,20 +208,6 @@ def _pixels(file: str, name: str, values: object, low: float, usual: tuple[float
     if len(numbers) != 3 or not all(low <= number <= 10 for number in numbers):
         raise _refused(file, name, values, "3 numbers, as for pixels 0...1")
     return tuple(round(255 * number, 6) for number in numbers)
-
-
-def _class_names(value: object) -> tuple[str, ...] | None:
-    """Return names, a list or a map from numbers, by output; None if they are incomplete or ambiguous.
-
-    Also None for ImageNet's phrases ("tench, Tinca tinca"): its class folders have other names.
-    """
-    if isinstance(value, dict):
-        value = [value.get(str(number)) for number in range(len(value))]
-    names = as_names(value)
-    if not names or len(set(names)) < len(names):
-        return None
-    phrases = len(names) == 1000 and names[0].startswith("tench") and names[-1].startswith("toilet tissue")
-    return None if phrases else names
 
 
 def _read_json(path: Path) -> dict[str, object]:
@@ -207,13 +240,9 @@ def timm_config(config: Config, classes: tuple[str, ...] | None) -> dict[str, ob
             "OUTPUT/: timm has no such network (needs stem=imagenet, shortcut=B, preactivation=false); "
             "name a .safetensors file"
         )
-    width, arguments = model.base_width, dict[str, object]()
-    name = f"resnext{model.depth}_{model.cardinality}x{width}d"
-    if model.cardinality == 1:
-        name = f"resnet{model.depth}" if width == 64 else f"wide_resnet{model.depth}_{width / 64:g}"
-    if name not in TIMM_TAGS or STAGES[model.block_type].get(model.depth) != model.stages:
-        name = "resnet18" if model.block_type == "basic" else "resnet50"
-        arguments = {"layers": model.stages, "cardinality": model.cardinality, "base_width": width}
+    shape, usual = _shape(model), "resnet18" if model.block_type == "basic" else "resnet50"
+    name = next((name for name in TIMM_TAGS if _timm_shape(name) == shape), usual)
+    arguments = {key: value for key, value in shape.items() if _timm_shape(name)[key] != value}
     return {
         "architecture": name,
         "num_classes": model.classes,

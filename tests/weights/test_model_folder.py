@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import evaluate
 from resnext import UserError, load_weights
+from resnext.weights.foreign import architecture
 from resnext.weights.model_folder import MAX_CONFIG, TIMM_TAGS, crop_pct, read_facts
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -60,7 +61,7 @@ def pickled(path):
 def test_preprocessing_is_that_of_timms_validate(name, tmp_path):
     cfg = timm.models.get_pretrained_cfg(name).to_dict()
     timm_way = timm.data.resolve_data_config(pretrained_cfg=cfg, use_test_size=True)
-    content = {"architecture": cfg.pop("architecture"), "num_classes": 1000, "pretrained_cfg": cfg}
+    content = {"architecture": cfg.pop("architecture"), "pretrained_cfg": cfg}
     old = cfg | {"architecture": name.partition(".")[0]}  # flat
     for config in (content, old):
         (tmp_path / "config.json").write_text(json.dumps(config))
@@ -70,7 +71,10 @@ def test_preprocessing_is_that_of_timms_validate(name, tmp_path):
         assert data.resize == math.floor(size / timm_way["crop_pct"])
         assert data.mean == pytest.approx([255 * value for value in timm_way["mean"]])
         assert data.std == pytest.approx([255 * value for value in timm_way["std"]])
-        assert (facts.origin, facts.license, facts.classes) == ("timm", cfg.get("license"), None)
+        assert (facts.origin, facts.license, facts.labels) == ("timm", cfg.get("license"), None)
+        with torch.device("meta"):
+            theirs = timm.create_model(name)
+        facts.check(architecture(theirs.state_dict()))
 
 
 @pytest.mark.parametrize(
