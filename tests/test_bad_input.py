@@ -193,6 +193,7 @@ TRAIN = [  # id, setup, shell commands that spoil it, arguments of train.py, fra
 ]
 EVALUATE = [
     ("evaluate nowhere", "", "", "nowhere", "nowhere: no such run directory or file of weights"),
+    ("evaluate a name", "", "", "hf-hub:timm/resnet18.a1_in1k", "did you mean hf:timm/resnet18.a1_in1k?"),
     ("evaluate an empty folder", "", "mkdir folder", "folder", "folder: has no checkpoints/best.pt"),
     ("evaluate before the first epoch", "run", "rm run/checkpoints/best.pt", "run",
      "run: has no checkpoints/best.pt"),

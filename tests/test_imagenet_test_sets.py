@@ -150,7 +150,7 @@ def mappings() -> None:
         Path(f"objectnet-1.0/mappings/{name}.json").write_text(json.dumps(content))
 
 
-def test_objectnet(score):
+def test_objectnet(score, folder):
     """A clock is a hit in the first five, a banana none; the air freshener is none of ImageNet's classes."""
     mappings()
     images = ("alarm_clock/a.png", "alarm_clock/b.png", "banana/c.png", "air_freshener/d.png")
@@ -158,6 +158,11 @@ def test_objectnet(score):
     options = ("--data", "objectnet-1.0/images", "--real-labels", "objectnet-1.0/mappings")
     assert score(*options, warning="3 of 4 images have right outputs") == (3, 3, 1)
     assert read_label_sets("objectnet-1.0/mappings").of("alarm_clock/a.png") == [409, 230]
+    for words, phrase in (
+        (("--data", "objectnet-1.0", *options[2:]), "did you mean --data objectnet-1.0/images?"),
+        (options[:2], "does not name; give the folders of all its classes; or name the classes"),
+    ):
+        assert phrase in message(call(evaluate.main, folder / "weights.pth", *words))
 
 
 def test_objectnet_without_its_border(folder, tmp_path, monkeypatch):

@@ -68,6 +68,10 @@ def test_the_table_lists_all_networks_that_are_ours():
         ("hf:a/b@../x", "not a name"),
         ("hf:a/b@x/y", "not a name"),
         ("hf:a\n", "not a name"),
+        ("timm/resnet18.a1_in1k", r"file of weights; did you mean hf:timm/resnet18\.a1_in1k\?"),
+        ("hf-hub:microsoft/resnet-50@main", "did you mean hf:microsoft/resnet-50@main"),
+        ("https://huggingface.co/timm/resnet18.a1_in1k", "did you mean hf:timm/resnet18"),
+        ("runs/resnet18", "check the path"),
     ],
 )
 def test_other_names(source, words):

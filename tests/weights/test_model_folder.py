@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import sys
+from contextlib import nullcontext
 
 import pytest
 import timm
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import evaluate
 from resnext import UserError, load_weights
+from resnext.errors import InvalidFileError
 from resnext.weights.foreign import architecture
 from resnext.weights.model_folder import MAX_CONFIG, TIMM_TAGS, crop_pct, read_facts
 
@@ -72,9 +74,34 @@ def test_preprocessing_is_that_of_timms_validate(name, tmp_path):
         assert data.mean == pytest.approx([255 * value for value in timm_way["mean"]])
         assert data.std == pytest.approx([255 * value for value in timm_way["std"]])
         assert (facts.origin, facts.license, facts.labels) == ("timm", cfg.get("license"), None)
+
+
+def test_config_json_describes_the_tensors(tmp_path):
+    """Each network of timm fits the facts of its own name, and no others."""
+    facts, networks = {}, {}
+    for name in (*TIMM_TAGS, "resnet50.bamboo"):  # which has no last layer
+        cfg = timm.models.get_pretrained_cfg(name).to_dict()
+        config = {"architecture": cfg.pop("architecture"), "num_classes": cfg["num_classes"]}
+        (tmp_path / "config.json").write_text(json.dumps(config | {"pretrained_cfg": cfg}))
         with torch.device("meta"):
-            theirs = timm.create_model(name)
-        facts.check(architecture(theirs.state_dict()))
+            facts[name] = read_facts(tmp_path)
+            networks[name] = architecture(timm.create_model(name).state_dict())
+    for name, fact in facts.items():
+        for other, network in networks.items():
+            with nullcontext() if name == other else pytest.raises(InvalidFileError, match="another network"):
+                fact.check(network)
+
+
+@pytest.mark.parametrize("classes", [5, 0])
+def test_folder_that_timm_saved(classes, tmp_path):
+    """save_for_hf repeats the sizes in model_args; names may have gaps."""
+    arguments = ARGUMENTS | {"num_classes": classes, "drop_path_rate": 0.1}
+    theirs = timm.create_model("resnet50", **arguments).eval()
+    randomize_norms(theirs)
+    names = {"label_names": {"0": "a", "4": "b"}}
+    timm.models.save_for_hf(theirs, tmp_path, names, arguments, safe_serialization=True)
+    named = ("a", "output 1", "output 2", "output 3", "b") if classes else None
+    assert check(tmp_path, theirs).classes == named
 
 
 @pytest.mark.parametrize(
@@ -101,17 +128,32 @@ def test_classes(tmp_path):
     phrases = ["tench, Tinca tinca", *map(str, range(998)), "toilet tissue, toilet paper, bathroom tissue"]
     for names, expected in (
         ({str(number): name for number, name in reversed(list(enumerate(NAMES)))}, tuple(NAMES)),
-        ({"0": "a", "4": "b"}, None),
-        ([*NAMES[:4], "c0"], None),
+        ({"0": "a", "4": "b"}, ("a", "output 1", "output 2", "output 3", "b")),
         (None, None),
+        ({}, None),
+        ([f"LABEL_{number}" for number in range(5)], None),
         (phrases, None),
+        ([*phrases[:-2], "tench", "toilet paper"], None),  # not all of them are different
     ):
         path = folder(tmp_path / "w", label_names=names)
-        assert read_facts(path).classes == expected
-    path = folder(tmp_path / "w", label_names=NAMES[:4])  # another number than the network's
-    assert load_weights(path)[1].classes is None
-    flat = {"architecture": "resnet50", "labels": NAMES, **HALVES}
-    (path / "config.json").write_text(json.dumps(flat))
+        outputs = max(5, len(names or ()))
+        assert read_facts(path).class_names(outputs) == expected
+        assert read_facts(path).class_names(None) is None
+    for names, found in (
+        (NAMES[:4], "got 4 names, 4 different, expected 5"),
+        ([*NAMES, "c5"], "got 6 names, 6"),
+        ([*NAMES[:4], "c0"], "got 5 names, 4"),
+        ([1, 2, 3, 4, 5], "got 0 names"),
+        ({"0": "a", "5": "b"}, "got 6 names"),
+        ({name: number for number, name in enumerate(NAMES)}, "got 0 names"),  # the wrong way round
+        ("c0 c1 c2 c3 c4", "got 0 names"),
+    ):
+        path = folder(tmp_path / "w", label_names=names)
+        with pytest.raises(UserError, match=rf"config\.json: label_names does not .*{found}"):
+            load_weights(path)
+    path = folder(tmp_path / "w")
+    flat = {"architecture": "resnet50", "num_classes": 5, "labels": NAMES, **HALVES}
+    (path / "config.json").write_text(json.dumps(flat | {"model_args": ARGUMENTS}))
     assert load_weights(path)[1].classes == tuple(NAMES)
 
 
@@ -122,11 +164,17 @@ REFUSED = {
     "block_args": ({"model_args": {"block_args": {"attn_layer": "se"}}}, {}, "block_args"),
     "pooling": ({"model_args": {"global_pool": "max"}}, {}, "global_pool"),
     "channels": ({"model_args": {"in_chans": 1}}, {}, "in_chans"),
+    "average": ({"model_args": {"avg_down": True}}, {}, "model_args.avg_down is not supported (got True)"),
     "tensors": (
         {"model_args": ARGUMENTS | {"cardinality": 2}},
         {},
-        "cardinality is not supported (got 2, expected 4",
+        "another network than the tensors: cardinality (got 2, expected 4)",
     ),
+    "name": ({"model_args": {}}, {}, "layers (got [3, 4, 6, 3], expected [1, 2, 1, 1])"),
+    "block": ({"architecture": "resnet18"}, {}, "block_type (got basic, expected bottleneck)"),
+    "outputs": ({"num_classes": 10}, {}, "num_classes (got 10, expected 5)"),
+    "no outputs": ({"num_classes": 0}, {}, "num_classes (got 0, expected 5)"),
+    "outputs again": ({"model_args": ARGUMENTS | {"num_classes": 3}}, {}, "num_classes (got 3, expected 5)"),
     "arguments": ({"model_args": [1]}, {}, "model_args: is not a JSON object"),
     "label offset": ({}, {"label_offset": 1}, "label_offset"),
     "crop mode": ({}, {"crop_mode": "squash"}, "crop_mode is not supported (got squash, expected center"),
@@ -137,6 +185,7 @@ REFUSED = {
     "text": ({}, {"test_input_size": [3, "32", "32"]}, "8 to 4096"),
     "crop": ({}, {"test_crop_pct": 1e-300}, "crop_pct"),
     "larger crop": ({}, {"test_crop_pct": 1.5}, "crop_pct"),
+    "negative": ({}, {"mean": [-0.5, 0.5, 0.5]}, "mean is not supported"),
     "mean": ({}, {"mean": [0.5, 0.5]}, "mean is not supported"),
     "not a number": ({}, {"mean": [float("nan")] * 3}, "mean is not supported"),
     "zero": ({}, {"std": [0, 0, 0]}, "std is not supported"),
@@ -192,6 +241,20 @@ def test_only_the_folders_own_files_are_read(tmp_path, monkeypatch):
     assert not (tmp_path / "escaped").exists()
 
 
+def test_files_without_their_content(tmp_path):
+    """A download that broke off is named, and so is a pointer of Git LFS."""
+    path = folder(tmp_path / "w", weights="pytorch_model.bin")
+    file = path / "pytorch_model.bin"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(UserError, match=rf"{path}: pytorch_model\.bin: damaged or cut off"):
+        load_weights(path)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+    for name in ("pytorch_model.bin", "model.safetensors", "x.pth"):
+        (path / name).write_text(pointer)
+        with pytest.raises(UserError, match=rf"{name}: is a Git LFS pointer, .*`git lfs pull`"):
+            load_weights(path / name if name == "x.pth" else path)
+
+
 def test_evaluation_prepares_images_as_timm_does(tmp_path):
     path, pictures = folder(tmp_path / "w"), draw_folders(tmp_path / "data", dict.fromkeys(NAMES, 3), 60)
     rows, theirs = tmp_path / "rows.csv", timm.create_model(f"local-dir:{path}", pretrained=True).eval()
@@ -231,6 +294,7 @@ PROCESSOR = {
     "crop_pct": 0.875,
     "size": {"shortest_edge": 40},
 }
+PROCESSOR |= {"do_rescale": True, "rescale_factor": 0.00392156862745098}
 PROCESSOR |= {"resample": 3, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}
 
 
@@ -244,6 +308,7 @@ def transformers_folder(path, basic=False, processor=(), **changes):
     """Write a folder as transformers does; return its path."""
     path.mkdir(exist_ok=True)
     config = {"model_type": "resnet", "id2label": dict(enumerate(NAMES)), "hidden_act": "relu"}
+    config |= {"depths": [1, 2, 1, 1], "embedding_size": 64}
     config |= {"layer_type": "basic" if basic else "bottleneck", "downsample_in_bottleneck": False} | changes
     (path / "config.json").write_text(json.dumps(config))
     (path / "preprocessor_config.json").write_text(json.dumps(PROCESSOR | dict(processor)))
@@ -284,6 +349,11 @@ def test_transformers(basic, tmp_path):
         ({}, {"size": {"height": 224}}, "the image size"),
         ({}, {"resample": 0}, "got 0, expected bilinear or bicubic"),
         ({}, {"do_normalize": False}, "do_normalize"),
+        ({}, {"rescale_factor": 1 / 127.5}, "rescale_factor is not supported (got 0.00784"),
+        ({}, {"rescale_factor": None}, "rescale_factor"),
+        ({"depths": [3, 4, 6, 3]}, {}, "depths (got [3, 4, 6, 3], expected [1, 2, 1, 1])"),
+        ({"layer_type": "basic"}, {}, "layer_type (got basic, expected bottleneck)"),
+        ({"id2label": dict(enumerate("abcdef"))}, {}, "id2label does not name each output"),
     ],
 )
 def test_other_networks_of_transformers(changes, processor, words, tmp_path):
@@ -291,6 +361,26 @@ def test_other_networks_of_transformers(changes, processor, words, tmp_path):
     with pytest.raises(UserError) as caught:
         load_weights(path)
     assert str(caught.value).startswith(f"{path}: ") and words in str(caught.value)
+
+
+def test_names_can_be_replaced(tmp_path):
+    """The names of outputs are often not those of the class folders; --class-names gives these."""
+    pictures = draw_folders(tmp_path / "data", {f"n{number}": 2 for number in (9, 10, 11, 12, 13)}, 60)
+    path, names = transformers_folder(tmp_path / "w"), tmp_path / "names.txt"
+    options = ("--data", pictures, "--workers", "0", "--json", tmp_path / "result.json")
+    expected = {}
+    for order, listed in (("natural", (9, 10, 11, 12, 13)), ("string", (10, 11, 12, 13, 9))):
+        names.write_text("".join(f"n{number}\n" for number in listed))
+        for labels, way in ((NAMES, ("--class-names", names)), ((f"LABEL_{n}" for n in range(5)), None)):
+            transformers_folder(path, id2label=dict(enumerate(labels)))
+            result = call(evaluate.main, path, *options, *(way or ("--class-order", order)))
+            assert result.status == 0, result.error
+            found = json.loads((tmp_path / "result.json").read_text())
+            assert expected.setdefault(order, found["loss"]) == found["loss"]
+    assert expected["natural"] != expected["string"]
+    assert "--class-names FILE" in message(call(evaluate.main, transformers_folder(path), *options))
+    names.write_text("a\nb\n")
+    assert "names 2 classes" in message(call(evaluate.main, path, *options, "--class-names", names))
 
 
 # ---------------------------------------------------------------------------- export
