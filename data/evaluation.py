@@ -7,7 +7,7 @@ from pathlib import Path
 from resnext.config import IMAGE_FILES, Config, DataConfig
 from resnext.errors import UserError
 
-from .shards import is_sharded
+from .shard_files import is_sharded
 
 
 def evaluation_data(config: Config, classes_known: bool, options: argparse.Namespace) -> DataConfig:

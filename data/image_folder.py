@@ -95,7 +95,7 @@ def split_folder(root: str, split: str) -> Path:
     if folder.is_dir():
         return folder
     names = class_folders(base)
-    renamed = [name for name in names if name.lower() in OTHER_NAMES[split]]
+    renamed = [name for name in names if name.lower() in (split, *OTHER_NAMES[split])]
     nested = [name for name in names if (base / os.fsdecode(to_bytes(name)) / split).is_dir()]
     classes = [name for name in names if name not in OTHER_NAMES]
     hint = "put images into train/CLASS/ and val/CLASS/"

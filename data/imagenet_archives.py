@@ -26,6 +26,16 @@ COPY = "replace it with a complete copy"
 Targets = list[tuple[TarInfo, Path]]  # members of an archive, and their paths in train/ or val/
 
 
+def val_name(number: int) -> str:
+    """Return the name of a validation image, 1 to 50,000."""
+    return f"ILSVRC2012_val_{number:08}.JPEG"
+
+
+def find_wnids(name: str) -> list[str]:
+    """Return the wnids in the name of a file."""
+    return re.findall(rf"(?<![0-9A-Za-z]){WNID}(?![0-9])", name)
+
+
 def imagenet_classes() -> tuple[str, ...]:
     """Return ImageNet's wnids in the order of the outputs."""
     return tuple(IMAGENET_WNIDS.read_text().split())
@@ -127,7 +137,7 @@ def decode_truth(meta: bytes, truth: str, where: str) -> list[str]:
 
 def match_truth(names: set[str], truth: list[str], where: str) -> dict[str, str]:
     """Return {name of an image: WNID}; the numbers in the names must be 1 to the length of `truth`."""
-    classes = {f"ILSVRC2012_val_{number:08}.JPEG": wnid for number, wnid in enumerate(truth, 1)}
+    classes = {val_name(number): wnid for number, wnid in enumerate(truth, 1)}
     if names != classes.keys():
         odd = min(names ^ classes.keys())
         what = f"has {odd}, which is not in the ground truth" if odd in names else f"lacks {odd}"

@@ -16,7 +16,7 @@ from resnext.errors import UserError
 
 from .decode import decode
 from .image_folder import ImageFolderDataset
-from .imagenet_archives import imagenet_classes
+from .imagenet_archives import imagenet_classes, val_name
 from .lists import read_text
 
 BORDER = 2  # pixels on each side of ObjectNet's images
@@ -66,7 +66,7 @@ def _real(file: str) -> dict[str, list[int]]:
     groups = json.loads(read_text(OPTION, file))
     if not isinstance(groups, list):
         raise ValueError("not a list")
-    return {f"ILSVRC2012_val_{number:08}": group for number, group in enumerate(groups, 1)}
+    return {Path(val_name(number)).stem: group for number, group in enumerate(groups, 1)}
 
 
 def _objectnet(folder: str) -> dict[str, list[int]]:

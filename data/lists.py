@@ -27,15 +27,17 @@ from resnext.config import DataConfig
 from resnext.errors import UserError
 
 from .image_folder import ImageFolderDataset, absent_classes, split_folder
-from .imagenet_archives import DEVKIT, decode_truth, imagenet_classes, read_devkit
+from .imagenet_archives import DEVKIT, decode_truth, find_wnids, imagenet_classes, read_devkit, val_name
 from .in_memory import even_indices
 from .walk import to_bytes
 
 PATH_COLUMNS = ("path", "file_name", "filename", "image", "ImageId")
+# What columns split and is_valid say about a row.
+SPLITS = dict.fromkeys(("train", "training", "false", "0", "no"), "train")
+SPLITS |= dict.fromkeys(("val", "valid", "validation", "true", "1", "yes"), "val") | {"test": "test"}
 CLASS_COLUMNS = ("label", "class", "wnid", "PredictionString")
-VAL_NAME = "ILSVRC2012_val_{:08}.JPEG"
 # Outputs of the official validation images 2 to 6, which tell the order of the classes.
-KNOWN_OUTPUTS = {VAL_NAME.format(number): out for number, out in enumerate((970, 230, 809, 516, 57), 2)}
+KNOWN_OUTPUTS = {val_name(number): out for number, out in enumerate((970, 230, 809, 516, 57), 2)}
 NUMBER = re.compile("[0-9]{1,9}")
 
 Row = tuple[int, str, str]  # line, path, class
@@ -71,9 +73,11 @@ def read_list(file: str, split: str) -> ImageList:
     rows: dict[str, Row] = {}
     for line, path, class_name in _rows(name, column, split):
         where = f"{name}, line {line}"
-        if not path or path.startswith("/") or ".." in path.split("/") or "\0" in path or not class_name:
+        if not path or not class_name:
+            raise UserError(f"{where}: has no path or no class; write both")
+        if path.startswith("/") or ".." in path.split("/") or "\0" in path:
             raise UserError(
-                f"{where}: needs a class and a path inside the folder (got {path[:80]!r}); write both"
+                f"{where}: {path[:80]!r} is not below the data folder; write a path relative to it"
             )
         # Kaggle's lists name no extension.
         path = posixpath.normpath(path) + ("" if "." in posixpath.basename(path) else ".JPEG")
@@ -93,8 +97,10 @@ def read_list(file: str, split: str) -> ImageList:
 
 def _rows(name: str, column: str, split: str) -> Iterable[Row]:
     """Return the rows of a list of any kind."""
-    if name.endswith(".gz"):
+    if name.endswith(".tar.gz"):
         return _truth_rows(name, "")
+    if name.endswith(".gz"):
+        raise UserError(f"{name}: is compressed; decompress it (gunzip)")
     text = read_text(f"data.{split}_list", name)
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     header = [cell.strip() for cell in lines[0][1].split(",")] if lines else []
@@ -117,29 +123,38 @@ def _truth_rows(name: str, text: str) -> Iterable[Row]:
             f"the devkit's folder data/, or give {DEVKIT}"
         ) from None
     numbered = enumerate(truth or read_devkit(Path(name)), 1)
-    return ((number, VAL_NAME.format(number), wnid) for number, wnid in numbered)
+    return ((number, val_name(number), wnid) for number, wnid in numbered)
 
 
 def _csv_rows(name: str, lines: Iterable[str], column: str, split: str) -> Iterator[Row]:
-    """Yield the rows of a CSV file; a column is_valid tells which of them belong to val/."""
+    """Yield the rows of a CSV file; a column is_valid or split tells which of them belong to val/."""
     reader = csv.DictReader(lines, strict=True, restval="")
     reader.fieldnames = header = [cell.strip() for cell in reader.fieldnames or ()]
     path = next(key for key in PATH_COLUMNS if key in header)
     column = column or next((key for key in CLASS_COLUMNS if key in header), "label")
+    own = next((key for key in ("is_valid", "split") if key in header), "")
     if column not in header:
         columns = ", ".join(header)[:120]
         raise UserError(f"{name}: has no column {column!r} (got {columns}); choose one with FILE:COLUMN")
     try:
         for row in reader:
-            if row.get("is_valid", "").strip().lower() == str(split == "train").lower():
+            where = f"{name}, line {reader.line_num}"
+            if own and (member := row[own].strip().lower()) not in SPLITS:
+                expected = ", ".join(SPLITS)
+                raise UserError(
+                    f"{where}: unknown {own} (got {member[:40]!r}, expected {expected}); correct it"
+                )
+            if own and SPLITS[member] != split:
                 continue
             class_name = row[column].strip()
             if column == "PredictionString":  # a class and the four sides of a box per object
                 boxes = class_name.split()
-                class_name = boxes[0] if len(set(boxes[::5])) == 1 and len(boxes) % 5 == 0 else ""
+                if len(set(boxes[::5])) != 1 or len(boxes) % 5:
+                    raise UserError(f"{where}: needs one class, with boxes of four numbers; correct the line")
+                class_name = boxes[0]
             yield reader.line_num, row[path].strip(), class_name
     except csv.Error as error:
-        raise UserError(f"{name}, line {reader.line_num}: {error}; correct the line") from None
+        raise UserError(f"{name}, line {reader.reader.line_num}: {error}; correct the line") from None
 
 
 def _split_line(where: str, number: int, line: str) -> Row:
@@ -209,10 +224,26 @@ def check_order(found: ImageList, labels: np.ndarray, classes: tuple[str, ...]) 
     return []
 
 
+def check_same_numbers(found: ImageList, trained: ImageList) -> None:
+    """Raise UserError if most folders in a list's paths have another number in the training list."""
+    numbers: dict[str, set[str]] = {}
+    for path, name in zip(trained.paths, trained.names, strict=True):
+        numbers.setdefault(posixpath.basename(posixpath.dirname(path)), set()).add(name)
+    own = [numbers.get(posixpath.basename(posixpath.dirname(path)), set()) for path in found.paths]
+    known = [i for i, names in enumerate(own) if len(names) == 1]  # a folder of several tells nothing
+    different = [i for i in known if found.names[i] not in own[i]]
+    if 2 * len(different) > len(known):
+        i = different[0]
+        raise UserError(
+            f"{found.file}, line {found.lines[i]}: {found.paths[i]} has class {found.names[i]}, and in "
+            f"{trained.file} its folder has {min(own[i])}; number the classes alike"
+        )
+
+
 def _words(path: str) -> Iterator[str]:
     """Yield what may tell the class of an image: its folder, its name, a WNID in its name."""
     yield from path.rsplit("/", 2)[-2:]
-    yield from re.findall(r"(?<![0-9A-Za-z])n[0-9]{8}(?![0-9])", posixpath.basename(path))
+    yield from find_wnids(posixpath.basename(path))
 
 
 def label_images(root: str, split: str, file: str, classes: tuple[str, ...]) -> ImageFolderDataset:
@@ -253,6 +284,8 @@ def load_list(
     """Return the images of data.train_list or data.val_list, as image_folder.list_set those of folders."""
     file, limit = getattr(data, f"{split}_list"), getattr(data, f"{split}_images")
     files = label_images(str(data.dir), split, file, classes)
+    if split == "val" and data.train_list and classes == tuple(map(str, range(len(classes)))):
+        check_same_numbers(read_list(file, split), read_list(data.train_list, "train"))
     absent = missing(files)
     if absent:
         more = f" (and {len(absent) - 1:,} more, which scripts/check_data.py names)" if absent[1:] else ""

@@ -229,6 +229,7 @@ def list_val(
         names = tuple(numbers.get(output, str(output)) for output in range(len(classes)))
     if sharded:
         files = shards.list_set(root, "val", data.val_images, names, wanted=wanted)
+        shards.check_wnids(classes, files.paths, files.labels, f"{root}: shards of val")
     else:
         files = list_set(root, "val", data.val_images, names, wanted=wanted, folder=val)
     return replace(files, classes=classes, notes=(*notes, *files.notes))

@@ -64,20 +64,21 @@ def _sample(tar: tarfile.TarFile, where: str, members: list[tuple[str, tarfile.T
     if len(parts) < len(members):
         raise UserError(f"{where} has two members with one extension; give each image a key of its own")
     images = [member for extension, member in members if f".{extension}" in EXTENSIONS]
+    details = _json(tar, where, parts["json"]) if "json" in parts else {}
     if len(images) != 1:
-        if not images and "cls" not in parts and not any(is_image(to_bytes(ext)) for ext in parts):
+        labeled = "cls" in parts or "label" in details
+        if not images and not labeled and not any(is_image(to_bytes(ext)) for ext in parts):
             return None
-        found = f"has {len(images)} images (got .{_short(' .'.join(parts))[1:-1]}, expected one of {FORMATS})"
+        found = f"has {len(images)} images (got {' '.join(map(_short, parts))}, expected one of {FORMATS})"
         raise UserError(f"{where} {found}; a key ends at its first dot: rename or remove the member")
     (image,) = images
-    details = _json(tar, where, parts["json"]) if "json" in parts else {}
     if "cls" in parts:
         text = _content(tar, where, parts["cls"], "cls").decode("latin-1").strip()
     else:
         text = str(details.get("label"))
     if not re.fullmatch("[0-9]{1,6}", text):
         problem = f"has no class number (got {_short(text)} in .cls or in label of .json)"
-        raise UserError(f"{where} {problem}; shards need one in .cls for each image")
+        raise UserError(f"{where} {problem}; write the number of its class there, from 0")
     if image.size > LARGEST["image"]:
         raise UserError(f"{where} has {image.size:,} bytes, too large for an image; remove it")
     name, folder = str(details.get("filename") or image.name), f"{details.get('class')}/"

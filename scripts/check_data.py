@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from PIL import Image
 
-from data import image_folder, shards
+from data import image_folder, shard_files, shards
 from data.datasets import training_classes
 from data.decode import MAX_PIXELS, decode
 from data.image_folder import ImageFolderDataset, Listing
@@ -74,7 +74,7 @@ def main() -> int:
     if arguments.workers < 1:
         raise UserError(f"--workers: must be at least 1 (got {arguments.workers})")
     lists = {"train": arguments.train_list, "val": arguments.val_list}
-    sharded = not any(lists.values()) and shards.is_sharded(arguments.folder)
+    sharded = not any(lists.values()) and shard_files.is_sharded(arguments.folder)
     for split in SPLITS:
         if not lists[split] and not sharded:
             image_folder.split_folder(arguments.folder, split)

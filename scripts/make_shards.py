@@ -9,7 +9,7 @@ names in classes.txt, and a list of the shards in _info.json, which timm reads t
 interruption, run the same command again: complete shards are kept. Nothing is overwritten.
 
 PARQUET is a folder with files like train-00000-of-00294.parquet and validation-00000-of-00014.parquet.
-Column and class names are those of their metadata. pip install pyarrow reads them.
+Column and class names are those of their metadata. Reading them needs pip install pyarrow.
 """
 
 import argparse
@@ -32,9 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from data import image_folder
+from data.imagenet_archives import WNID
 from data.in_memory import digest
 from data.process_pool import progress
-from data.shards import class_labels, split_files
+from data.shard_files import check_numbers, split_files
+from data.shards import class_labels
 from data.walk import EXTENSIONS, is_hidden, to_bytes, to_text
 from resnext.errors import UserError, command_parser, run_main
 from resnext.files import whole_file
@@ -66,13 +68,13 @@ def main() -> None:
         raise UserError(f"{source}: is a file; name the folder with the Parquet files of all splits")
     parquet = split_files(str(source), ".parquet", depth=3) if source.is_dir() else {}
     if any(parquet.values()):
-        classes, splits = read_parquet(parquet, arguments.label)
+        classes, splits = read_parquet(source, parquet, arguments.label)
     elif arguments.label:
         raise UserError(f"--label: is for Parquet files, and {source} has none; omit it")
     else:
         classes, splits = read_folders(str(source))
-    if len(set(classes)) < len(classes) or any("\n" in name for name in classes):
-        raise UserError(f"{source}: a class name is used twice or has a line end; rename the class")
+    if len(set(classes)) < len(classes) or not all(classes) or any("\n" in name for name in classes):
+        raise UserError(f"{source}: a class name is empty, used twice, or has a line end; rename the class")
     try:
         write_shards(output, classes, splits, arguments.images)
     except KeyboardInterrupt:
@@ -178,7 +180,7 @@ def write_shard(
             if extension.lower() not in EXTENSIONS:
                 key, extension = name, MAGIC.get(content[:2], ".jpg")
             details = {"filename": key + extension, "label": label, "class": classes[label]}
-            hidden = key.startswith("__") or any(map(is_hidden, to_bytes(key).split(b"/")))
+            hidden = key.startswith(("__", "/")) or any(map(is_hidden, to_bytes(key).split(b"/")))
             if hidden or key in keys or "." in os.path.basename(key):  # a key ends at its first dot
                 key = f"{number:08}"
             keys.add(key)
@@ -208,14 +210,21 @@ def folder_split(files: image_folder.ImageFolderDataset) -> Split:
     return Split(files.paths, files.labels, lambda start: map(files.read, range(start, len(files))))
 
 
-def read_parquet(parquet: dict[str, list[Path]], column: str | None) -> tuple[tuple[str, ...], Splits]:
+def read_parquet(
+    source: Path, parquet: dict[str, list[Path]], column: str | None
+) -> tuple[tuple[str, ...], Splits]:
     """Return the classes and images of Parquet files. Only names and labels are read at first."""
     try:
         import pyarrow.parquet  # noqa: F401
     except ImportError:
         raise UserError("Parquet files are read by pyarrow, which is missing: pip install pyarrow") from None
     for split, files in parquet.items():
-        check_complete(split, files)
+        if not files:
+            raise UserError(f"{source}: has no Parquet files of {split}; download both splits")
+        for file in files:
+            if "partial-" in str(file):
+                raise UserError(f"{file}: has only a part of the split; download the others in full")
+        check_numbers(files)
     classes: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     splits: Splits = {}
@@ -230,10 +239,14 @@ def read_parquet(parquet: dict[str, list[Path]], column: str | None) -> tuple[tu
             bases += [os.path.basename(path or "") for path in paths]
         if not all(bases) or len(set(zip(labels, bases, strict=True))) < len(bases):
             bases = [f"{row:08}{base and '_'}{base}" for row, base in enumerate(bases)]
+        if not labels:
+            raise UserError(f"{files[0]}: has no images; download {split} again")
         if not classes:  # train comes first
-            found = np.array(list(map(to_bytes, bases)))
-            known = class_labels(len(names) or max(labels) + 1, found, np.array(labels), str(files[0]))
-            classes = known if known[0] != "0" else names or known
+            classes = parquet_classes(names, bases, labels, files[0])
+            absent = sorted(set(range(len(classes))) - set(labels))
+            if absent:
+                number = f"class {absent[0]} ({classes[absent[0]]!r})"
+                raise UserError(f"{files[0]}: has no images of {number}; number the labels of train from 0")
         if max(labels) >= len(classes):
             raise UserError(f"{files[0]}: has label {max(labels)}, and there are {len(classes)} classes")
         full = [to_bytes(f"{classes[label]}/{base}") for label, base in zip(labels, bases, strict=True)]
@@ -242,14 +255,15 @@ def read_parquet(parquet: dict[str, list[Path]], column: str | None) -> tuple[tu
     return classes, splits
 
 
-def check_complete(split: str, files: Sequence[Path]) -> None:
-    """Raise UserError if there are no Parquet files of a split, or some are missing by their names."""
-    if not files:
-        raise UserError(f"SOURCE: has no Parquet files of {split}; download both splits")
-    for file in files:
-        total = re.search(r"-[0-9]{5}-of-([0-9]{5})", file.name)
-        if "partial-" in str(file) or (total and int(total[1]) != len(files)):
-            raise UserError(f"{file}: is one of several files, of which {len(files)} exist; get the others")
+def parquet_classes(
+    names: tuple[str, ...], bases: list[str], labels: list[int], file: Path
+) -> tuple[str, ...]:
+    """Return the classes by label: wnids if the metadata or the images are named by them, else `names`."""
+    if names and all(re.fullmatch(WNID, name) for name in names):
+        return names
+    found = np.array(list(map(to_bytes, bases)))
+    known = class_labels(len(names) or max(labels) + 1, found, np.array(labels), str(file))
+    return known if known[0] != "0" else names or known
 
 
 def read_table(file: Path, column: str | None) -> tuple[tuple[str, ...], list[int], list[str | None]]:
@@ -263,11 +277,15 @@ def read_table(file: Path, column: str | None) -> tuple[tuple[str, ...], list[in
             table = parquet.read(columns=[f"{image}.path", label])
             labels, paths = table[label].to_pylist(), [row["path"] for row in table[image].to_pylist()]
     except (ArrowException, LookupError, TypeError, ValueError, AttributeError, OSError) as error:
-        reason = str(error).partition("\n")[0][:100]
-        raise UserError(f"{file}: cannot be read ({reason!a}); download it again") from None
+        raise unreadable(file, error) from None
     if not all(isinstance(value, int) and value >= 0 for value in labels):
         raise UserError(f"{file}: rows of {label} have no class number; use a split with labels")
     return names, labels, paths
+
+
+def unreadable(file: Path, error: Exception) -> UserError:
+    reason = str(error).partition("\n")[0][:100]
+    return UserError(f"{file}: cannot be read ({reason!a}); download it again")
 
 
 def find_columns(schema: "Schema", column: str | None, where: Path) -> tuple[str, str, tuple[str, ...]]:
@@ -282,33 +300,39 @@ def find_columns(schema: "Schema", column: str | None, where: Path) -> tuple[str
     structs = {field.name: {part.name for part in field.type} for field in schema if is_struct(field.type)}
     images = [name for name, parts in structs.items() if {"bytes", "path"} <= parts]
     named = {name: features[name]["names"] for name in types if "names" in features.get(name, ())}
-    labels = list(named) or [name for name in types if "label" in name and types[name].startswith("int")]
-    if column or "label" in labels:
-        labels = [name for name in types if name == (column or "label")]
-    if len(images) != 1 or len(labels) != 1:
-        text = f"images ({', '.join(images)}) and labels ({', '.join(labels)})"
-        raise UserError(f"{where}: needs one column of each: {text}; name the one of labels with --label")
-    return images[0], labels[0], tuple(named.get(labels[0], ()))
+    numbers = [name for name in types if re.match("u?int", types[name])]
+    labels = [column] if column else list(named) or [name for name in numbers if "label" in name]
+    labels = ["label"] if not column and "label" in labels else labels
+    kinds = ", ".join(f"{name} {kind[:40]}" for name, kind in types.items())
+    if len(images) != 1:
+        text = f"needs one column of images, with their bytes and path (got {kinds})"
+        raise UserError(f"{where}: {text}; use a dataset in this form")
+    if len(labels) != 1 or labels[0] not in numbers:
+        text = f"needs a column of class numbers (got {kinds})"
+        raise UserError(f"{where}: {text}; choose one with --label, or replace names by numbers from 0")
+    return images[0], labels[0], tuple(map(str, named.get(labels[0], ())))
 
 
 def rows(files: Sequence[Path], column: str | None, start: int) -> Iterator[bytes]:
     """Yield the images of Parquet files from row `start` on."""
+    from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
     for file in files:
-        with ParquetFile(file) as parquet:
-            image, *_ = find_columns(parquet.schema_arrow, column, file)
-            for group in range(parquet.num_row_groups):
-                count = parquet.metadata.row_group(group).num_rows
-                if start >= count:
-                    start -= count
+        try:
+            with ParquetFile(file) as parquet:
+                if start >= parquet.metadata.num_rows:
+                    start -= parquet.metadata.num_rows
                     continue
-                for batch in parquet.iter_batches(64, row_groups=[group], columns=[f"{image}.bytes"]):
+                image, *_ = find_columns(parquet.schema_arrow, column, file)
+                for batch in parquet.iter_batches(64, columns=[f"{image}.bytes"]):
                     for value in batch.column(0).to_pylist()[start:]:
                         if value["bytes"] is None:
                             raise UserError(f"{file}: has an image without bytes; get a dataset with images")
                         yield value["bytes"]
                     start = max(0, start - len(batch))
+        except (ArrowException, OSError) as error:
+            raise unreadable(file, error) from None
 
 
 if __name__ == "__main__":

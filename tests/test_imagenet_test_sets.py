@@ -14,6 +14,7 @@ import pytest
 import torch
 from commands import call, message, tiny
 from PIL import Image
+from shard_files import pack, sample
 
 import evaluate
 import train
@@ -73,6 +74,15 @@ def score(folder, tmp_path, monkeypatch):
     return run
 
 
+def png() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(file, "PNG")
+    return file.getvalue()
+
+
+PNG = png()
+
+
 def test_v2(score):
     """The folders 0…999 are outputs; sorted as strings, 970 would be another."""
     folders = [970, 970, 230, 57, 10, 100, 2, 1000 - 1]
@@ -94,6 +104,17 @@ def test_some_columns_compete(name, score):
     assert score("--data", name, "--classes", name) == (6, 3, 0)
     assert score("--data", "imagenet", "--classes", name) == (12, 8, 0)  # "A-clean"
     assert score("--data", name, warning="--classes DIR") == (6, 6, 6)
+
+
+def test_shards_with_other_numbers(score, folder):
+    """WordNet IDs in the names of images tell that 5 labels are not the numbers of the outputs."""
+    Path("x.png").write_bytes(PNG)
+    for shift, name in ((0, "right"), (1, "wrong")):
+        images = [part for c in (970, 6, 11) for part in sample(f"{WNIDS[c]}_x", c + shift, PNG, "png")]
+        pack(Path(name, "val-0000.tar"), images)
+    assert score("--data", "right", warning="no images of 997") == (3, 2, 2)
+    error = message(call(evaluate.main, folder / "weights.pth", "--data", "wrong", "--device", "cpu"))
+    assert f"wrong: shards of val: an image of {WNIDS[6]} has the label of {WNIDS[7]!r}" in error
 
 
 def test_sketch(score):

@@ -88,21 +88,35 @@ def test_rows_of_the_other_split_are_left_out(tmp_path):
     assert read(text, tmp_path, "train", ":noisy_labels_50") == [("train/n1/n1_1.JPEG", "n2")]
 
 
+@pytest.mark.parametrize(("header", "train", "val"), [
+    ("is_valid", "0", "1"), ("is_valid", "FALSE", "true"), ("is_valid", "no", "yes"),
+    ("split", "train", "valid"), ("split", "Training", "val"),
+])  # fmt: skip
+def test_how_a_column_tells_the_split(header, train, val, tmp_path):
+    text = f"path,label,{header}\na.png,cat,{train}\nb.png,dog,{val}\n"
+    assert read(text, tmp_path, "train") == [("a.png", "cat")] and read(text, tmp_path) == [("b.png", "dog")]
+
+
 @pytest.mark.parametrize(
     ("text", "column", "phrase"),
     [
         ("", "", "names no image"),
         ("a.png\n", "", "line 1: must be a path and a class"),
-        ("a.png 0\n../b.png 1\n", "", "line 2: needs a class and a path inside the folder"),
-        ("/a.png 0\n", "", "a path inside the folder"),
+        ("a.png 0\n../b.png 1\n", "", "line 2: '../b.png' is not below the data folder"),
+        ("/a.png 0\n", "", "'/a.png' is not below the data folder"),
         ("a.png 0\n./a.png 1\n", "", "line 2: 'a.png' is also on line 1"),
-        ("path,label\na.png,\n", "", "needs a class"),
+        ("path,label\na.png,\n", "", "line 2: has no path or no class"),
         ("path,breed\na.png,cat\n", "", "no column 'label' (got path, breed); choose one with FILE:COLUMN"),
         (NOISY, ":noisy_labels_51", "no column 'noisy_labels_51'"),
         ("a.png 0\n", ":label", "remove :label"),
         ('path,label\n"a.png,cat\n', "", "unexpected end of data"),
-        ("ImageId,PredictionString\na,n1 1 2 3 4 n2 1 2 3 4\n", "", "needs a class"),  # two classes
-        ("ImageId,PredictionString\na,n1 1 2 3\n", "", "needs a class"),
+        ("ImageId,PredictionString\na,n1 1 2 3 4 n2 1 2 3 4\n", "", "line 2: needs one class, with boxes"),
+        ("ImageId,PredictionString\na,n1 1 2 3\n", "", "needs one class, with boxes"),
+        (
+            "path,label,is_valid\na.png,1,maybe\n",
+            "",
+            "line 2: unknown is_valid (got 'maybe', expected train, ",
+        ),
         # ILSVRC/ImageSets/CLS-LOC/val.txt: the number is no class
         (f"{VAL.format(1)} 1\n{VAL.format(2)} 2\n{VAL.format(3)} 3\n", "", "numbers its images from 1 to 3"),
         ("490\n361\n171\n", "", "no meta.mat next to it"),
@@ -322,6 +336,20 @@ def test_lists_for_both_splits(tmp_path, monkeypatch):
     )
     report = json.loads(Path("r.json").read_text())
     assert report["pictures"] == {"train": 20, "val": 10} and result.status == 0, result.output
+
+
+def test_numbers_of_another_order_than_in_training(tmp_path):
+    """The class folders in both lists show it. Folders of several classes do not."""
+    draw_folders(tmp_path, {"cat": 2, "dog": 2})
+    numbers = {name: tmp_path / f"{name}.txt" for name in ("train", "same", "other")}
+    numbers["train"].write_text("cat/0.png 1\ncat/1.png 1\ndog/0.png 0\ndog/1.png 0\n")
+    numbers["same"].write_text("dog/0.png 0\ncat/0.png 1\n")
+    numbers["other"].write_text("dog/0.png 1\ncat/0.png 0\n")
+    assert load(tmp_path, train_list=numbers["train"], val_list=numbers["same"]).labels.tolist() == [0, 1]
+    with pytest.raises(
+        UserError, match=r"line 1: dog/0.png has class 1, and in .*train.txt its folder has 0"
+    ):
+        load(tmp_path, train_list=numbers["train"], val_list=numbers["other"])
 
 
 def test_lists_need_files():

@@ -17,7 +17,7 @@ from images import encode, noise
 from shard_files import make, pack, sample
 
 import train
-from data import image_folder, shards, subsets
+from data import image_folder, shard_files, shards, subsets
 from data.datasets import load_set
 from data.evaluation import evaluation_data
 from data.imagenet_archives import imagenet_classes
@@ -160,9 +160,9 @@ def test_what_a_sample_may_be(tmp_path):
 
 
 def test_names_that_repeat_in_other_shards(tmp_path):
-    for number in range(2):
-        pack(tmp_path / f"train-{number}.tar", sample("0", 0, IMAGE) + sample("1", 1, IMAGE))
-    assert paths(tmp_path) == ["0/train-0/0.jpg", "0/train-1/0.jpg", "1/train-0/1.jpg", "1/train-1/1.jpg"]
+    pack(tmp_path / "train-0.tar", sample("0", 0, IMAGE) + sample("1", 1, IMAGE))
+    pack(tmp_path / "train-1.tar", sample("0", 0, IMAGE))
+    assert paths(tmp_path) == ["0/train-0/0.jpg", "0/train-1/0.jpg", "1/train-0/1.jpg"]
     pack(tmp_path / "train-1.tar", sample("0", 0, IMAGE) + sample("1", 1, IMAGE) + sample("0", 0, IMAGE))
     with pytest.raises(UserError, match=r"two images are train-1/0.jpg with one label"):
         paths(tmp_path)
@@ -222,6 +222,7 @@ def test_imagenet(numbers, tmp_path):
         (["imagenet1k-train-0000.tar"], ["imagenet1k-validation-00.tar"]),
         (["x_Train_0.tar"], ["x.val.0.tar"]),
         (["train-0.tar"], ["test/0.tar"]),
+        (["crash-test-train-0.tar"], ["crash-test-val-0.tar"]),
     ],
 )  # fmt: skip
 def test_names_of_splits(train_names, val_names, tmp_path):
@@ -232,7 +233,7 @@ def test_names_of_splits(train_names, val_names, tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     found = {split: [str(p.relative_to(tmp_path)) for p in files]
-             for split, files in shards.split_files(str(tmp_path)).items()}  # fmt: skip
+             for split, files in shard_files.split_files(str(tmp_path)).items()}  # fmt: skip
     assert found == {"train": train_names, "val": val_names}
 
 
@@ -246,7 +247,7 @@ def test_names_of_splits(train_names, val_names, tmp_path):
     ],
 )
 def test_braces(pattern, names):
-    assert sorted(shards.expand_braces(pattern)) == names
+    assert sorted(shard_files.expand_braces(pattern)) == names
 
 
 def test_a_pattern(tmp_path):
@@ -280,8 +281,9 @@ REFUSED = {
     "negative label": (sample("a", -1, IMAGE), "has no class number (got '-1'"),
     "name as label": (sample("a", "cat", IMAGE), "has no class number (got 'cat'"),
     "no image": ([("a.heic", b""), ("a.cls", b"1")], "sample 'a' has 0 images"),
+    "no image, label in json": ([("a.heic", b""), ("a.json", b'{"label": 1}')], "sample 'a' has 0 images"),
     "two images": ([*sample("a", 1, IMAGE), ("a.png", IMAGE)], "sample 'a' has 2 images"),
-    "dots in the name": (sample("a.v2", 1, IMAGE), "sample 'a' has 0 images (got .v2.jpg .v2.cls"),
+    "dots in the name": (sample("a.v2", 1, IMAGE), "sample 'a' has 0 images (got 'v2.jpg' 'v2.cls'"),
     "twice": ([("a.jpg", IMAGE), ("a.jpg", IMAGE)], "two members with one extension"),
     "link": ([special(tarfile.SYMTYPE)], "member 'a.jpg' is not a plain file"),
     "hard link": ([special(tarfile.LNKTYPE)], "member 'a.jpg' is not a plain file"),
@@ -356,6 +358,16 @@ def test_a_broken_image_is_named(tmp_path):
         (lambda root: pack(root / "train.tar", sample("a", 0, IMAGE)), "has one class, '0'"),
         (lambda root: (foreign(root), info(root, "x-train-0000.tar", "x-train-0001.tar")),
          "_info.json: lists x-train-0001.tar, which does not exist (missing files: 1)"),
+        (lambda root: (info(root, "x-train-0000.tar"), copies(root, 0, 1)),
+         "x-train-0001.tar: is not listed in _info.json"),
+        (lambda root: (foreign(root), info(root, "x-train-0000.tar", images=5)),
+         "have 4 images (got _info.json"),
+        (lambda root: copies(root, 0, 1, 3), "number 2 is missing (1 of 4 files); get the missing files"),
+        (lambda root: copies(root, "0-of-00003", "2-of-00003"), "number 1 is missing (1 of 3 files)"),
+        (lambda root: copies(root, 0, "0 (1)"), "x-train-0000.tar: has the same images as"),
+        (lambda root: (foreign(root), pack(root / "training-1.tar", [])), "has two sets of train files"),
+        (lambda root: (foreign(root), foreign(root / "b")), "has two sets of train files"),
+        (lambda root: pack(root / "train-val-0.tar", []), "train-val-0.tar: names two splits, train and val"),
     ],
 )  # fmt: skip
 def test_refused_folders(change, text, tmp_path):
@@ -365,8 +377,24 @@ def test_refused_folders(change, text, tmp_path):
     assert text in str(error.value)
 
 
-def info(root: Path, *names: str) -> None:
-    (root / "_info.json").write_text(json.dumps({"splits": {"train": {"filenames": names}}}))
+def info(root: Path, *names: str, images: int | None = None) -> None:
+    content = {"filenames": names, "num_samples": images}
+    (root / "_info.json").write_text(json.dumps({"splits": {"train": content}}))
+
+
+def copies(root: Path, *ends: object) -> None:
+    """Write a shard under several names."""
+    for end in ends:
+        shutil.move(foreign(root / "new") / "x-train-0000.tar", root / f"x-train-000{end}.tar")
+
+
+def test_unused_files_are_named(tmp_path):
+    foreign(tmp_path)
+    pack(tmp_path / "x-validation-0.tar", sample("0", 0, IMAGE) + sample("1", 1, IMAGE))
+    for name in ("extra-1.tar", "x-train-0001.tar.gz", "x-test-0.tar"):
+        (tmp_path / name).touch()
+    (note,) = shards.list_set(str(tmp_path), "val").notes
+    assert "skipped 2 files" in note and "extra-1.tar, x-train-0001.tar.gz" in note
 
 
 def test_a_label_of_val_that_train_lacks(tmp_path):
@@ -395,7 +423,7 @@ def test_the_missing_key_is_named(made, shared_root, tmp_path):
     both = shutil.copytree(shared_root, tmp_path / "both")
     for name in ("ILSVRC2012_img_train.tar", "weights.pth.tar", "val/x.tar"):
         (both / name).write_bytes(b"no tar")
-    assert len(image_folder.list_set(str(both), "train")) == IMAGES and not shards.is_sharded(str(both))
+    assert len(image_folder.list_set(str(both), "train")) == IMAGES and not shard_files.is_sharded(str(both))
 
 
 # ---------------------------------------------------------------------------- index and descriptors
@@ -415,8 +443,8 @@ def test_the_index_is_cached(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     foreign(root, *sample("new", 1, IMAGE))
     assert "1/new.jpg" in paths(root)
-    shutil.copy(shard, root / "x-train-0001.tar")
-    assert len(paths(root)) == 10  # the names of the shards became part of those of the images
+    pack(root / "x-train-0001.tar", sample("000000", 0, IMAGE))
+    assert len(paths(root)) == 6  # the names of the shards became part of those of the images
 
 
 def test_large_sets_are_indexed_by_several_processes(made, monkeypatch):

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,7 +17,7 @@ from failures import fail_at, run_killed
 from images import encode, noise
 from shard_files import make, make_shards, to_parquet
 
-from data import image_folder, shards
+from data import image_folder, shard_files, shards
 from data.imagenet_archives import imagenet_classes
 from resnext.errors import UserError
 
@@ -97,7 +99,7 @@ def test_killed_anywhere(folders, tmp_path):
         with pytest.raises(
             UserError, match=r"_info.json: lists .*tar, which does not exist|has no shards of"
         ):
-            [shards.find_shards(str(output), split) for split in ("train", "val")]
+            [shard_files.find_shards(str(output), split) for split in ("train", "val")]
         work()
         assert contents(output) == contents(whole)
     assert number == 2 + 6 + 1  # _info.json, classes.txt, six shards
@@ -187,10 +189,13 @@ def test_parquet_killed(plain, tmp_path):
 
 def test_odd_class_names_in_parquet(plain, tmp_path):
     """As member names they would be hidden, or folders."""
-    root = make(to_parquet(plain, tmp_path / "hub", names=["__cat__/.net", "AC/DC"]), tmp_path / "out")
-    files = shards.list_set(str(root), "val")
-    assert files.classes == ("__cat__/.net", "AC/DC")
-    assert [os.fsdecode(path) for path in files.paths[2:4]] == ["__cat__/.net/2.png", "AC/DC/0.png"]
+    for number, names in enumerate((["__cat__/.net", "AC/DC"], ["../../x", "/abs"])):
+        root = make(to_parquet(plain, tmp_path / f"{number}", names=names), tmp_path / f"out{number}")
+        files = shards.list_set(str(root), "val")
+        assert files.classes == tuple(names)
+        assert [os.fsdecode(path) for path in files.paths[2:4]] == [f"{names[0]}/2.png", f"{names[1]}/0.png"]
+        with tarfile.open(root / "train-0000.tar") as tar:
+            assert not any(re.search(r"(^|/)(\.|/)", name) for name in tar.getnames())
 
 
 def test_parquet_without_names(plain, tmp_path):
@@ -233,13 +238,18 @@ def other_names(plain: Path, root: Path) -> None:
     pq.write_table(pq.read_table(path).replace_schema_metadata({"huggingface": json.dumps(content)}), path)
 
 
+def edit(plain: Path, root: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    for path in to_parquet(plain, root, 1).iterdir():
+        pq.write_table(change(pq.read_table(path)), path)
+
+
 def rename(root: Path, old: str, new: str) -> None:
     for path in list(root.iterdir()):
         path.rename(root / path.name.replace(old, new))
 
 
 REFUSED = {
-    "several labels": (two_labels, "labels (coarse_label, fine_label); name the one of labels"),
+    "several labels": (two_labels, "coarse_label int64, fine_label int64); choose one with --label"),
     "unlabeled": (lambda plain, root: to_parquet(plain, root, shift=-1), "have no class number"),
     "labels without names": (lambda plain, root: to_parquet(plain, root, names=["cat"]), "has label 1, and"),
     "no validation": (
@@ -248,15 +258,35 @@ REFUSED = {
     ),
     "a file missing": (
         lambda plain, root: next(to_parquet(plain, root).glob("train-00001*")).unlink(),
-        "is one of several files, of which 1 exist",
+        "number 1 is missing (1 of 2 files)",
     ),
     "partial": (
         lambda plain, root: (to_parquet(plain, root), rename(root, "train-", "partial-train-")),
-        "is one of several files",
+        "has only a part of the split",
     ),
     "damaged": (
         lambda plain, root: os.truncate(next(to_parquet(plain, root).glob("train-00001*")), 200),
         "cannot be read (",
+    ),
+    "two configurations": (
+        lambda plain, root: [to_parquet(plain, root / size / "data", 1) for size in ("160px", "320px")],
+        "has two sets of train files",
+    ),
+    "no rows": (lambda plain, root: edit(plain, root, lambda table: table.slice(0, 0)), "has no images"),
+    "no images": (
+        lambda plain, root: edit(plain, root, lambda table: table.drop("img")),
+        "one column of images",
+    ),
+    "labels from 1": (lambda plain, root: to_parquet(plain, root, shift=1, names=[]), "no images of class 0"),
+    "labels as text": (
+        lambda plain, root: edit(
+            plain, root, lambda table: table.set_column(1, "label", pa.array(["cat"] * len(table)))
+        ),
+        "needs a column of class numbers (got img ",
+    ),
+    "an empty name": (
+        lambda plain, root: to_parquet(plain, root, names=["", "cat"]),
+        "a class name is empty",
     ),
     "other names": (other_names, "names other classes than the files before"),
 }
@@ -281,6 +311,32 @@ def test_columns_of_any_order(plain, tmp_path):
     columns = {"label": table["label"], "image": images}
     pq.write_table(pa.table(columns).replace_schema_metadata(table.schema.metadata), path)
     assert_equal(make(tmp_path / "hub", tmp_path / "out"), plain)
+
+
+def test_a_damaged_page(plain, tmp_path):
+    """What is only noticed while images are copied names the Parquet file, not the shard."""
+    (path,) = to_parquet(plain, tmp_path / "hub").glob("train-00001*")
+    column = pq.ParquetFile(path).metadata.row_group(0).column(0)  # img.bytes
+    assert column.path_in_schema == "img.bytes"
+    with open(path, "r+b") as file:
+        file.seek(column.dictionary_page_offset or column.data_page_offset)
+        file.write(b"\xff" * 16)
+    error = message(call(make_shards.main, tmp_path / "hub", tmp_path / "out"))
+    expect(error, [f"{path}: cannot be read (", "download it again"])
+
+
+def test_wnids_of_another_order(tmp_path):
+    """The metadata names the classes of labels that are not those of the sorted wnids."""
+    wnids, image = imagenet_classes()[::-1], encode(noise(4, 4, 3), "JPEG")
+    metadata = {"info": {"features": {"label": {"names": wnids}}}}
+    for split in ("train", "validation"):
+        rows = [{"bytes": image, "path": f"{n}_{wnid}.JPEG"} for n, wnid in enumerate(wnids)]
+        table = pa.table({"image": rows, "label": list(range(1000))})
+        pq.write_table(
+            table.replace_schema_metadata({"huggingface": json.dumps(metadata)}),
+            tmp_path / f"{split}.parquet",
+        )
+    assert shards.class_names(str(make(tmp_path, tmp_path / "out"))) == wnids
 
 
 def test_a_chosen_label(plain, tmp_path):
