@@ -92,7 +92,7 @@ class FolderFacts:
 
 
 def find_weights(folder: Path) -> Path:
-    """Return the file of weights that timm would take. Raise InvalidFileError if there is none."""
+    """Return the file of weights that timm would read. Raise InvalidFileError if there is none."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
     choices = [[path for path in files if path.name == name] for name in PREFERRED]
     choices += [[path for path in files if path.name.endswith(suffix)] for suffix in SUFFIXES]
@@ -103,7 +103,7 @@ def find_weights(folder: Path) -> Path:
 
 
 def read_facts(folder: Path) -> FolderFacts:
-    """Read what config.json says. Raise InvalidFileError for a network or preprocessing that is not ours."""
+    """Read what config.json says. Raise InvalidFileError for what this program does not have."""
     config = _read_json(folder / CONFIG)
     if "architecture" in config:
         return _timm_facts(config)
