@@ -10,7 +10,7 @@ from commands import ROOT, tiny
 SOURCES = sorted(
     [*ROOT.glob("*.py"), *(p for f in ("resnext", "data", "scripts") for p in (ROOT / f).rglob("*.py"))]
 )
-LINES, LONGEST, LOADED = 15_200, 400, 5_000  # of all sources, of one file, of what a training run loads
+LINES, LONGEST, LOADED = 15_250, 400, 5_000  # of all sources, of one file, of what a training run loads
 
 
 def lines(path: Path) -> int:
