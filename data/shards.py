@@ -166,7 +166,8 @@ def stored_classes(root: str) -> tuple[str, ...]:
             )
         return names
     _, arrays = read_index(root, splits[0])
-    return class_labels(int(arrays["labels"][-1]) + 1, arrays["names"], arrays["labels"], root)
+    count = int(arrays["labels"][-1]) + 1
+    return wnid_classes(count, arrays["names"], arrays["labels"], root) or tuple(map(str, range(count)))
 
 
 def _wnids(names: np.ndarray, labels: np.ndarray) -> list[tuple[list[str], int]]:
@@ -189,8 +190,8 @@ def check_wnids(classes: Sequence[str], names: np.ndarray, labels: np.ndarray, w
         )
 
 
-def class_labels(count: int, names: np.ndarray, labels: np.ndarray, where: str) -> tuple[str, ...]:
-    """Return the wnids in the names of images, one per label, else the numbers of `count` classes.
+def wnid_classes(count: int, names: np.ndarray, labels: np.ndarray, where: str) -> tuple[str, ...] | None:
+    """Return the classes by label, if the names of the images have one wnid per label, else None.
 
     Raise UserError if the labels are other numbers than those of ImageNet's 1000 sorted wnids.
     """
@@ -200,14 +201,14 @@ def class_labels(count: int, names: np.ndarray, labels: np.ndarray, where: str) 
         same = all(words == [own[label]] for words, label in found)
         if same and len(set(own.values())) == count:
             return tuple(own[label] for label in range(count))
-        return tuple(map(str, range(count)))
+        return None
     for words, label in found:
         if wnids[label] not in words:
             raise UserError(
                 f"{where}: an image of {words[0]} has label {label}, not the number among the sorted wnids; "
                 "name the classes in the order of the labels in classes.txt, one per line"
             )
-    return wnids if found else tuple(map(str, range(count)))
+    return wnids if found else None
 
 
 # ---------------------------------------------------------------------------- as class folders

@@ -36,7 +36,7 @@ from data.imagenet_archives import WNID
 from data.in_memory import digest
 from data.process_pool import progress
 from data.shard_files import check_numbers, split_files
-from data.shards import class_labels
+from data.shards import wnid_classes
 from data.walk import EXTENSIONS, is_hidden, to_bytes, to_text
 from resnext.errors import UserError, command_parser, run_main
 from resnext.files import whole_file
@@ -261,9 +261,9 @@ def parquet_classes(
     """Return the classes by label: wnids if the metadata or the images are named by them, else `names`."""
     if names and all(re.fullmatch(WNID, name) for name in names):
         return names
-    found = np.array(list(map(to_bytes, bases)))
-    known = class_labels(len(names) or max(labels) + 1, found, np.array(labels), str(file))
-    return known if known[0] != "0" else names or known
+    count, found = len(names) or max(labels) + 1, np.array(list(map(to_bytes, bases)))
+    known = wnid_classes(count, found, np.array(labels), str(file))
+    return known or names or tuple(map(str, range(count)))
 
 
 def read_table(file: Path, column: str | None) -> tuple[tuple[str, ...], list[int], list[str | None]]:
