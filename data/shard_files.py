@@ -98,10 +98,8 @@ def unused_files(root: str) -> list[str]:
     tars = sorted(path for pattern in ("*.t*", "*/*.t*") for path in base.glob(pattern))
     names = [path.name for path in tars if path.suffix == ".tar" and not _split_word(path, base)]
     names += [path.name for path in tars if path.name.endswith((".tar.gz", ".tgz"))]
-    found = (
-        f"warning: {base}: skipped {len(names):,} files that are compressed or have no split in their name"
-    )
-    return [f"{found}: {abbreviate(names)}"] if names else []
+    found = f"warning: {base}: skipped tar files that are compressed or have no split in their name"
+    return [f"{found}: {len(names):,} ({abbreviate(names)})"] if names else []
 
 
 def check_numbers(files: Sequence[Path]) -> None:

@@ -92,6 +92,7 @@ def main() -> int:
     if sharded:
         sets = [shards.list_set(str(root), split, classes=classes) for split in SPLITS]
         parts = [Listing(part.paths, part.labels, [], [], Found([])) for part in sets]
+        parts[0].notes.extend(shard_files.unused_files(str(root)))
         listed = {split: (part, f"{split}/".encode()) for split, part in zip(SPLITS, parts, strict=True)}
     else:
         listed = {split: list_images(root, split, lists[split], classes) for split in SPLITS}

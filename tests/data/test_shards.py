@@ -394,7 +394,7 @@ def test_unused_files_are_named(tmp_path):
     for name in ("extra-1.tar", "x-train-0001.tar.gz", "x-test-0.tar"):
         (tmp_path / name).touch()
     (note,) = shards.list_set(str(tmp_path), "val").notes
-    assert "skipped 2 files" in note and "extra-1.tar, x-train-0001.tar.gz" in note
+    assert "have no split in their name: 2 (extra-1.tar, x-train-0001.tar.gz)" in note
 
 
 def test_a_label_of_val_that_train_lacks(tmp_path):

@@ -84,6 +84,9 @@ def test_shards(folder):
         assert ours.partition(": has")[2] == theirs.partition(": has")[2] != ""
         different = {key for key in report if report[key] != expected[key]}
         assert different == {"folder"}
+    (shards / "extra.tar").touch()
+    output = call(check_data.main, shards).output
+    assert "are compressed or have no split in their name: 1 (extra.tar)" in output
 
 
 def test_sizes(folder):
