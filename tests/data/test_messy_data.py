@@ -239,7 +239,7 @@ REFUSED = [  # (change, error)
     ("mkdir new; mv val new/images; mv new val", UNKNOWN),
     ("rm -r */dog */ship", ONE_CLASS.format("cat") + "put the images of each class into"),
     *((f"mv val {name}", RENAMED.format(name)) for name in ("valid", "validation", "test")),
-    ("mv val Val", "data.dir data: has no val/; put images into train/CLASS/ and val/CLASS/"),
+    ("mv val Val", "data.dir data: has no val/; did you mean Val/? Rename it"),
     ("mkdir 'my data'; mv train val 'my data'", "has no train/; did you mean --data '"),
 ]
 
