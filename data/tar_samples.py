@@ -32,6 +32,9 @@ class Sample(NamedTuple):
 def read_samples(path: str) -> list[Sample]:
     """Return the samples of a shard, in its order. Raise UserError with the member if one is not usable."""
     samples = []
+    with reading(path), open(path, "rb") as file:
+        if file.read(2) == b"\x1f\x8b":
+            raise UserError(f"{path}: is compressed with gzip; decompress it")
     with reading(path), tarfile.open(path, "r:", encoding="utf-8") as tar:  # with surrogateescape
         members = list(_members(tar, path))
         check_end(tar, path, len(members))

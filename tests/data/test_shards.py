@@ -351,6 +351,7 @@ def test_a_broken_image_is_named(tmp_path):
         (lambda root: pack(root / "x-train-0.tar.gz", []),
          "decompress x-train-0.tar.gz (gunzip)"),
         (lambda root: pack(root / "train.tar", [("a.txt", b"")]), "has no images with labels"),
+        (lambda root: (root / "train.tar").write_bytes(b"\x1f\x8b" + bytes(999)), "compressed with gzip"),
         (lambda root: (foreign(root), (root / "classes.txt").write_text("a\na\n")), "has a class twice"),
         (lambda root: (foreign(root), (root / "classes.txt").write_text("a\n\nb\n")), "an empty line"),
         (lambda root: (foreign(root), (root / "classes.txt").write_text("a\nb\nc\n")), "have no images of c"),
