@@ -214,21 +214,11 @@ def read_parquet(
     source: Path, parquet: dict[str, list[Path]], column: str | None
 ) -> tuple[tuple[str, ...], Splits]:
     """Return the classes and images of Parquet files. Only names and labels are read at first."""
-    try:
-        import pyarrow.parquet  # noqa: F401
-    except ImportError:
-        raise UserError("Parquet files are read by pyarrow, which is missing: pip install pyarrow") from None
-    for split, files in parquet.items():
-        if not files:
-            raise UserError(f"{source}: has no Parquet files of {split}; download both splits")
-        for file in files:
-            if "partial-" in str(file):
-                raise UserError(f"{file}: has only a part of the split; download the others in full")
-        check_numbers(files)
+    check_files(source, parquet)
     classes: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     splits: Splits = {}
-    for split, files in parquet.items():
+    for split, files in parquet.items():  # train comes first
         labels, bases = list[int](), list[str]()
         for file in files:
             own, numbers, paths = read_table(file, column)
@@ -237,22 +227,41 @@ def read_parquet(
             names = names or own
             labels += numbers
             bases += [os.path.basename(path or "") for path in paths]
-        if not all(bases) or len(set(zip(labels, bases, strict=True))) < len(bases):
-            bases = [f"{row:08}{base and '_'}{base}" for row, base in enumerate(bases)]
         if not labels:
             raise UserError(f"{files[0]}: has no images; download {split} again")
-        if not classes:  # train comes first
-            classes = parquet_classes(names, bases, labels, files[0])
-            absent = sorted(set(range(len(classes))) - set(labels))
-            if absent:
-                number = f"class {absent[0]} ({classes[absent[0]]!r})"
-                raise UserError(f"{files[0]}: has no images of {number}; number the labels of train from 0")
-        if max(labels) >= len(classes):
-            raise UserError(f"{files[0]}: has label {max(labels)}, and there are {len(classes)} classes")
+        if not all(bases) or len(set(zip(labels, bases, strict=True))) < len(bases):
+            bases = [f"{row:08}{base and '_'}{base}" for row, base in enumerate(bases)]
+        classes = classes or parquet_classes(names, bases, labels, files[0])
+        check_labels(split, labels, classes, files[0])
         full = [to_bytes(f"{classes[label]}/{base}") for label, base in zip(labels, bases, strict=True)]
         contents = partial(rows, files, column)
         splits[split] = Split(np.array(full, "S"), np.array(labels, np.int64), contents)
     return classes, splits
+
+
+def check_files(source: Path, parquet: dict[str, list[Path]]) -> None:
+    """Raise UserError if pyarrow, a split, or some of its files are missing."""
+    try:
+        import pyarrow.parquet  # noqa: F401
+    except ImportError:
+        raise UserError("Parquet files are read by pyarrow, which is missing: pip install pyarrow") from None
+    for split, files in parquet.items():
+        if not files:
+            raise UserError(f"{source}: has no Parquet files of {split}; download both splits")
+        for file in files:
+            if any("partial-" in name for name in file.parts[-2:]):
+                raise UserError(f"{file}: has only a part of the split; download the others in full")
+        check_numbers(files)
+
+
+def check_labels(split: str, labels: list[int], classes: tuple[str, ...], file: Path) -> None:
+    """Raise UserError if labels are not numbers of classes, or if train lacks a class."""
+    if max(labels) >= len(classes):
+        raise UserError(f"{file}: has label {max(labels)}, and there are {len(classes)} classes")
+    absent = sorted(set(range(len(classes))) - set(labels))
+    if split == "train" and absent:
+        number = f"class {absent[0]} ({classes[absent[0]]!r})"
+        raise UserError(f"{file}: has no images of {number}; number the labels of train from 0")
 
 
 def parquet_classes(
