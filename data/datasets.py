@@ -1,6 +1,7 @@
 """The datasets that `data.dataset` names. Importing this module does not import torch."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
 from resnext.config import IMAGE_FILES, DataConfig
@@ -31,9 +32,12 @@ def load_set(config: DataConfig, split: str, classes: tuple[str, ...] | None = N
 
         classes = classes or training_classes(config, None)
         if classes and (config.train_list if split == "train" else config.val_list):
-            from .lists import load_list
+            from .lists import compare_lists, load_list
 
             files = load_list(config, split, classes)
+            if config.train_list and config.val_list and split == "val":
+                notes = compare_lists(config.train_list, config.val_list, classes)
+                files = replace(files, notes=(*files.notes, *notes))
         else:
             if config.dataset == "shards":
                 from .shards import list_set

@@ -224,8 +224,20 @@ def check_order(found: ImageList, labels: np.ndarray, classes: tuple[str, ...]) 
     return []
 
 
-def check_same_numbers(found: ImageList, trained: ImageList) -> None:
-    """Raise UserError if most folders in a list's paths have another number in the training list."""
+def compare_lists(train_file: str, val_file: str, classes: tuple[str, ...]) -> list[str]:
+    """Return a warning if both lists name the same images.
+
+    Raise UserError if most folders in the paths of numbered images have another number in the training list.
+    """
+    numbered = classes == tuple(map(str, range(len(classes))))
+    if (not numbered or len(classes) == len(imagenet_classes())) and train_file != val_file:
+        return []
+    trained, found = read_list(train_file, "train"), read_list(val_file, "val")
+    if trained == found:
+        same = (
+            f"warning: {val_file}: lists the same images for training; write a list per split, or a column "
+        )
+        return [f"{same}split; the validation error is that of training images"]
     numbers: dict[str, set[str]] = {}
     for path, name in zip(trained.paths, trained.names, strict=True):
         numbers.setdefault(posixpath.basename(posixpath.dirname(path)), set()).add(name)
@@ -238,6 +250,7 @@ def check_same_numbers(found: ImageList, trained: ImageList) -> None:
             f"{found.file}, line {found.lines[i]}: {found.paths[i]} has class {found.names[i]}, and in "
             f"{trained.file} its folder has {min(own[i])}; number the classes alike"
         )
+    return []
 
 
 def _words(path: str) -> Iterator[str]:
@@ -284,8 +297,6 @@ def load_list(
     """Return the images of data.train_list or data.val_list, as image_folder.list_set those of folders."""
     file, limit = getattr(data, f"{split}_list"), getattr(data, f"{split}_images")
     files = label_images(str(data.dir), split, file, classes)
-    if split == "val" and data.train_list and classes == tuple(map(str, range(len(classes)))):
-        check_same_numbers(read_list(file, split), read_list(data.train_list, "train"))
     absent = missing(files)
     if absent:
         more = f" (and {len(absent) - 1:,} more, which scripts/check_data.py names)" if absent[1:] else ""

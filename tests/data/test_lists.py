@@ -352,6 +352,16 @@ def test_numbers_of_another_order_than_in_training(tmp_path):
         load(tmp_path, train_list=numbers["train"], val_list=numbers["other"])
 
 
+def test_one_list_for_both_splits(tmp_path):
+    draw_folders(tmp_path, {"cat": 2, "dog": 2})
+    rows = [f"train/{name}/{number}.png,{name}" for name in ("cat", "dog") for number in range(2)]
+    for header, ends, count in (("path,label", ("", ""), 1), ("path,label,split", (",train", ",val"), 0)):
+        lines = [row + ends[number % 2] for number, row in enumerate(rows)]
+        (tmp_path / "all.csv").write_text("\n".join([header, *lines]))
+        notes = load(tmp_path, train_list=tmp_path / "all.csv", val_list=tmp_path / "all.csv").notes
+        assert sum("the validation error is that of training images" in note for note in notes) == count
+
+
 def test_lists_need_files():
     with pytest.raises(UserError, match=r"data\.val_list: names image files, and cifar10 has none"):
         parse_config("data: {dataset: cifar10, val_list: x.csv}", "x")
