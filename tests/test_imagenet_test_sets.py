@@ -108,7 +108,6 @@ def test_some_columns_compete(name, score):
 
 def test_shards_with_other_numbers(score, folder):
     """WordNet IDs in the names of images tell that 5 labels are not the numbers of the outputs."""
-    Path("x.png").write_bytes(PNG)
     for shift, name in ((0, "right"), (1, "wrong")):
         images = [part for c in (970, 6, 11) for part in sample(f"{WNIDS[c]}_x", c + shift, PNG, "png")]
         pack(Path(name, "val-0000.tar"), images)
