@@ -210,7 +210,7 @@ def list_split(folder: Path, classes: tuple[str, ...]) -> Listing:
         what = f"images outside class folders: {len(loose):,} ({abbreviate(loose)})"
         notes.insert(0, f"warning: {folder}: skipped {what}")
     empty = [name for name in classes if not images[name]]
-    errors = _errors(folder, found, loose, present - set(classes))
+    errors = _errors(folder, found, loose, classes, present - set(classes))
     if len(empty) == len(classes):
         errors.append(f"{folder}: contains no images of the known classes; check the path")
     elif empty and folder.name == "train":
@@ -221,7 +221,9 @@ def list_split(folder: Path, classes: tuple[str, ...]) -> Listing:
     return Listing(paths, labels, notes, errors, found)
 
 
-def _errors(folder: Path, found: Found, loose: list[str], strangers: set[str]) -> list[str]:
+def _errors(
+    folder: Path, found: Found, loose: list[str], classes: tuple[str, ...], strangers: set[str]
+) -> list[str]:
     """Return errors for everything but images in known class folders, the most serious first."""
     errors = []
     if loose and folder.name == "val":
@@ -232,9 +234,11 @@ def _errors(folder: Path, found: Found, loose: list[str], strangers: set[str]) -
         errors.append(f"{folder}: contains images outside class folders; {hint}")
     if strangers:
         hint = one_folder_too_many(folder, strangers) or "use the same classes in train/ and val/"
+        if classes == tuple(map(str, range(len(classes)))):
+            hint = "the training classes are numbers, so give the classes of val/ as numbers in data.val_list"
         if folder.name == "val":
             hint = known_list(folder) or hint
-        errors.append(f"{folder}: class folder {min(strangers)!r} is not in train/; {hint}")
+        errors.append(f"{folder}: class folder {min(strangers)!r} is not a training class; {hint}")
     for path, error in found.unreadable.items():
         errors.append(f"{os.fsdecode(path)}: cannot be read ({error.strerror})")
     for path, first in found.repeated:

@@ -236,22 +236,13 @@ def list_set(
     shards, arrays = read_index(root, split)
     names, labels, places = arrays["names"], arrays["labels"], arrays["places"]
     where = f"{root}: shards of {split}"
-    if labels[-1] >= len(stored):
-        raise UserError(
-            f"{where}: have label {labels[-1]}, and there are {len(stored)} classes; number the labels from "
-            "0, in the order of the classes"
-        )
+    own_labels = _positions(labels, stored, classes, where)
     check_wnids(stored, names, labels, where)
-    position = {name: number for number, name in enumerate(classes)}
-    unknown = [stored[label] for label in np.unique(labels) if stored[label] not in position]
-    if unknown:
-        raise UserError(f"{where}: class {unknown[0]!r} is not in train; use the same classes in both")
     folders = np.array([to_bytes(f"{name}/") for name in stored], "S")
     paths = np.char.add(folders[labels], names)
     paths = paths.astype(f"S{np.char.str_len(paths).max()}")  # the type of a folder's list
-    labels = np.array([position.get(name, -1) for name in stored])[labels]
-    by_class = np.argsort(labels, kind="stable")
-    paths, labels, places = paths[by_class], labels[by_class], places[by_class]
+    by_class = np.argsort(own_labels, kind="stable")
+    paths, labels, places = paths[by_class], own_labels[by_class], places[by_class]
     notes = (
         unused_files(root) + absent_classes(Path(where), labels, classes, wanted) if split == "val" else []
     )
@@ -261,3 +252,17 @@ def list_set(
         raise UserError(f"{where}: have no images of {abbreviate(empty)}; {remedy}")
     files = ShardDataset(Path(root), paths, labels, classes, tuple(notes), shards=shards, places=places)
     return files.select(even_indices(len(files), limit))
+
+
+def _positions(labels: np.ndarray, stored: Sequence[str], classes: Sequence[str], where: str) -> np.ndarray:
+    """Return the positions in `classes` of labels that are positions in `stored`, sorted."""
+    if labels[-1] >= len(stored):
+        raise UserError(
+            f"{where}: have label {labels[-1]}, and there are {len(stored)} classes; number the labels from "
+            "0, in the order of the classes"
+        )
+    position = {name: number for number, name in enumerate(classes)}
+    unknown = [stored[label] for label in np.unique(labels) if stored[label] not in position]
+    if unknown:
+        raise UserError(f"{where}: class {unknown[0]!r} is not in train; use the same classes in both")
+    return np.array([position.get(name, -1) for name in stored])[labels]

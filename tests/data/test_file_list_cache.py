@@ -134,7 +134,7 @@ def test_a_file_added_behind_a_linked_folder_is_seen(root):
 def test_added_and_removed_classes_are_seen(root):
     listed(root)
     (root / "zebra").mkdir()
-    with pytest.raises(UserError, match="'zebra' is not in train/"):
+    with pytest.raises(UserError, match="'zebra' is not a training class"):
         listed(root)
     (root / "zebra").rmdir()
     (root / "cat").rename(root.parent / "aside")

@@ -352,6 +352,13 @@ def test_numbers_of_another_order_than_in_training(tmp_path):
         load(tmp_path, train_list=numbers["train"], val_list=numbers["other"])
 
 
+def test_numbers_for_training_need_numbers_for_validation(tmp_path):
+    draw_folders(tmp_path, {"cat": 2, "dog": 2})
+    (tmp_path / "train.txt").write_text("cat/0.png 0\ndog/0.png 1\n")
+    with pytest.raises(UserError, match=r"'cat' is not a training class; .* as numbers in data\.val_list"):
+        load(tmp_path, train_list=tmp_path / "train.txt")
+
+
 def test_one_list_for_both_splits(tmp_path):
     draw_folders(tmp_path, {"cat": 2, "dog": 2})
     rows = [f"train/{name}/{number}.png,{name}" for name in ("cat", "dog") for number in range(2)]

@@ -220,7 +220,7 @@ def test_train_and_val_that_are_one_folder(folder):
 ONE_DOWN = "for split in train val; do mkdir new; mv $split new/{}; mv new $split; done"
 ONE_CLASS = "data/train: has one class, '{}' (expected at least two); "
 INSIDE = "did you mean cat, dog, ship inside it? Move them up into"
-UNKNOWN = "data/val: class folder 'images' is not in train/; did you mean cat, dog, ship inside it?"
+UNKNOWN = "data/val: class folder 'images' is not a training class; did you mean cat, dog, ship inside it?"
 RENAMED = "has no val/; did you mean {0}/? Rename it, or create a link: ln -s {0} "
 SAME = "data/train/{}: is the same folder as data/train/{}; remove one of the two"
 REFUSED = [  # (change, error)

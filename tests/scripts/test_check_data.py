@@ -215,7 +215,7 @@ def test_classes_that_differ_or_are_empty(folder):
     empty, unknown = problems(report)["refused"]
     assert result.status == 1 and problems(report).keys() == {"refused"}
     assert empty.startswith(f"{train / 'bird'}: contains no images ({FORMATS}); add some, or remove")
-    assert unknown.startswith(f"{val}: class folder 'ant' is not in train/; use the same classes")
+    assert unknown.startswith(f"{val}: class folder 'ant' is not a training class; use the same classes")
     (absent,) = report["warnings"]
     assert absent.startswith(f"{val}: has no images of 1 of 4 classes (cow)")
     assert "0 (bird) to 3 (cat) each" in result.output
