@@ -210,7 +210,7 @@ def list_split(folder: Path, classes: tuple[str, ...]) -> Listing:
         what = f"images outside class folders: {len(loose):,} ({abbreviate(loose)})"
         notes.insert(0, f"warning: {folder}: skipped {what}")
     empty = [name for name in classes if not images[name]]
-    errors = _errors(folder, found, loose, classes, present - set(classes))
+    errors = _errors(folder, found, loose, present - set(classes))
     if len(empty) == len(classes):
         errors.append(f"{folder}: contains no images of the known classes; check the path")
     elif empty and folder.name == "train":
@@ -221,9 +221,7 @@ def list_split(folder: Path, classes: tuple[str, ...]) -> Listing:
     return Listing(paths, labels, notes, errors, found)
 
 
-def _errors(
-    folder: Path, found: Found, loose: list[str], classes: tuple[str, ...], strangers: set[str]
-) -> list[str]:
+def _errors(folder: Path, found: Found, loose: list[str], strangers: set[str]) -> list[str]:
     """Return errors for everything but images in known class folders, the most serious first."""
     errors = []
     if loose and folder.name == "val":
@@ -233,9 +231,9 @@ def _errors(
         )
         errors.append(f"{folder}: contains images outside class folders; {hint}")
     if strangers:
-        hint = one_folder_too_many(folder, strangers) or "use the same classes in train/ and val/"
-        if classes == tuple(map(str, range(len(classes)))):
-            hint = "the training classes are numbers, so give the classes of val/ as numbers in data.val_list"
+        hint = one_folder_too_many(folder, strangers) or (
+            "use the same classes in train/ and val/, or give both data.train_list and data.val_list"
+        )
         if folder.name == "val":
             hint = known_list(folder) or hint
         errors.append(f"{folder}: class folder {min(strangers)!r} is not a training class; {hint}")

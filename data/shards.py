@@ -236,8 +236,7 @@ def list_set(
     shards, arrays = read_index(root, split)
     names, labels, places = arrays["names"], arrays["labels"], arrays["places"]
     where = f"{root}: shards of {split}"
-    own_labels = _positions(labels, stored, classes, where)
-    check_wnids(stored, names, labels, where)
+    own_labels = _positions(labels, names, stored, classes, where)
     folders = np.array([to_bytes(f"{name}/") for name in stored], "S")
     paths = np.char.add(folders[labels], names)
     paths = paths.astype(f"S{np.char.str_len(paths).max()}")  # the type of a folder's list
@@ -254,13 +253,16 @@ def list_set(
     return files.select(even_indices(len(files), limit))
 
 
-def _positions(labels: np.ndarray, stored: Sequence[str], classes: Sequence[str], where: str) -> np.ndarray:
-    """Return the positions in `classes` of labels that are positions in `stored`, sorted."""
+def _positions(
+    labels: np.ndarray, names: np.ndarray, stored: Sequence[str], classes: Sequence[str], where: str
+) -> np.ndarray:
+    """Return the positions in `classes` of sorted labels, which are positions in `stored`."""
     if labels[-1] >= len(stored):
         raise UserError(
             f"{where}: have label {labels[-1]}, and there are {len(stored)} classes; number the labels from "
             "0, in the order of the classes"
         )
+    check_wnids(stored, names, labels, where)
     position = {name: number for number, name in enumerate(classes)}
     unknown = [stored[label] for label in np.unique(labels) if stored[label] not in position]
     if unknown:

@@ -355,7 +355,9 @@ def test_numbers_of_another_order_than_in_training(tmp_path):
 def test_numbers_for_training_need_numbers_for_validation(tmp_path):
     draw_folders(tmp_path, {"cat": 2, "dog": 2})
     (tmp_path / "train.txt").write_text("cat/0.png 0\ndog/0.png 1\n")
-    with pytest.raises(UserError, match=r"'cat' is not a training class; .* as numbers in data\.val_list"):
+    with pytest.raises(
+        UserError, match=r"'cat' is not a training class; .*give both data\.train_list and data\.val_list"
+    ):
         load(tmp_path, train_list=tmp_path / "train.txt")
 
 
